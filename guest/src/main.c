@@ -1,0 +1,26 @@
+/* tvinit: one static binary, three modes.
+ *
+ *   tvinit [guest] [--fd N]   PID 1 and agent inside a machine (guest.c); the mode when run as PID 1
+ *   tvinit launch FD          execute the launch plan read from FD (launch.c)
+ *   tvinit keep FD            keep one machine as the plan read from FD says (keep.c)
+ */
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "modes.h"
+
+int main(int argc, char **argv) {
+    const char *mode = argc > 1 ? argv[1] : "";
+    if (!strcmp(mode, "launch"))
+        return launch_main(argc - 2, argv + 2);
+    if (!strcmp(mode, "keep"))
+        return keep_main(argc - 2, argv + 2);
+    if (!strcmp(mode, "guest"))
+        return guest_main(argc - 2, argv + 2);
+    /* A kernel hands options that it does not know to init as arguments: as PID 1 they mean nothing. */
+    if (getpid() == 1)
+        return guest_main(0, argv);
+    fprintf(stderr, "usage: tvinit guest [--fd N] | launch FD | keep FD\n");
+    return 2;
+}

@@ -1,0 +1,1 @@
+"""Trivisor gives a Python program computers."""

@@ -1,0 +1,174 @@
+"""Every error that Trivisor raises.
+
+    TrivisorError
+    ├── CallerError              the call was wrong; the same call will fail again
+    │   ├── InvalidSpec          a value that no machine can have
+    │   ├── InvalidState         the verb is not legal in the machine's state
+    │   ├── NotFound             no such machine, image, file or process
+    │   ├── AlreadyExists        the name is taken
+    │   ├── Busy                 another operation holds the machine
+    │   └── UnsupportedByWall    this wall cannot; the error names the walls that can
+    ├── HostError                the host, or a program on it, failed
+    │   ├── EngineError          a program failed: command, exit status, last output
+    │   ├── HostLacks            something is not installed or not permitted here
+    │   ├── StorageError         the disk is full, the home is read-only, a file is damaged
+    │   └── ImageError           an image that cannot be read or is not safe to unpack
+    └── GuestError               what runs in the machine failed or misbehaved
+        ├── ExecTimeout          a command outlived its timeout and was killed
+        ├── ExecFailed           `check=True` and the command's exit status is not 0
+        ├── FileError            a file operation in the machine failed: errno and path
+        ├── GuestProtocolError   the guest sent what the protocol does not allow
+        └── GuestGone            the line to the machine closed
+
+Each says what happened, to which machine, and in `hint` what to do next.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+
+
+class TrivisorError(Exception):
+    """The root of the tree. `machine` is a name or id, `hint` the next step; either may be empty."""
+
+    def __init__(self, message: str, *, machine: str = "", hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.machine = machine
+        self.hint = hint
+
+    def __str__(self) -> str:
+        where = f"{self.machine}: " if self.machine and self.machine not in self.message else ""
+        return f"{where}{self.message}"
+
+
+class CallerError(TrivisorError):
+    """The call itself was wrong."""
+
+
+class InvalidSpec(CallerError, ValueError):
+    """A value that no machine can have."""
+
+
+class InvalidState(CallerError):
+    """`verb` is not legal in `state`; `legal` lists the states in which it is."""
+
+    def __init__(self, machine: str, state: str, verb: str, legal: Iterable[str]) -> None:
+        self.state = state
+        self.verb = verb
+        self.legal = tuple(legal)
+        super().__init__(
+            f"cannot {verb} machine {machine}: it is {state}",
+            machine=machine,
+            hint=f"{verb} is legal when the machine is {' or '.join(self.legal)}",
+        )
+
+
+class NotFound(CallerError, LookupError):
+    """No such machine, image, file or process."""
+
+
+class AlreadyExists(CallerError):
+    """The name is taken."""
+
+
+class Busy(CallerError):
+    """Another operation holds the machine; `operation` names it."""
+
+    def __init__(self, machine: str, operation: str) -> None:
+        self.operation = operation
+        super().__init__(
+            f"machine {machine} is busy: {operation}",
+            machine=machine,
+            hint="wait for that operation to end, or delete with force",
+        )
+
+
+class UnsupportedByWall(CallerError):
+    """`wall` cannot do `what`; `walls` lists those that can."""
+
+    def __init__(self, what: str, wall: str, walls: Iterable[str] = (), *, machine: str = "") -> None:
+        self.wall = wall
+        self.walls = tuple(walls)
+        able = f"these walls can: {', '.join(self.walls)}" if self.walls else "no wall can on this host"
+        super().__init__(f"the {wall} wall cannot {what}", machine=machine, hint=able)
+
+
+class HostError(TrivisorError):
+    """The host, or a program on it, failed."""
+
+
+class EngineError(HostError):
+    """A program failed: `command`, `status` (None if it never ran), and the end of its `output`."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        command: Sequence[str] = (),
+        status: int | None = None,
+        output: str = "",
+        machine: str = "",
+        hint: str = "",
+    ) -> None:
+        self.command = tuple(command)
+        self.status = status
+        self.output = output
+        last = output.strip().splitlines()[-1:] or [""]
+        super().__init__(f"{message}: {last[0]}" if last[0] else message, machine=machine, hint=hint)
+
+
+class HostLacks(HostError):
+    """Something that is needed is not installed or not permitted; `hint` is the remedy."""
+
+
+class StorageError(HostError):
+    """The disk is full, the home is read-only, or a stored file is damaged."""
+
+
+class ImageError(HostError):
+    """An image that cannot be read, or that is not safe to unpack."""
+
+
+class GuestError(TrivisorError):
+    """What runs in the machine failed or misbehaved."""
+
+
+class ExecTimeout(GuestError, TimeoutError):
+    """A command outlived its `timeout` (seconds) and its process group was killed.
+
+    `stdout` and `stderr` hold what it had written until then.
+    """
+
+    def __init__(self, machine: str, timeout: float, stdout: bytes = b"", stderr: bytes = b"") -> None:
+        self.timeout = timeout
+        self.stdout = stdout
+        self.stderr = stderr
+        super().__init__(f"the command was killed after {timeout:g} s", machine=machine)
+
+
+class ExecFailed(GuestError):
+    """`check=True` and the exit status is not 0. `result` is the whole ExecResult."""
+
+    def __init__(self, machine: str, result: object, message: str) -> None:
+        self.result = result
+        super().__init__(message, machine=machine)
+
+
+class FileError(GuestError, OSError):
+    """A file operation in the machine failed, with the guest's `errno` and `filename`."""
+
+    def __init__(self, code: int, path: str, *, machine: str = "") -> None:
+        GuestError.__init__(self, f"{path}: {os.strerror(code)}", machine=machine)
+        self.errno = code
+        self.filename = path
+        self.strerror = os.strerror(code)
+
+
+class GuestProtocolError(GuestError):
+    """The guest sent what the protocol (guest/PROTOCOL.md) does not allow."""
+
+
+class GuestGone(GuestError, ConnectionError):
+    """The line to the machine closed: it stopped, was stopped, or its keeper died."""

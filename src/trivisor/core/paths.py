@@ -1,0 +1,122 @@
+"""Where things are. One class for the home, one for a machine's folder; nobody else joins these names."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from trivisor.core.errors import StorageError
+
+
+def default_home() -> Path:
+    """Return `$TRIVISOR_HOME`, else the XDG data folder's `trivisor` (basedir-spec)."""
+    if home := os.environ.get("TRIVISOR_HOME"):
+        return Path(home).absolute()
+    data = os.environ.get("XDG_DATA_HOME") or os.path.join(os.path.expanduser("~"), ".local", "share")
+    return Path(data).absolute() / "trivisor"
+
+
+@dataclass(frozen=True)
+class Home:
+    """The folders of one home. The home is 0700 and belongs to one user."""
+
+    root: Path
+
+    @property
+    def database(self) -> Path:
+        return self.root / "trivisor.db"
+
+    @property
+    def machines(self) -> Path:
+        return self.root / "machines"
+
+    @property
+    def store(self) -> Path:
+        return self.root / "store"
+
+    @property
+    def kits(self) -> Path:
+        return self.root / "kits"
+
+    @property
+    def ice(self) -> Path:
+        return self.root / "ice"
+
+    @property
+    def cache(self) -> Path:
+        """What can be made again: probe verdicts, disk templates."""
+        return self.root / "cache"
+
+    @property
+    def tmp(self) -> Path:
+        """Half-made things. Each is `PID-STARTTIME-*` of its maker; the sweep removes those of the dead."""
+        return self.root / "tmp"
+
+    def machine(self, id: str) -> MachineDir:
+        return MachineDir(self.machines / id)
+
+    def open(self) -> None:
+        """Make the folders. Raises StorageError if the home is another user's or cannot be written."""
+        try:
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            owner = self.root.stat().st_uid
+            if owner != os.geteuid():
+                raise StorageError(
+                    f"the home {self.root} belongs to user {owner}, not to you ({os.geteuid()})",
+                    hint="a home has one user: set TRIVISOR_HOME to a folder of your own (sudo keeps HOME)",
+                )
+            for folder in (self.machines, self.store, self.kits, self.ice, self.cache, self.tmp):
+                folder.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"the home {self.root} cannot be used: {error.strerror}", hint="set TRIVISOR_HOME to a writable folder") from error
+        if not os.access(self.root, os.W_OK):
+            raise StorageError(f"the home {self.root} is read-only", hint="set TRIVISOR_HOME to a writable folder")
+
+
+@dataclass(frozen=True)
+class MachineDir:
+    """The files of one machine, all in one folder that its row names before it is made."""
+
+    root: Path
+
+    @property
+    def alive(self) -> Path:
+        """Locked (flock) by the keeper for as long as the machine lives."""
+        return self.root / "alive"
+
+    @property
+    def lock(self) -> Path:
+        """Locked (flock) by the process that carries out an operation, and names it."""
+        return self.root / "lock"
+
+    @property
+    def line(self) -> Path:
+        """The keeper's unix socket."""
+        return self.root / "line.sock"
+
+    @property
+    def qmp(self) -> Path:
+        return self.root / "qmp.sock"
+
+    @property
+    def keeper(self) -> Path:
+        """ "PID STARTTIME" of the keeper."""
+        return self.root / "keeper"
+
+    @property
+    def exit(self) -> Path:
+        """How the last life ended, written aside and renamed by the keeper."""
+        return self.root / "exit"
+
+    @property
+    def disk(self) -> Path:
+        return self.root / "disk.qcow2"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    def log(self, name: str) -> Path:
+        """`name` is serial, init or engine."""
+        return self.logs / f"{name}.log"

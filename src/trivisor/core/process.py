@@ -1,0 +1,68 @@
+"""Running other programs, and telling whether a process is still the one we knew."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from trivisor.core.errors import EngineError, HostLacks
+
+TAIL = 4000
+
+
+def find(program: str, package: str) -> str:
+    """Return the path of `program`. Raises HostLacks naming the Debian `package` that carries it."""
+    extra = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+    path = shutil.which(program, path=extra)
+    if path is None:
+        raise HostLacks(f"{program} is not installed", hint=f"apt-get install {package}")
+    return path
+
+
+def run(
+    argv: Sequence[str | Path],
+    *,
+    timeout: float,
+    input: bytes | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> bytes:
+    """Run `argv` to its end and return its standard output. Raises EngineError with the last output."""
+    command = [str(word) for word in argv]
+    try:
+        done = subprocess.run(
+            command,
+            input=input,
+            stdin=subprocess.DEVNULL if input is None else None,
+            capture_output=True,
+            timeout=timeout,
+            env=env,
+            cwd=cwd,
+            check=False,
+        )
+    except FileNotFoundError as error:
+        raise EngineError(f"{command[0]} cannot be run", command=command, output=str(error)) from error
+    except subprocess.TimeoutExpired as error:
+        output = (error.stderr or b"").decode(errors="replace")[-TAIL:]
+        raise EngineError(f"{command[0]} took over {timeout:g} s", command=command, output=output) from error
+    if done.returncode:
+        output = (done.stderr or done.stdout).decode(errors="replace")[-TAIL:]
+        raise EngineError(f"{command[0]} failed ({done.returncode})", command=command, status=done.returncode, output=output)
+    return done.stdout
+
+
+def start_time(pid: int) -> int | None:
+    """Return when `pid` started (clock ticks since boot, proc(5) field 22), or None if it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    return int(stat.rpartition(b")")[2].split()[19])
+
+
+def boot_id() -> str:
+    """Return the host's boot id (random(4))."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,0 +1,40 @@
+"""The states of a machine, and the one table that says which verb is legal in which."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from trivisor.core.errors import InvalidState
+
+
+class State(StrEnum):
+    """Where a machine is in its life (design.md, "A machine's life")."""
+
+    CREATED = "created"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUSPENDED = "suspended"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+_C, _R, _P, _U, _S, _F = State
+LEGAL: dict[str, tuple[State, ...]] = {
+    "start": (_C, _S, _F),
+    "pause": (_R,),
+    "resume": (_P,),
+    "stop": (_R, _P),
+    "delete": (_C, _U, _S, _F),
+    "exec": (_R,),
+    "spawn": (_R,),
+    "files": (_R,),
+    "forward": (_R,),
+    "stats": (_R, _P),
+}
+
+
+def check(machine: str, state: State, verb: str) -> None:
+    """Raise InvalidState unless `verb` is legal in `state`."""
+    legal = LEGAL[verb]
+    if state not in legal:
+        raise InvalidState(machine, state.value, verb, [s.value for s in legal])

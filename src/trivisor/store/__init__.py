@@ -1,0 +1,1 @@
+"""Content-addressed blobs, pins and garbage collection."""
