@@ -13,7 +13,7 @@ def default_home() -> Path:
     """Return `$TRIVISOR_HOME`, else the XDG data folder's `trivisor` (basedir-spec)."""
     if home := os.environ.get("TRIVISOR_HOME"):
         return Path(home).absolute()
-    data = os.environ.get("XDG_DATA_HOME") or os.path.join(os.path.expanduser("~"), ".local", "share")
+    data = os.environ.get("XDG_DATA_HOME") or Path("~/.local/share").expanduser()
     return Path(data).absolute() / "trivisor"
 
 
@@ -53,8 +53,8 @@ class Home:
         """Half-made things. Each is `PID-STARTTIME-*` of its maker; the sweep removes those of the dead."""
         return self.root / "tmp"
 
-    def machine(self, id: str) -> MachineDir:
-        return MachineDir(self.machines / id)
+    def machine(self, machine_id: str) -> MachineDir:
+        return MachineDir(self.machines / machine_id)
 
     def open(self) -> None:
         """Make the folders. Raises StorageError if the home is another user's or cannot be written."""
@@ -69,7 +69,9 @@ class Home:
             for folder in (self.machines, self.store, self.kits, self.ice, self.cache, self.tmp):
                 folder.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
-            raise StorageError(f"the home {self.root} cannot be used: {error.strerror}", hint="set TRIVISOR_HOME to a writable folder") from error
+            raise StorageError(
+                f"the home {self.root} cannot be used: {error.strerror}", hint="set TRIVISOR_HOME to a writable folder"
+            ) from error
         if not os.access(self.root, os.W_OK):
             raise StorageError(f"the home {self.root} is read-only", hint="set TRIVISOR_HOME to a writable folder")
 

@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from trivisor.core.errors import EngineError, HostLacks
 
@@ -26,7 +28,7 @@ def run(
     argv: Sequence[str | Path],
     *,
     timeout: float,
-    input: bytes | None = None,
+    input: bytes | None = None,  # noqa: A002 - subprocess's name for it
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> bytes:
@@ -66,3 +68,37 @@ def start_time(pid: int) -> int | None:
 def boot_id() -> str:
     """Return the host's boot id (random(4))."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+@dataclass(frozen=True)
+class Who:
+    """One process, told apart from a later one that has the same pid by when it started."""
+
+    pid: int
+    start: int
+
+    @classmethod
+    def me(cls) -> Self:
+        """Return this process (not its parent's, after a fork)."""
+        pid = os.getpid()
+        return cls(pid, start_time(pid) or 0)
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """Return what `str()` of a Who, "PID START", says; None for anything else."""
+        words = text.split()
+        if len(words) != 2 or not all(word.isascii() and word.isdigit() for word in words):
+            return None
+        return cls(int(words[0]), int(words[1]))
+
+    def alive(self) -> bool:
+        """Return whether that very process still runs (a zombie has ended)."""
+        try:
+            stat = Path(f"/proc/{self.pid}/stat").read_bytes()
+        except OSError:
+            return False
+        fields = stat.rpartition(b")")[2].split()
+        return int(fields[19]) == self.start and fields[0] not in (b"Z", b"X")
+
+    def __str__(self) -> str:
+        return f"{self.pid} {self.start}"

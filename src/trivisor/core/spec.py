@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 import msgspec
 
 from trivisor.core.errors import InvalidSpec
-from trivisor.core.units import GIB, MIB, parse_duration, parse_size
+from trivisor.core.units import GIB, MIB, TIB, parse_duration, parse_size
 
 Wall = Literal["vm", "gvisor", "container"]
 WALLS: tuple[Wall, ...] = ("vm", "gvisor", "container")
@@ -24,6 +24,8 @@ NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 MIN_MEMORY = 96 * MIB
 MAX_CPUS = 64
 MIN_DISK = 16 * MIB
+MAX_DISK = 16 * TIB
+"""As much as ext4 holds with blocks of 4 KiB."""
 
 
 class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -67,7 +69,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         for field in ("ttl", "idle"):
             if field in given:
                 given[field] = parse_duration(given[field], field)
-        if "kernel" in given:
+        if isinstance(given.get("kernel"), os.PathLike):
             given["kernel"] = os.fspath(given["kernel"])
         if "ports" in given:
             given["ports"] = _ports(given["ports"])
@@ -75,28 +77,44 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             spec = msgspec.convert(given, cls)
         except msgspec.ValidationError as error:
             raise InvalidSpec(f"{error}") from None
-        spec._check()
+        _check(spec)
         return spec
 
-    def _check(self) -> None:
-        if not NAME.fullmatch(self.name):
-            raise InvalidSpec(
-                f"name {self.name!r} is not a DNS label", hint="use a-z, 0-9 and -, at most 63, starting and ending with a letter or digit"
-            )
-        if not 1 <= self.cpus <= MAX_CPUS:
-            raise InvalidSpec(f"cpus must be 1 to {MAX_CPUS}, not {self.cpus}")
-        if self.memory < MIN_MEMORY:
-            raise InvalidSpec(f"memory must be at least {MIN_MEMORY // MIB}M, not {self.memory} bytes")
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if self.memory > total:
-            raise InvalidSpec(f"memory of {self.memory // MIB}M is more than the host's {total // MIB}M")
-        if self.disk != "ram" and self.disk < MIN_DISK:
-            raise InvalidSpec(f"disk must be at least {MIN_DISK // MIB}M, not {self.disk} bytes")
-        if self.ports and self.network != "nat":
-            raise InvalidSpec("published ports need a network", hint='give network="nat"')
-        for key, value in self.env.items():
-            if not key or "=" in key or "\0" in key + value:
-                raise InvalidSpec(f"env {key!r} is not a name and a value without NUL")
+
+def _check(spec: Spec) -> None:
+    if not NAME.fullmatch(spec.name):
+        raise InvalidSpec(
+            f"name {spec.name!r} is not a DNS label", hint="use a-z, 0-9 and -, at most 63, starting and ending with a letter or digit"
+        )
+    if not 1 <= spec.cpus <= MAX_CPUS:
+        raise InvalidSpec(f"cpus must be 1 to {MAX_CPUS}, not {spec.cpus}")
+    if spec.memory < MIN_MEMORY:
+        raise InvalidSpec(f"memory must be at least {MIN_MEMORY // MIB}M, not {spec.memory} bytes")
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if spec.memory > total:
+        raise InvalidSpec(f"memory of {spec.memory // MIB}M is more than the host's {total // MIB}M")
+    if spec.disk != "ram" and spec.disk < MIN_DISK:
+        raise InvalidSpec(f"disk must be at least {MIN_DISK // MIB}M, not {spec.disk} bytes")
+    if spec.disk != "ram" and spec.disk > MAX_DISK:
+        raise InvalidSpec(f"disk must be at most {MAX_DISK // TIB}T, not {spec.disk} bytes")
+    if not spec.image or not spec.kernel:
+        raise InvalidSpec("image and kernel must not be empty")
+    if spec.ports and spec.network != "nat":
+        raise InvalidSpec("published ports need a network", hint='give network="nat"')
+    for key, value in spec.env.items():
+        if not key or "=" in key:
+            raise InvalidSpec(f"env {key!r} is not the name of a variable")
+        _text(f"env {key!r}", key + value)
+    for key, value in spec.labels.items():
+        _text(f"label {key!r}", key + value)
+    _text("image", spec.image)
+    _text("kernel", spec.kernel)
+
+
+def _text(what: str, text: str) -> None:
+    """Raise InvalidSpec for text that neither JSON nor an argument of a program can hold."""
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise InvalidSpec(f"{what} holds a NUL or what is not Unicode text")
 
 
 def _ports(ports: Any) -> dict[int, int]:

@@ -6,7 +6,8 @@
         ...
         undo.keep()          # the work is whole: nothing is taken back
 
-An undo that itself fails does not stop the others; the failures are noted on the first error.
+An undo that itself fails does not stop the others; the failures are noted on the first error, or the
+first of them is raised when there was none.
 KeyboardInterrupt and SystemExit roll back like any other failure. What a kill -9 leaves is the
 sweep's work (vmm/sweep.py), so every step must be one that the sweep can find.
 """
@@ -41,11 +42,15 @@ class Undo:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        first = error
         while self._steps:
             name, step = self._steps.pop()
             try:
                 step()
             except Exception as failure:
-                if error is None:
-                    raise
-                error.add_note(f"and undoing {name!r} failed: {failure}")
+                if first is None:
+                    first = failure
+                else:
+                    first.add_note(f"and undoing {name!r} failed: {failure}")
+        if error is None and first is not None:
+            raise first

@@ -7,10 +7,12 @@ import re
 from trivisor.core.errors import InvalidSpec
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
+MAX_SIZE = 1 << 62
+"""More than any file system holds, and what records and QEMU still take as a number."""
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])?(?:i?B)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT])?(?:i?B)?", re.IGNORECASE | re.ASCII)
 _SCALE = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": TIB}
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)?", re.ASCII)
 _SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, None: 1}
 
 
@@ -27,9 +29,11 @@ def parse_size(value: int | str, what: str = "size") -> int:
         match = _SIZE.fullmatch(value.strip())
         if not match:
             raise InvalidSpec(f"{what} {value!r} is not a size", hint="write bytes, or text such as 256M or 1G")
-        size = int(float(match[1]) * _SCALE[(match[2] or "").upper()])
+        size = int(min(float(match[1]) * _SCALE[(match[2] or "").upper()], 2 * MAX_SIZE))
     if size <= 0:
         raise InvalidSpec(f"{what} must be more than nothing, not {value!r}")
+    if size > MAX_SIZE:
+        raise InvalidSpec(f"{what} is more than any disk holds")
     return size
 
 
@@ -51,7 +55,7 @@ def parse_duration(value: float | str, what: str = "duration") -> float:
             raise InvalidSpec(f"{what} {value!r} is not a duration", hint="write seconds, or text such as 90s or 10m")
         seconds = float(match[1]) * _SECONDS[match[2]]
     else:
-        seconds = float(value)
+        seconds = float(min(value, 1e10))
     if not 0 < seconds < 1e9:
         raise InvalidSpec(f"{what} must be more than 0 s and under 30 years, not {value!r}")
     return seconds
