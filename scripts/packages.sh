@@ -1,0 +1,65 @@
+#!/bin/sh
+# Debian packages that are needed and not there: install them as root, else print the one line that does.
+#   packages.sh [demo|test]
+. "$(dirname -- "$0")/common.sh"
+
+missing=
+
+# need PACKAGE COMMAND...: any of the commands, or any of the files, will do
+need() {
+    package=$1
+    shift
+    for found in "$@"; do
+        case $found in
+            /*) [ -e "$found" ] && return ;;
+            *) PATH=$PATH:/usr/sbin:/sbin command -v "$found" >/dev/null 2>&1 && return ;;
+        esac
+    done
+    missing="$missing $package"
+}
+
+runtime() {
+    [ -n "${TRIVISOR_QEMU:-}" ] || need qemu-system-x86 qemu-system-x86_64
+    need qemu-utils qemu-img
+    need squashfs-tools sqfstar
+    need mmdebstrap mmdebstrap
+    need passt passt
+    need zstd zstd
+    need e2fsprogs mkfs.ext4
+}
+
+build() {
+    need gcc gcc
+    need make make
+    need binutils objcopy
+    need libc6-dev /usr/lib/x86_64-linux-gnu/libc.a /usr/lib/libc.a /usr/lib64/libc.a
+}
+
+tests() {
+    need clang clang
+    # The sanitizers' runtime is a package of its own.
+    need libclang-rt-dev "$(clang -print-file-name=libclang_rt.fuzzer-x86_64.a 2>/dev/null || echo none)"
+}
+
+python() {
+    "$root/scripts/python.sh" >/dev/null 2>&1 || missing="$missing python3 python3-venv"
+}
+
+build
+python
+case ${1:-demo} in
+    demo) runtime ;;
+    test) runtime && tests ;;
+esac
+
+[ -n "$missing" ] || exit 0
+install="apt-get install -y --no-install-recommends$missing"
+command -v apt-get >/dev/null 2>&1 || fail "these Debian packages, or what they are called here, are needed:$missing"
+[ "$(id -u)" = 0 ] || fail "Some packages are missing. Run this line, then the same command again:
+    sudo $install"
+say "installing$missing"
+DEBIAN_FRONTEND=noninteractive
+export DEBIAN_FRONTEND
+apt-get update -qq
+# shellcheck disable=SC2086 # one word a package
+$install -qq -o Dpkg::Use-Pty=0 >&2

@@ -1,0 +1,25 @@
+#!/bin/sh
+# All set-up, each part only where it is still to do: a second run takes a second.
+#   setup.sh python   the virtual environment and the guest program
+#   setup.sh demo     and what machines need: system packages, the Debian image
+#   setup.sh test     and what only the tests need
+. "$(dirname -- "$0")/common.sh"
+what=${1:-demo}
+
+"$root/scripts/packages.sh" "$what"
+
+# The stamp is of all that decides what pip would install.
+stamp=$(cat pyproject.toml constraints.txt scripts/hatch_build.py | cksum)
+if [ "$(cat "$venv/trivisor.stamp" 2>/dev/null)" != "$stamp" ]; then
+    python=$("$root/scripts/python.sh")
+    say "making a virtual environment with $("$python" --version)"
+    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+    PIP_CONSTRAINT=$root/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+        "$venv/bin/python" -m pip install --quiet --editable '.[dev]'
+    printf '%s\n' "$stamp" >"$venv/trivisor.stamp"
+fi
+
+# Quick when nothing changed. pip compiled it too, but only once.
+make -C guest --no-print-directory --silent
+
+[ "$what" = python ] || "$root/scripts/in-venv.sh" python -m scripts.prepare

@@ -1,0 +1,168 @@
+"""Options that verbs share, and what they mean as the wishes of a Spec."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
+    from trivisor.vmm.machine import Machine
+    from trivisor.vmm.manager import VMM
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass
+class Settings:
+    """What holds for the whole command line."""
+
+    home: Path | None = None
+
+    def vmm(self) -> VMM:
+        """Open the home. Raises StorageError if it cannot be used."""
+        from trivisor.vmm.manager import VMM
+
+        return VMM(home=self.home)
+
+
+def settings() -> Settings:
+    """Return the settings of the command line that is running."""
+    found: Settings = click.get_current_context().find_root().ensure_object(Settings)
+    return found
+
+
+def open_vmm() -> VMM:
+    """Open the home that the command line names."""
+    return settings().vmm()
+
+
+def _set_home(ctx: click.Context, _param: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        ctx.find_root().ensure_object(Settings).home = Path(value).absolute()
+
+
+home_option = click.option(
+    "--home",
+    metavar="FOLDER",
+    expose_value=False,
+    is_eager=True,
+    callback=_set_home,
+    help="Where machines and images are kept.  [default: $TRIVISOR_HOME, else the XDG data folder]",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def verb(name: str, **attributes: Any) -> Callable[[Callable[..., object]], click.Command]:
+    """Make a verb of a function: a click command with the options that every verb has."""
+
+    def wrap(function: Callable[..., object]) -> click.Command:
+        attributes.setdefault("context_settings", {}).setdefault("help_option_names", ["-h", "--help"])
+        return click.command(name, **attributes)(home_option(function))
+
+    return wrap
+
+
+class _Named(click.ParamType):
+    """A text that tab completion knows the possible values of."""
+
+    def __init__(self, name: str, values: Callable[[VMM], Sequence[str]]) -> None:
+        self.name = name
+        self._values = values
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        from click.shell_completion import CompletionItem
+
+        from trivisor.core.errors import TrivisorError
+
+        home = os.environ.get("TRIVISOR_HOME") if ctx.find_root().obj is None else ctx.find_root().obj.home
+        try:
+            values = self._values(Settings(Path(home) if home else None).vmm())
+        except TrivisorError:
+            return []  # a prompt is no place for an error message
+        return [CompletionItem(value) for value in values if value.startswith(incomplete)]
+
+
+MACHINE = _Named("machine", lambda vmm: [machine.name for machine in vmm.list()])
+IMAGE = _Named("image", lambda vmm: [image.name for image in vmm.images.list()])
+
+machine_argument = click.argument("machine", type=MACHINE)
+machines_argument = click.argument("machines", type=MACHINE, nargs=-1, required=True, metavar="MACHINE...")
+
+
+def pairs(values: Sequence[str], what: str, *, inherit: bool = False) -> dict[str, str]:
+    """Return {"K": "V"} for texts "K=V". With `inherit`, "K" alone takes its value from our own environment."""
+    found: dict[str, str] = {}
+    for value in values:
+        key, equals, text = value.partition("=")
+        if not key or (not equals and not inherit):
+            raise click.UsageError(f"{what} {value!r} is not KEY=VALUE")
+        if equals:
+            found[key] = text
+        elif key in os.environ:
+            found[key] = os.environ[key]
+    return found
+
+
+def ports(values: Sequence[str]) -> dict[int, int]:
+    """Return {host: guest} for texts "HOST:GUEST", or "PORT" for both."""
+    found: dict[int, int] = {}
+    for value in values:
+        host, colon, guest = value.partition(":")
+        if not host.isdecimal() or (colon and not guest.isdecimal()):
+            raise click.UsageError(f"port {value!r} is not HOST:GUEST", click.get_current_context(silent=True))
+        if int(host) in found:
+            raise click.UsageError(f"host port {host} is published twice", click.get_current_context(silent=True))
+        found[int(host)] = int(guest or host)
+    return found
+
+
+_SPEC_OPTIONS: tuple[Callable[[Callable[..., object]], Callable[..., object]], ...] = (
+    click.option("--name", help="A DNS label, unique in the home.  [default: one is made up]"),
+    click.option("--wall", default="auto", show_default=True, type=click.Choice(["auto", "vm", "gvisor", "container"])),
+    click.option("--cpus", type=int, help="Virtual processors.  [default: 1]"),
+    click.option("-m", "--memory", metavar="SIZE", help="Such as 512M or 2G.  [default: 256M]"),
+    click.option("--disk", metavar="SIZE|ram", help="The writable layer; ram: kept in memory, gone at stop.  [default: 8G]"),
+    click.option("--kernel", metavar="micro|full|PATH", help="The kernel it boots.  [default: micro]"),
+    click.option("--network", type=click.Choice(["none", "nat"]), help="[default: none; nat with -p]"),
+    click.option("-p", "--publish", multiple=True, metavar="HOST:GUEST", help="Publish a TCP port on this host's loopback."),
+    click.option("-e", "--env", multiple=True, metavar="KEY[=VALUE]", help="Environment of every command; KEY alone: from ours."),
+    click.option("--ttl", metavar="TIME", help="Stop it after this long, such as 90s or 10m."),
+    click.option("--idle", metavar="TIME", help="Stop it after this long without traffic from this host."),
+    click.option("-l", "--label", multiple=True, metavar="KEY=VALUE", help="Kept with the machine, for you."),
+)
+
+
+def spec_options(function: Callable[..., object]) -> Callable[..., object]:
+    """Give a verb the options that say what a machine is to be."""
+    for option in reversed(_SPEC_OPTIONS):
+        function = option(function)
+    return function
+
+
+def wishes(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of VMM.create for the values of `spec_options`."""
+    published = ports(options.pop("publish"))
+    made = {
+        "ports": published or None,
+        "env": pairs(options.pop("env"), "environment", inherit=True) or None,
+        "labels": pairs(options.pop("label"), "label") or None,
+    }
+    if published and options["network"] is None:
+        options["network"] = "nat"
+    return {key: value for key, value in {**options, **made}.items() if value is not None}
+
+
+def each(machines: Sequence[str], do: Callable[[Machine], object]) -> None:
+    """Do it to every machine that is named. The first failure ends it; those already done stay done, and were printed."""
+    vmm = open_vmm()
+    for name in machines:
+        do(vmm.get(name))
+        click.echo(name)

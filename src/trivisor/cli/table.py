@@ -1,0 +1,47 @@
+"""The verbs: name, the module that holds `command`, and one line of help. Help is printed from here, so it imports none of them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Verb(NamedTuple):
+    """Where a verb is, and what it does in one line (the first line of its docstring; a test compares them)."""
+
+    module: str
+    attribute: str
+    help: str
+
+
+def _own(name: str, help: str) -> Verb:
+    return Verb(f"trivisor.cli.verbs.{name}", "command", help)
+
+
+def _life(name: str, help: str) -> Verb:
+    return Verb("trivisor.cli.verbs.life", name, help)
+
+
+VERBS: dict[str, Verb] = {
+    "run": _own("run", "Run a command in a new machine."),
+    "create": _own("create", "Make a machine, without starting it."),
+    "start": _life("start", "Start machines."),
+    "pause": _life("pause", "Freeze running machines."),
+    "resume": _life("resume", "Let paused machines go on."),
+    "stop": _life("stop", "Power machines off."),
+    "delete": _life("delete", "Delete machines and their disks."),
+    "ps": _own("ps", "List machines."),
+    "exec": _own("exec", "Run a command in a running machine."),
+    "cp": _own("cp", "Copy files between a machine and this host."),
+    "logs": _own("logs", "Print a machine's console or PID 1's log."),
+    "inspect": _own("inspect", "Print all that is known of machines, as JSON."),
+    "stats": _own("stats", "Print what running machines use."),
+    "events": _own("events", "Print what happened to machines."),
+    "forward": _own("forward", "Forward a port of this host to a port in a machine."),
+    "wait": _own("wait", "Wait until machines no longer run; print their exit status."),
+    "images": _own("images", "List, import, bootstrap and remove images."),
+    "doctor": _own("doctor", "Say what this host offers, and what is missing."),
+    "completion": _own("completion", "Print the completion script of a shell."),
+    "version": _own("version", "Print versions."),
+}
+
+ALIASES: dict[str, str] = {"rm": "delete"}

@@ -1,0 +1,49 @@
+"""trivisor exec."""
+
+from __future__ import annotations
+
+import click
+
+from trivisor.cli.attach import Joined, run_joined
+from trivisor.cli.options import machine_argument, open_vmm, pairs, verb
+
+
+@verb("exec", context_settings={"allow_interspersed_args": False})
+@click.option("-i", "--interactive", is_flag=True, help="Give our standard input to the command.")
+@click.option("-t", "--tty", is_flag=True, help="Give the command a terminal.")
+@click.option("-d", "--detach", is_flag=True, help="Do not wait for it; print its process id in the machine.")
+@click.option("-e", "--env", multiple=True, metavar="KEY[=VALUE]", help="Environment of the command.")
+@click.option("-w", "--workdir", default=None, metavar="FOLDER", help="Where the command runs.")
+@click.option("-u", "--user", default=None, metavar="USER[:GROUP]", help="Whom the command runs as.  [default: root]")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds, after which it is killed.")
+@machine_argument
+@click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED, metavar="COMMAND...")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    machine: str,
+    argv: tuple[str, ...],
+    interactive: bool,
+    tty: bool,
+    detach: bool,
+    env: tuple[str, ...],
+    workdir: str | None,
+    user: str | None,
+    timeout: float | None,
+) -> int:
+    """Run a command in a running machine.
+
+    Our exit status is the command's: 127 if there is no such command, 128 + n if signal n killed it.
+    """
+    words = list(argv[1:] if argv[0] == "--" else argv)
+    if not words:
+        raise click.UsageError("Missing argument 'COMMAND...'.", ctx)
+    if detach and (interactive or tty or timeout is not None):
+        raise click.UsageError("-d goes with none of -i, -t and --timeout: nobody waits for the end", ctx)
+    found = open_vmm().get(machine)
+    variables = pairs(env, "environment", inherit=True)
+    if detach:
+        process = found.spawn(words, detach=True, env=variables, cwd=workdir, user=user)
+        click.echo(process.pid)
+        return 0
+    return run_joined(found, words, Joined(interactive=interactive, tty=tty, cwd=workdir, user=user, env=variables, timeout=timeout))

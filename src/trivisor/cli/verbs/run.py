@@ -1,0 +1,62 @@
+"""trivisor run: a machine for one command, or with -d one that stays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from trivisor.cli import render
+from trivisor.cli.attach import Joined, run_joined
+from trivisor.cli.options import IMAGE, open_vmm, spec_options, verb, wishes
+
+
+@verb("run", context_settings={"allow_interspersed_args": False})
+@spec_options
+@click.option("-d", "--detach", is_flag=True, help="Leave the machine running, print its id.")
+@click.option("--rm", is_flag=True, help="Delete the machine at the end: so it is without -d anyway.")
+@click.option("-i", "--interactive", is_flag=True, help="Give our standard input to the command.")
+@click.option("-t", "--tty", is_flag=True, help="Give the command a terminal.")
+@click.option("-w", "--workdir", default=None, metavar="FOLDER", help="Where the command runs.")
+@click.option("-u", "--user", default=None, metavar="USER[:GROUP]", help="Whom the command runs as.  [default: root]")
+@click.argument("image", type=IMAGE)
+@click.argument("argv", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND...]")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    image: str,
+    argv: tuple[str, ...],
+    detach: bool,
+    rm: bool,
+    interactive: bool,
+    tty: bool,
+    workdir: str | None,
+    user: str | None,
+    **options: Any,
+) -> int:
+    """Run a command in a new machine.
+
+    The machine is deleted when the command has ended, and our exit status is the command's (128 + n if signal n
+    killed it). Without a command it is a shell. With -d the machine stays, the command running in it.
+    """
+    if detach and (interactive or tty or rm):
+        raise click.UsageError("-d goes with none of -i, -t and --rm: nobody waits for the end (--ttl bounds its life)", ctx)
+    words = argv[1:] if argv[:1] == ("--",) else argv
+    how = Joined(interactive=interactive, tty=tty, cwd=workdir, user=user)
+    vmm = open_vmm()
+    if detach:
+        with render.Steps() as steps:
+            machine = vmm.create(image, **wishes(options))
+            try:
+                machine.start(progress=steps)
+                if words:
+                    machine.spawn(list(words), detach=True, cwd=workdir, user=user)
+            except BaseException:
+                machine.delete(force=True)
+                raise
+        click.echo(machine.id)
+        return 0
+    with render.Steps() as steps:
+        running = vmm.run(image, progress=steps, **wishes(options))
+    with running as machine:
+        return run_joined(machine, list(words) or ["/bin/sh"], how)
