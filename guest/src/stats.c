@@ -1,0 +1,81 @@
+/* The machine's own figures, as lines "key value" in bytes and microseconds (proc(5), statfs(2)). */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/statvfs.h>
+#include <unistd.h>
+
+#include "builtins.h"
+
+/* "MemTotal:  123 kB" of /proc/meminfo under other names, in bytes. */
+static void memory(void) {
+    static const char *const keys[][2] = {
+        {"MemTotal", "memory_total"}, {"MemAvailable", "memory_available"}, {"MemFree", "memory_free"}, {"Cached", "memory_cached"},
+        {"SwapTotal", "swap_total"},  {"SwapFree", "swap_free"},
+    };
+    FILE *f = fopen("/proc/meminfo", "re");
+    char name[64];
+    unsigned long long kib;
+    while (f && fscanf(f, "%63[^:]: %llu%*[^\n]\n", name, &kib) == 2)
+        for (size_t i = 0; i < sizeof keys / sizeof *keys; i++)
+            if (!strcmp(name, keys[i][0]))
+                printf("%s %llu\n", keys[i][1], kib * 1024);
+    if (f)
+        fclose(f);
+}
+
+static void processor(void) {
+    FILE *f = fopen("/proc/stat", "re");
+    unsigned long long user, nice, system, idle, iowait;
+    unsigned long long tick = 1000000ull / (unsigned long long)sysconf(_SC_CLK_TCK);
+    if (f && fscanf(f, "cpu %llu %llu %llu %llu %llu", &user, &nice, &system, &idle, &iowait) == 5)
+        printf("cpu_user %llu\ncpu_system %llu\ncpu_idle %llu\n", (user + nice) * tick, system * tick, (idle + iowait) * tick);
+    if (f)
+        fclose(f);
+    printf("cpus %ld\n", sysconf(_SC_NPROCESSORS_ONLN));
+}
+
+static void load(void) {
+    FILE *f = fopen("/proc/loadavg", "re");
+    double one, five, fifteen;
+    unsigned running, total;
+    if (f && fscanf(f, "%lf %lf %lf %u/%u", &one, &five, &fifteen, &running, &total) == 5)
+        printf("load1 %.2f\nload5 %.2f\nload15 %.2f\nprocesses %u\n", one, five, fifteen, total);
+    if (f)
+        fclose(f);
+    double up;
+    if ((f = fopen("/proc/uptime", "re"))) {
+        if (fscanf(f, "%lf", &up) == 1)
+            printf("uptime %.0f\n", up * 1e6);
+        fclose(f);
+    }
+}
+
+static void network(void) {
+    FILE *f = fopen("/proc/net/dev", "re");
+    char line[512], name[32];
+    unsigned long long received = 0, sent = 0, in, out;
+    while (f && fgets(line, sizeof line, f)) {
+        if (sscanf(line, " %31[^:]: %llu %*u %*u %*u %*u %*u %*u %*u %llu", name, &in, &out) == 3 && strcmp(name, "lo")) {
+            received += in;
+            sent += out;
+        }
+    }
+    if (f)
+        fclose(f);
+    printf("network_received %llu\nnetwork_sent %llu\n", received, sent);
+}
+
+int stats_main(char **argv) {
+    (void)argv;
+    memory();
+    processor();
+    load();
+    network();
+    struct statvfs fs;
+    if (statvfs("/", &fs) == 0)
+        printf("disk_total %llu\ndisk_free %llu\n", (unsigned long long)fs.f_blocks * fs.f_frsize,
+               (unsigned long long)fs.f_bavail * fs.f_frsize);
+    return fflush(stdout) == 0 ? 0 : errno;
+}
