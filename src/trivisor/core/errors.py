@@ -17,6 +17,7 @@
         ├── ExecTimeout          a command outlived its timeout and was killed
         ├── ExecFailed           `check=True` and the command's exit status is not 0
         ├── FileError            a file operation in the machine failed: errno and path
+        ├── WaitTimeout          the machine did not end in the time given
         ├── GuestProtocolError   the guest sent what the protocol does not allow
         └── GuestGone            the line to the machine closed
 
@@ -164,6 +165,10 @@ class FileError(GuestError, OSError):
         self.errno = code
         self.filename = path
         self.strerror = os.strerror(code)
+
+
+class WaitTimeout(GuestError, TimeoutError):
+    """The machine did not end in the time given."""
 
 
 class GuestProtocolError(GuestError):

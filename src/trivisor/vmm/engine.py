@@ -32,6 +32,8 @@ class Box:
     rootfs_digest: str
     slot: int
     """Small number that no other machine of this home has: the source of its own host uid."""
+    owner: int | None = None
+    """With lifetime="process": the pid that the keeper watches. It need not be the process that starts."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,58 @@
+"""What the verbs share: the home, its records, its images, and the engines by wall."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from trivisor.core.errors import NotFound, UnsupportedByWall
+from trivisor.core.paths import Home, MachineDir
+from trivisor.core.spec import Wall
+from trivisor.images.catalog import Images
+from trivisor.vmm.engine import Box, Engine
+from trivisor.vmm.records import Records, Row
+
+
+@dataclass(frozen=True)
+class Context:
+    """One home as one process has it open."""
+
+    home: Home
+    records: Records
+    images: Images
+    engines: Mapping[Wall, Engine]
+
+    def engine(self, wall: Wall, machine: str = "") -> Engine:
+        """Return the engine of `wall`. Raises UnsupportedByWall where this version has none."""
+        engine = self.engines.get(wall)
+        if engine is None:
+            raise UnsupportedByWall("run machines in this version of Trivisor", wall, self.engines, machine=machine)
+        return engine
+
+    def row(self, machine: str) -> Row:
+        """Return the record of the machine with this id, as it stands. Raises NotFound."""
+        row = self.records.row(machine)
+        if row is None:
+            raise NotFound(f"machine {machine} is gone", machine=machine, hint="it was deleted; `trivisor ps` lists those there are")
+        return row
+
+    def folder(self, row: Row) -> MachineDir:
+        return self.home.machine(row.id)
+
+    def box(self, row: Row) -> Box:
+        """Return what the engine is told about a machine."""
+        return Box(
+            id=row.id,
+            spec=row.spec,
+            home=self.home,
+            dir=self.folder(row),
+            rootfs=self.images.rootfs(row.digest),
+            rootfs_digest=row.digest,
+            slot=row.slot,
+            owner=row.owner.pid if row.owner else None,
+        )
+
+
+def pin_owner(machine: str) -> str:
+    """Return the name under which a machine holds its image in the store."""
+    return f"machine:{machine}"

@@ -1,0 +1,206 @@
+"""The verbs that change a machine, each a short list of steps that can be taken back.
+
+A verb holds the machine's lock, has the record put right, checks the state, writes itself down as the row's
+operation, acts, and ends the operation in the same transaction that records the new state. If it fails it
+takes back what it did; if its process dies, the standing operation tells the next reader (reconcile.py).
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from trivisor.core import process
+from trivisor.core.errors import AlreadyExists, Busy, HostError, InvalidSpec, NotFound, StorageError, TrivisorError
+from trivisor.core.process import Who
+from trivisor.core.spec import Spec
+from trivisor.core.state import State, check
+from trivisor.core.undo import Undo
+from trivisor.images.catalog import Image
+from trivisor.launch import keeper
+from trivisor.vmm import locks, reconcile
+from trivisor.vmm.context import Context, pin_owner
+from trivisor.vmm.engine import Progress
+from trivisor.vmm.records import Row
+
+_FORCE_WAIT = 15.0
+_IDLE: dict[str, Any] = {"operation": "", "operator": None}
+
+
+def create(context: Context, spec: Spec, image: Image) -> Row:
+    """Make a machine: its row, its image's pin, its folder, its disk. All of it or nothing."""
+    me = Who.me()
+    row = Row(
+        id=secrets.token_hex(6),
+        name=spec.name,
+        slot=0,
+        spec=spec,
+        digest=image.digest,
+        state=State.CREATED,
+        operation="create",
+        operator=me,
+        owner=me if spec.lifetime == "process" else None,
+        created=time.time(),
+    )
+    folder = context.folder(row)
+    with Undo() as undo:
+        undo.add("row", lambda: context.records.remove(row))
+        row = _add(context, row)
+        undo.add("pin", lambda: context.images.unpin(pin_owner(row.id)))
+        context.images.pin(image, pin_owner(row.id))
+        undo.add("folder", lambda: reconcile.remove_tree(folder.root))
+        _make_folder(context, row)
+        with locks.hold(folder.lock, "create", row.name):
+            context.engine(spec.wall, row.name).create(context.box(row), undo)
+            done = context.records.update(row.id, durable=True, event=("created", spec.image), **_IDLE)
+            undo.keep()
+    return done or row
+
+
+def start(context: Context, machine: str, progress: Progress) -> Row:
+    """Run the machine until its guest answers."""
+    with operation(context, machine, "start") as row, Undo() as undo:
+        box = context.box(row)
+        engine = context.engine(row.spec.wall, row.name)
+        undo.add("record", lambda: context.records.update(row.id, state=row.state, **_IDLE))
+        _clear(context, row)
+        undo.add("keeper", lambda: keeper.kill(box.dir))
+        facts = engine.start(box, undo, progress)
+        life = {"started": time.time(), "ended": None, "status": None, "reason": "", "boot_id": process.boot_id(), "facts": facts}
+        done = context.records.update(row.id, state=State.RUNNING, event=("started", ""), **life, **_IDLE)
+        undo.keep()
+        return done or row
+
+
+def pause(context: Context, machine: str) -> Row:
+    """Freeze the machine: when this returns no guest instruction runs."""
+    with operation(context, machine, "pause") as row:
+        context.engine(row.spec.wall, row.name).pause(context.box(row))
+        return context.records.update(row.id, state=State.PAUSED, event=("paused", ""), **_IDLE) or row
+
+
+def resume(context: Context, machine: str) -> Row:
+    with operation(context, machine, "resume") as row:
+        context.engine(row.spec.wall, row.name).resume(context.box(row))
+        return context.records.update(row.id, state=State.RUNNING, event=("resumed", ""), **_IDLE) or row
+
+
+def stop(context: Context, machine: str, timeout: float) -> Row:
+    """Have the guest power off, and kill it when `timeout` seconds were not enough."""
+    if not (0 <= timeout < math.inf):
+        raise InvalidSpec(f"timeout must be seconds, 0 or more, not {timeout!r}", machine=machine)
+    with operation(context, machine, "stop") as row:
+        grace = timeout
+        if row.state is State.PAUSED and grace:
+            try:
+                # A frozen guest cannot power itself off.
+                context.engine(row.spec.wall, row.name).resume(context.box(row))
+            except HostError:
+                grace = 0
+        keeper.stop(context.folder(row), grace=grace, reason="stop", timeout=grace + 10)
+        return reconcile.ended(context, row) or row
+
+
+def delete(context: Context, machine: str, *, force: bool = False) -> None:
+    """Remove the machine and all it holds. `force` first ends whatever it is doing."""
+    row = context.row(machine)
+    folder = context.folder(row)
+    if not folder.root.exists():
+        if row.operation == "create" and row.operator is not None and row.operator.alive():
+            raise Busy(row.name, "create")
+        # Something took the folder away; the lock still needs one.
+        _make_folder(context, row)
+    with ExitStack() as stack:
+        if force:
+            _kill_and_hold(context, row, stack)
+            fresh = context.records.row(row.id)
+        else:
+            stack.enter_context(locks.hold(folder.lock, "delete", row.name))
+            fresh = reconcile.settle_held(context, row.id)
+            if fresh is not None:
+                check(fresh.name, fresh.state, "delete")
+        if fresh is None:
+            reconcile.remove_tree(folder.root)
+            return
+        try:
+            context.records.update(row.id, durable=True, operation="delete", operator=Who.me())
+        except StorageError:
+            # A full disk cannot take the note; deleting the folder is what makes room for the rest.
+            reconcile.remove_tree(folder.root)
+        reconcile.erase(context, fresh)
+
+
+@contextmanager
+def operation(context: Context, machine: str, verb: str) -> Iterator[Row]:
+    """Hold the machine for `verb` with its record put right and its state checked.
+
+    The body ends the operation itself, with the state it leads to. If it fails the machine is left as the
+    world says it is. Raises NotFound, Busy, InvalidState.
+    """
+    row = context.row(machine)
+    with locks.hold(context.folder(row).lock, verb, row.name):
+        settled = reconcile.settle_held(context, machine)
+        if settled is None:
+            raise NotFound(f"machine {row.name} is gone", machine=row.name, hint="it was deleted meanwhile")
+        check(settled.name, settled.state, verb)
+        current = context.records.update(machine, operation=verb, operator=Who.me())
+        try:
+            yield current or settled
+        except BaseException as error:
+            try:
+                reconcile.settle_held(context, machine)
+            except TrivisorError as failure:
+                error.add_note(f"and its record could not be put right: {failure}")
+            raise
+
+
+def _add(context: Context, row: Row) -> Row:
+    try:
+        return context.records.add(row)
+    except AlreadyExists:
+        # The name may be held by what a crash left, or by a machine whose owner is dead.
+        for other in context.records.find(row.name):
+            if other.name != row.name or reconcile.settle(context, other) is not None:
+                raise
+        return context.records.add(row)
+
+
+def _make_folder(context: Context, row: Row) -> None:
+    folder = context.folder(row)
+    try:
+        folder.root.mkdir(mode=0o700, exist_ok=True)
+        folder.logs.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder.root} cannot be made: {error.strerror}", machine=row.name, hint="free space under the home") from error
+
+
+def _clear(context: Context, row: Row) -> None:
+    """Remove what the last life left: its sockets, its exit file, and its logs, which would be taken for this one's."""
+    folder = context.folder(row)
+    try:
+        reconcile.clear_sockets(folder)
+        folder.exit.unlink(missing_ok=True)
+        folder.keeper.unlink(missing_ok=True)
+        folder.logs.mkdir(mode=0o700, exist_ok=True)
+        for log in folder.logs.iterdir():
+            log.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder.root} cannot be used: {error.strerror}", machine=row.name) from error
+
+
+def _kill_and_hold(context: Context, row: Row, stack: ExitStack) -> None:
+    """Take the lock from whatever operation holds it, by killing what that works on until it gives up."""
+    folder = context.folder(row)
+    deadline = time.monotonic() + _FORCE_WAIT
+    while True:
+        keeper.kill(folder)
+        try:
+            stack.enter_context(locks.hold(folder.lock, "delete", row.name, wait=0.2))
+            return
+        except Busy:
+            if time.monotonic() > deadline:
+                raise

@@ -1,0 +1,238 @@
+"""Machine: one virtual computer, as a caller holds it.
+
+It keeps nothing but the id and a line to the guest: every question is answered from the records, put right
+first, so two Machines of one machine, in one process or in many, agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+
+from trivisor.core.errors import NotFound, WaitTimeout
+from trivisor.core.spec import Spec, Wall
+from trivisor.core.state import State, check
+from trivisor.vmm import life, logs, reconcile, watch
+from trivisor.vmm.context import Context
+from trivisor.vmm.engine import Progress
+from trivisor.vmm.guestline import GuestLine
+from trivisor.vmm.records import Row
+from trivisor.vos import guest
+from trivisor.vos.capture import Sink, Stdin
+from trivisor.vos.files import Files
+from trivisor.vos.forward import Forward, forward
+from trivisor.vos.line import Line
+from trivisor.vos.process import Process
+from trivisor.vos.processes import ExecResult, Processes
+
+Argv = str | Sequence[str]
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True):
+    """What a machine takes of the host, and what it says of itself. Bytes and seconds."""
+
+    private: int
+    """Memory of the host that only this machine has."""
+    shared: int
+    """Memory that it shares with others: the ice that it maps."""
+    cpu_seconds: float
+    guest: dict[str, int]
+    """The guest's own figures (PROTOCOL.md, stats), to be believed as far as the guest is; empty while paused."""
+
+
+class Machine:
+    """One machine of a home. Got from VMM.create, run, get and list. Thread-safe, and usable after a fork."""
+
+    def __init__(self, context: Context, row: Row) -> None:
+        self._context = context
+        self._first = row
+        self._folder = context.folder(row)
+        self._line = GuestLine(self._folder.line, row.name)
+        self._deleted_at_exit = False
+
+    # -- what it is -------------------------------------------------------------------------------
+
+    @property
+    def id(self) -> str:
+        return self._first.id
+
+    @property
+    def name(self) -> str:
+        return self._first.name
+
+    @property
+    def wall(self) -> Wall:
+        return self._first.spec.wall
+
+    @property
+    def spec(self) -> Spec:
+        return self._first.spec
+
+    @property
+    def state(self) -> State:
+        """Where it is in its life, now. Raises NotFound if it was deleted."""
+        return self._row().state
+
+    def info(self) -> dict[str, Any]:
+        """Return all that is known of it, as JSON would hold it. Times are seconds since the epoch."""
+        row = self._row()
+        known = msgspec.to_builtins(row)
+        known["wall"] = row.spec.wall
+        known["folder"] = str(self._folder.root)
+        for who in ("operator", "owner"):
+            known[who] = known[who] and known[who]["pid"]
+        return {**known, "spec": msgspec.to_builtins(row.spec)}
+
+    # -- its life ---------------------------------------------------------------------------------
+
+    def start(self, *, progress: Progress | None = None) -> None:
+        """Run it, and return when its guest answers. `progress` is told what takes time.
+
+        Raises InvalidState, Busy, HostLacks, EngineError (with the end of the engine's output), StorageError.
+        """
+        life.start(self._context, self.id, progress or (lambda _: None))
+
+    def pause(self) -> None:
+        """Freeze it: when this returns no guest instruction runs. Raises InvalidState, Busy, EngineError."""
+        life.pause(self._context, self.id)
+
+    def resume(self) -> None:
+        """Let it go on. Raises InvalidState, Busy, EngineError."""
+        life.resume(self._context, self.id)
+
+    def stop(self, timeout: float = 10.0) -> None:
+        """Have its guest power off in order; after `timeout` seconds, or at once with 0, it is switched off.
+
+        Raises InvalidState, Busy, EngineError.
+        """
+        try:
+            life.stop(self._context, self.id, timeout)
+        finally:
+            self._line.close()
+
+    def delete(self, *, force: bool = False) -> None:
+        """Remove it with its disk. With `force` in any state, whatever it is doing. Raises InvalidState, Busy, StorageError."""
+        try:
+            life.delete(self._context, self.id, force=force)
+        finally:
+            self._line.close()
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Wait until it neither runs nor is paused, and return the exit status that its guest gave, if it did.
+
+        Raises WaitTimeout after `timeout` seconds, NotFound if it is deleted meanwhile.
+        """
+        while (row := self._row()).state in reconcile.LIVE:
+            if not watch.wait_ended(self._folder, timeout):
+                raise WaitTimeout(f"it is still {row.state} after {timeout:g} s", machine=self.name, hint="stop it, or wait longer")
+        return row.status
+
+    # -- what runs in it --------------------------------------------------------------------------
+
+    def exec(
+        self,
+        argv: Argv,
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str = "",
+        user: str = "",
+        stdin: Stdin = b"",
+        timeout: float | None = None,
+        on_stdout: Sink | None = None,
+        on_stderr: Sink | None = None,
+        check: bool = False,
+    ) -> ExecResult:
+        """Run a command to its end (vos.processes.Processes.exec). Raises ExecTimeout, InvalidState, GuestGone."""
+        processes = self._processes("exec")
+        return processes.exec(
+            argv, env=env, cwd=cwd, user=user, stdin=stdin, timeout=timeout, on_stdout=on_stdout, on_stderr=on_stderr, check=check
+        )
+
+    def spawn(self, argv: Argv, **options: Any) -> Process:
+        """Start a command and return it at once (vos.processes.Processes.spawn: pty, size, env, cwd, user, detach)."""
+        return self._processes("spawn").spawn(argv, **options)
+
+    @property
+    def files(self) -> Files:
+        """The files in it, while it runs."""
+        return Files(self._processes("files"))
+
+    def forward(self, guest_port: int, host_port: int = 0, host: str = "127.0.0.1") -> Forward:
+        """Listen on a port of this host (0: a free one) and join each connection to `guest_port` in the machine.
+
+        Needs no network in the machine. It lasts until it is closed, or this process ends.
+        """
+        self._check("forward")
+        return forward(self._processes("forward"), guest_port, host_port, host)
+
+    def stats(self, timeout: float = 5.0) -> Stats:
+        """Return what it takes now. Raises InvalidState unless it runs or is paused."""
+        row = self._check("stats")
+        usage = self._context.engine(row.spec.wall, row.name).usage(self._context.box(row))
+        said = guest.stats(self._processes("stats"), timeout) if row.state is State.RUNNING else {}
+        return Stats(private=usage.private, shared=usage.shared, cpu_seconds=usage.cpu_seconds, guest=said)
+
+    def logs(self, *, source: str = "serial", follow: bool = False) -> Iterator[bytes]:
+        """Return an iterator over a log of its current or last life: serial (the console), init (PID 1), engine, or all.
+
+        With `follow` it goes on until the machine ends. What the guest wrote is handed on as it is.
+        """
+        return logs.read(self._folder, source, self._lives if follow else None)
+
+    # -- as a context -----------------------------------------------------------------------------
+
+    def ephemeral(self) -> Self:
+        """Have the end of the `with` that this object is used in delete the machine, whatever its state."""
+        self._deleted_at_exit = True
+        return self
+
+    def close(self) -> None:
+        """Let go of it: commands of this object that do not outlive it are killed. The machine goes on."""
+        self._line.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self._deleted_at_exit:
+            self.close()
+            return
+        try:
+            self.delete(force=True)
+        except NotFound:
+            self.close()  # deleted inside the `with`, which is as good
+
+    def __repr__(self) -> str:
+        return f"<Machine {self.name} ({self.id})>"
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _row(self) -> Row:
+        row = reconcile.settle(self._context, self._context.row(self.id))
+        if row is None:
+            raise NotFound(f"machine {self.name} is gone", machine=self.name, hint="it was deleted")
+        return row
+
+    def _check(self, verb: str) -> Row:
+        row = self._row()
+        check(row.name, row.state, verb)
+        return row
+
+    def _lives(self) -> bool:
+        try:
+            return self._row().state in reconcile.LIVE
+        except NotFound:
+            return False
+
+    def _processes(self, verb: str) -> Processes:
+        return Processes(self._line_for(verb), self.name, self.spec.env)
+
+    def _line_for(self, verb: str) -> Callable[[], Line]:
+        def line() -> Line:
+            self._check(verb)
+            return self._line.get()
+
+        return line

@@ -1,0 +1,169 @@
+"""VMM: the machines of one home, as one process has it open.
+
+Nothing runs in the background: every call looks at the records and at the world, puts the first right by
+the second, and acts. So any number of processes of one user may have the same home open.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from trivisor.core.errors import AlreadyExists, HostLacks, InvalidSpec, NotFound, UnsupportedByWall
+from trivisor.core.events import Event
+from trivisor.core.paths import Home, default_home
+from trivisor.core.spec import WALLS, Spec, Wall
+from trivisor.images.catalog import Images
+from trivisor.vmm import life, names, reconcile
+from trivisor.vmm import sweep as sweeping
+from trivisor.vmm.context import Context
+from trivisor.vmm.engine import Engine, Progress, WallReport
+from trivisor.vmm.engines.vm.engine import VmEngine
+from trivisor.vmm.machine import Machine
+from trivisor.vmm.records import Records, Row
+
+_EVENT_POLL = 0.1
+_NAME_TRIES = 8
+
+
+class VMM:
+    """The virtual machine manager of the home at `home` (default: `$TRIVISOR_HOME`, else the XDG data folder).
+
+    Opening it removes what a crash left. Thread-safe, and usable after a fork. `engines` replaces the
+    walls' engines. Raises StorageError for a home that cannot be used.
+    """
+
+    def __init__(self, home: Path | str | None = None, *, engines: Iterable[Engine] | None = None) -> None:
+        place = Home(Path(home).absolute() if home is not None else default_home())
+        place.open()
+        chosen = list(engines) if engines is not None else [VmEngine(place)]
+        self._context = Context(
+            home=place,
+            records=Records(place.database),
+            images=Images(place),
+            engines={engine.wall: engine for engine in chosen},
+        )
+        sweeping.sweep(self._context)
+
+    @property
+    def home(self) -> Path:
+        return self._context.home.root
+
+    @property
+    def images(self) -> Images:
+        return self._context.images
+
+    def create(self, image: str, *, name: str | None = None, wall: str = "auto", **spec: Any) -> Machine:
+        """Make a machine from an image, without starting it. `spec`: the fields of core.spec.Spec.
+
+        Raises InvalidSpec, NotFound (image), AlreadyExists (name), UnsupportedByWall, HostLacks, StorageError.
+        """
+        for attempt in range(_NAME_TRIES):
+            wishes = Spec.make(image=image, name=name or names.readable(attempt), wall=self._wall(wall), **spec)
+            if attempt == 0:
+                self._context.engine(wishes.wall).check(wishes)
+                found = self._context.images.get(image)
+            try:
+                return Machine(self._context, life.create(self._context, wishes, found))
+            except AlreadyExists:
+                if name is not None or attempt == _NAME_TRIES - 1:
+                    raise
+        raise AssertionError("unreachable")
+
+    def run(self, image: str, *, progress: Progress | None = None, **spec: Any) -> Machine:
+        """Make and start a machine that ends with this process, and is deleted when the `with` that it is used in ends.
+
+        Raises what create and start raise; nothing is left then.
+        """
+        machine = self.create(image, **{"lifetime": "process", **spec})
+        try:
+            machine.start(progress=progress)
+        except BaseException:
+            machine.delete(force=True)
+            raise
+        return machine.ephemeral()
+
+    def get(self, key: str) -> Machine:
+        """Return the machine with that name or id, or whose id alone begins so. Raises NotFound."""
+        rows = [row for found in self._context.records.find(key) if (row := reconcile.settle(self._context, found)) is not None]
+        if len(rows) == 1:
+            return Machine(self._context, rows[0])
+        if rows:
+            raise NotFound(f"{key!r} could be {', '.join(row.name for row in rows)}", machine=key, hint="give more of the id, or the name")
+        raise NotFound(f"there is no machine {key!r}", machine=key, hint="`trivisor ps -a` lists those there are")
+
+    def list(self, *, labels: Mapping[str, str] | None = None) -> builtins.list[Machine]:
+        """Return the machines in all states, the oldest first; with `labels` those that have them all."""
+        wanted = (labels or {}).items()
+        rows = [row for row in self._context.records.rows() if wanted <= row.spec.labels.items()]
+        return [Machine(self._context, row) for row in self._settled(rows)]
+
+    def walls(self) -> builtins.list[WallReport]:
+        """Return what each wall offers on this host, and why not. Takes up to two seconds once a boot."""
+        missing = "this version of Trivisor has no engine for it"
+        engines = self._context.engines
+        return [engines[wall].report() if wall in engines else WallReport(wall=wall, available=False, why=missing) for wall in WALLS]
+
+    def events(self, since: int = 0, *, follow: bool = False, timeout: float | None = None) -> Iterator[Event]:
+        """Return what happened after the event with the id `since`; with `follow` what happens, for `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            batch = self._context.records.events(since)
+            yield from batch
+            if batch:
+                since = batch[-1].id
+                continue
+            if not follow or (deadline is not None and time.monotonic() >= deadline):
+                return
+            # SQLite tells nobody of a change.
+            time.sleep(_EVENT_POLL)
+
+    def sweep(self) -> builtins.list[str]:
+        """Remove what crashes left and compare every live machine with its record; return what was done, in words."""
+        return sweeping.sweep(self._context, deep=True)
+
+    def close(self) -> None:
+        """Let go of the home. Machines go on as they are."""
+        self._context.records.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"VMM({os.fspath(self.home)!r})"
+
+    def _settled(self, rows: Iterable[Row]) -> Iterator[Row]:
+        for row in rows:
+            settled = reconcile.settle(self._context, row)
+            if settled is not None:
+                yield settled
+
+    def _wall(self, wish: str) -> Wall:
+        """Decide "auto": vm with KVM, else gvisor, else vm with TCG; never container, which is asked for by name."""
+        engines = self._context.engines
+        for wall in WALLS:
+            if wish == wall:
+                if wall not in engines:
+                    raise UnsupportedByWall("run machines in this version of Trivisor", wall, engines)
+                return wall
+        if wish != "auto":
+            raise InvalidSpec(f"there is no wall {wish!r}", hint=f"it is one of auto, {', '.join(WALLS)}")
+        able: tuple[Wall, ...] = tuple(wall for wall in ("vm", "gvisor") if wall in engines)
+        if len(able) == 1:
+            return able[0]  # the engine's own check says what it lacks, without a probe
+        reports = {wall: engines[wall].report() for wall in able}
+        usable = [wall for wall in able if reports[wall].available]
+        if "vm" in usable and (reports["vm"].features.get("kvm") or "gvisor" not in usable):
+            return "vm"
+        if "gvisor" in usable:
+            return "gvisor"
+        why = "; ".join(f"{wall}: {report.why}" for wall, report in reports.items())
+        raise HostLacks(f"no wall can be used here: {why}", hint="; ".join(filter(None, (report.remedy for report in reports.values()))))

@@ -1,0 +1,202 @@
+"""A record that the world contradicts is put right, by whoever reads it next.
+
+Three things can be wrong with a record. Its operation's process died in the middle (the operation still
+stands in the row, and nobody holds the machine's lock): what it began is taken back, a delete is finished.
+It says running, but no keeper holds the alive lock: the machine ended, and the exit file says how. Its
+owner is dead: then so is a machine whose lifetime was that process's.
+
+All of it happens under the machine's lock, so it never meets an operation of a live process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import stat
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from trivisor.core import process
+from trivisor.core.errors import Busy, HostError, StorageError
+from trivisor.core.paths import MachineDir
+from trivisor.core.state import State
+from trivisor.launch import keeper
+from trivisor.vmm import locks
+from trivisor.vmm.context import Context, pin_owner
+from trivisor.vmm.records import Row
+
+LIVE = (State.RUNNING, State.PAUSED)
+_PANIC = b"Kernel panic"
+_TAIL = 64 << 10
+
+
+def settle(context: Context, row: Row) -> Row | None:
+    """Return the record put right, or as it stands while a live process operates; None if the machine is gone."""
+    if not _doubtful(context, row):
+        return row
+    try:
+        with locks.hold(context.folder(row).lock, locks.SETTLE, row.name):
+            return settle_held(context, row.id)
+    except Busy:
+        return context.records.row(row.id)
+    except locks.FolderGone:
+        return _settle_without_folder(context, row)
+
+
+def settle_held(context: Context, machine: str) -> Row | None:
+    """The same for a caller that holds the machine's lock. Raises Busy while another process makes it."""
+    row = context.records.row(machine)
+    if row is None:
+        return None
+    if row.operation == "create" and row.operator is not None and row.operator.alive():
+        # Between its row and its lock, or taking back a failed create: not ours to touch.
+        raise Busy(row.name, "create")
+    if row.owner is not None and not row.owner.alive():
+        erase(context, row, "deleted", "the process that it belonged to ended")
+        return None
+    if row.operation:
+        recovered = _recover(context, row)
+        if recovered is None:
+            return None
+        row = recovered
+    if row.state in LIVE and not keeper.alive(context.folder(row)):
+        return ended(context, row)
+    return row
+
+
+def erase(context: Context, row: Row, kind: str = "deleted", detail: str = "") -> None:
+    """Remove a machine with all it has: processes, folder, pin, row, in that order. May be done again."""
+    folder = context.folder(row)
+    keeper.kill(folder)
+    remove_tree(folder.root)
+    context.images.unpin(pin_owner(row.id))
+    context.records.remove(row, (kind, detail))
+
+
+def ended(context: Context, row: Row) -> Row | None:
+    """Write down how a machine's last life ended, and end the operation that asked for it."""
+    folder = context.folder(row)
+    rebooted = bool(row.boot_id) and row.boot_id != process.boot_id()
+    verdict = judge(keeper.ended(folder), rebooted=rebooted, panic=_panic(folder))
+    clear_sockets(folder)
+    return context.records.update(
+        row.id,
+        state=verdict.state,
+        status=verdict.status,
+        reason=verdict.reason,
+        ended=verdict.time or time.time(),
+        operation="",
+        operator=None,
+        event=(verdict.state.value, verdict.reason),
+    )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a life ended. `time` is seconds since the epoch, None where nobody saw it."""
+
+    state: State
+    status: int | None
+    reason: str
+    time: float | None = None
+
+
+def judge(ending: keeper.Exit | None, *, rebooted: bool, panic: str) -> Verdict:
+    """Decide between stopped and failed, and give the reason in words."""
+    if ending is None:
+        return Verdict(State.FAILED, None, "the host rebooted" if rebooted else "its keeper was killed")
+    at = ending.ended_ns / 1e9
+    if ending.bye is not None:
+        return Verdict(State.STOPPED, ending.bye, ending.reason or "the guest powered off", at)
+    if ending.reason:
+        return Verdict(State.STOPPED, None, ending.reason, at)
+    if panic:
+        return Verdict(State.FAILED, None, panic, at)
+    if ending.how == "exited" and ending.value == 0:
+        return Verdict(State.STOPPED, None, "the guest powered off at once", at)
+    how = "was killed by signal" if ending.how == "signaled" else "exited with status"
+    return Verdict(State.FAILED, None, f"its engine {how} {ending.value}", at)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder with all that is in it; that it is gone already is no error. Raises StorageError."""
+    for _ in range(3):
+        try:
+            shutil.rmtree(path)
+        except FileNotFoundError:
+            # Another process may be removing the same tree: what matters is that nothing is left.
+            if not path.exists():
+                return
+        except OSError as error:
+            raise StorageError(f"{path} cannot be removed: {error.strerror}", hint="remove it by hand, then delete again") from error
+        else:
+            return
+
+
+def clear_sockets(folder: MachineDir) -> None:
+    """Remove the sockets that a dead keeper and engine left in a machine's folder."""
+    with contextlib.suppress(FileNotFoundError):
+        for entry in folder.root.iterdir():
+            if stat.S_ISSOCK(entry.lstat().st_mode):
+                entry.unlink(missing_ok=True)
+
+
+def standing(context: Context, row: Row) -> State:
+    """Return whether a machine that is alive runs or is paused, from the engine itself."""
+    try:
+        return State.PAUSED if context.engine(row.spec.wall, row.name).paused(context.box(row)) else State.RUNNING
+    except HostError:
+        # An engine that does not answer is about to be found dead, or hangs: either way as it was before.
+        return row.state
+
+
+def _doubtful(context: Context, row: Row) -> bool:
+    if row.operation or (row.owner is not None and not row.owner.alive()):
+        return True
+    return row.state in LIVE and not keeper.alive(context.folder(row))
+
+
+def _recover(context: Context, row: Row) -> Row | None:
+    """Take back, or finish, the operation whose process died. The machine's lock is held."""
+    folder = context.folder(row)
+    if row.operation in ("create", "delete"):
+        erase(context, row, "swept", f"{row.operation} was cut short")
+        return None
+    state = row.state
+    if row.operation == "start":
+        # The record of a start is its last step, so whatever runs now was never reported as running.
+        keeper.kill(folder)
+        clear_sockets(folder)
+    elif keeper.alive(folder):
+        state = standing(context, row)
+    event = ("swept", f"{row.operation} was cut short")
+    return context.records.update(row.id, state=state, operation="", operator=None, event=event)
+
+
+def _settle_without_folder(context: Context, row: Row) -> Row | None:
+    """There is nothing to lock: the row is before its folder (create), after it (delete), or the folder was taken away."""
+    fresh = context.records.row(row.id)
+    if fresh is None or (fresh.operator is not None and fresh.operator.alive()):
+        return fresh
+    orphan = fresh.owner is not None and not fresh.owner.alive()
+    if orphan or fresh.operation in ("create", "delete"):
+        erase(context, fresh, "swept", f"{fresh.operation} was cut short" if fresh.operation else "")
+        return None
+    lost = {"state": State.FAILED, "reason": "its folder is gone", "operation": "", "operator": None}
+    return context.records.update(row.id, event=("failed", "its folder is gone"), **lost)
+
+
+def _panic(folder: MachineDir) -> str:
+    """Return the kernel's last words from the serial log, or nothing. Hostile text: bounded and made printable."""
+    try:
+        with folder.log("serial").open("rb") as log:
+            log.seek(max(0, log.seek(0, 2) - _TAIL))
+            tail = log.read(_TAIL)
+    except OSError:
+        return ""
+    at = tail.find(_PANIC)
+    if at < 0:
+        return ""
+    line = tail[at : at + 200].splitlines()[0].decode(errors="replace")
+    return "".join(letter if letter.isprintable() else "?" for letter in line)

@@ -1,0 +1,111 @@
+"""What a crash left is removed when a home is opened: processes, folders, sockets, rows, half-made files.
+
+Cheap when there is nothing: one query, one listing of the machines' folder and one of tmp. Folders are
+listed before the rows are read: a row is older than its folder and outlives it, so a folder without a row
+in that order belongs to nobody. Whatever a live process holds is left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from trivisor.core.errors import StorageError, TrivisorError
+from trivisor.core.process import Who
+from trivisor.launch import keeper
+from trivisor.vmm import locks, reconcile
+from trivisor.vmm.context import Context
+from trivisor.vmm.records import Row
+
+
+def sweep(context: Context, *, deep: bool = False) -> list[str]:
+    """Remove what no live process and no row stands for; return what was done, in words.
+
+    `deep` also asks the engine of every live machine whether it is paused. What cannot be removed is said
+    too, and stops nothing else.
+    """
+    said: list[str] = []
+    folders = _names(context.home.machines)
+    rows = context.records.rows()
+    for row in rows:
+        _try(said, f"machine {row.name}", partial(_row, context, row, deep=deep))
+    for name in sorted(folders - {row.id for row in rows}):
+        _try(said, f"folder {name}", partial(_folder, context, name))
+    _try(said, "tmp", partial(_tmp, context.home.tmp))
+    ids = {row.id for row in rows}
+    for engine in context.engines.values():
+        _try(said, f"{engine.wall} engine", partial(engine.sweep, context.home, ids))
+    _try(said, "store", context.images.sweep)
+    for words in said:
+        context.records.note("swept", words)
+    return said
+
+
+def _try(said: list[str], what: str, work: Callable[[], list[str]]) -> None:
+    try:
+        said += work()
+    except (TrivisorError, OSError) as error:
+        said.append(f"{what}: left as it is: {error}")
+
+
+def _row(context: Context, row: Row, *, deep: bool) -> list[str]:
+    settled = reconcile.settle(context, row)
+    if settled is None:
+        return [f"machine {row.name}: removed, {row.operation or 'the process that it belonged to'} was cut short"]
+    if settled.state is not row.state:
+        return [f"machine {row.name}: {row.state} is {settled.state}" + (f", {settled.reason}" if settled.reason else "")]
+    if row.operation and not settled.operation:
+        return [f"machine {row.name}: {row.operation} was cut short, it is {settled.state}"]
+    if deep and settled.state in reconcile.LIVE and not settled.operation:
+        return _ask(context, settled)
+    return []
+
+
+def _ask(context: Context, row: Row) -> list[str]:
+    """Compare running and paused with what the engine says."""
+    with locks.hold(context.folder(row).lock, locks.SETTLE, row.name):
+        fresh = reconcile.settle_held(context, row.id)
+        if fresh is None or fresh.state not in reconcile.LIVE:
+            return []
+        state = reconcile.standing(context, fresh)
+        if state is fresh.state:
+            return []
+        context.records.update(row.id, state=state, event=(state.value, "found so"))
+    return [f"machine {row.name}: {fresh.state} is {state}"]
+
+
+def _folder(context: Context, name: str) -> list[str]:
+    folder = context.home.machine(name)
+    if locks.held(folder.lock):
+        return []
+    if folder.root.is_dir() and not folder.root.is_symlink():
+        keeper.kill(folder)
+        reconcile.remove_tree(folder.root)
+    else:
+        folder.root.unlink(missing_ok=True)
+    return [f"folder {name}: removed, no machine names it"]
+
+
+def _tmp(tmp: Path) -> list[str]:
+    said = []
+    for name in _names(tmp):
+        maker = Who.parse(" ".join(name.split("-", 2)[:2]))
+        if maker is None or maker.alive():
+            continue
+        path = tmp / name
+        if path.is_dir() and not path.is_symlink():
+            reconcile.remove_tree(path)
+        else:
+            path.unlink(missing_ok=True)
+        said.append(f"tmp {name}: removed, its maker ended")
+    return said
+
+
+def _names(folder: Path) -> set[str]:
+    try:
+        return {entry.name for entry in folder.iterdir()}
+    except FileNotFoundError:
+        return set()
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be read: {error.strerror}") from error
