@@ -9,6 +9,9 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <unistd.h>
+
+#undef F_OK /* access(2)'s, which is not used here and would silently turn our F_OK into 0 */
 
 enum {
     FRAME_MAGIC = 0x54,

@@ -1,0 +1,298 @@
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/random.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "keep.h"
+#include "wire.h"
+
+enum {
+    STALL_MS = 5000,             /* a client that holds up the line and takes nothing for this long is closed */
+    BUDGET_FIRST = 1024 * 1024,  /* noise that is read at full speed ... */
+    BUDGET = 64 * 1024,          /* ... and then every PAUSE_MS, so that a guest's garbage costs little */
+    PAUSE_MS = 10,
+    BACKOFF_MS = 10,             /* the first new SYNC after a malformed frame; doubles up to ... */
+    BACKOFF_MOST_MS = 1000,
+    SETTLED_MS = 10000,          /* ... and is forgotten after this long without one */
+    DRAIN_CHUNKS = 64,
+};
+
+static uint8_t chunk[MUX_CHUNK];
+
+static void begin(struct keeper *k) {
+    uint8_t nonce[NONCE_SIZE];
+    if (getrandom(nonce, sizeof nonce, 0) != sizeof nonce)
+        abort(); /* cannot happen: the call never gives less for so few */
+    k->sync_at = INT64_MAX;
+    mux_sync(&k->mux, nonce);
+}
+
+/* What came from the guest may have changed the line's state: act on it. */
+static void note_state(struct keeper *k, enum mux_state before) {
+    struct mux *m = &k->mux;
+    if (before == m->state)
+        return;
+    if (m->guest_version && m->guest_version != PROTOCOL_VERSION) {
+        char text[96];
+        snprintf(text, sizeof text, "failed the guest speaks version %u of the protocol, not %d\n", m->guest_version, PROTOCOL_VERSION);
+        keep_report(k, text, true);
+        keep_kill(k, "version");
+    } else if (m->state == MUX_SYNCED) {
+        k->synced_at = now_ms();
+        k->active = k->synced_at;
+        keep_report(k, "synced\n", true);
+    } else if (m->state == MUX_BROKEN && k->sync_at == INT64_MAX) {
+        if (k->synced_at && now_ms() - k->synced_at > SETTLED_MS)
+            k->backoff = BACKOFF_MS;
+        k->sync_at = now_ms() + k->backoff;
+        k->backoff = k->backoff * 2 < BACKOFF_MOST_MS ? k->backoff * 2 : BACKOFF_MOST_MS;
+    }
+}
+
+static void lose_line(struct keeper *k) {
+    loop_close(&k->line);
+    mux_lose(&k->mux);
+    k->sync_at = INT64_MAX;
+}
+
+static void throttle(struct keeper *k) {
+    k->budget -= (int64_t)(k->mux.noise - k->noise);
+    k->noise = k->mux.noise;
+    if (k->budget > 0)
+        return;
+    k->budget = BUDGET;
+    k->throttled = now_ms() + PAUSE_MS;
+}
+
+/* Read the line once. True if there may be more at once. */
+static bool read_line(struct keeper *k) {
+    if (k->line.fd < 0 || !k->line_readable)
+        return false;
+    ssize_t n = read(k->line.fd, chunk, sizeof chunk);
+    if (n > 0) {
+        enum mux_state before = k->mux.state;
+        mux_guest_feed(&k->mux, chunk, (size_t)n);
+        note_state(k, before);
+        throttle(k);
+        return true;
+    }
+    if (n == 0 || (errno != EAGAIN && errno != EINTR))
+        lose_line(k);
+    else
+        k->line_readable = errno == EINTR;
+    return false;
+}
+
+static void write_line(struct keeper *k) {
+    struct bytes *q = &k->mux.line;
+    while (k->line.fd >= 0 && k->line_writable && q->used > 0) {
+        ssize_t n = write(k->line.fd, bytes_head(q), q->used);
+        if (n > 0)
+            bytes_take(q, (size_t)n);
+        else if (n < 0 && errno == EAGAIN)
+            k->line_writable = false;
+        else if (n < 0 && errno != EINTR)
+            lose_line(k);
+    }
+}
+
+static void drop(struct keeper *k, struct connection *c) {
+    loop_close(&c->watch);
+    mux_leave(&k->mux, c->client);
+    free(c);
+}
+
+/* Read one chunk of a client. True if there may be more at once. */
+static bool read_client(struct keeper *k, struct connection *c) {
+    if (!c->readable || !mux_wants(c->client))
+        return false;
+    ssize_t n = read(c->watch.fd, chunk, sizeof chunk);
+    if (n > 0) {
+        mux_client_feed(&k->mux, c->client, chunk, (size_t)n);
+        return true;
+    }
+    if (n == 0 || (errno != EAGAIN && errno != EINTR))
+        c->client->closing = true;
+    else
+        c->readable = errno == EINTR;
+    return false;
+}
+
+static void write_client(struct keeper *k, struct connection *c) {
+    struct bytes *q = &c->client->out;
+    if (q->used == 0)
+        c->progress = now_ms();
+    while (c->writable && q->used > 0) {
+        ssize_t n = send(c->watch.fd, bytes_head(q), q->used, MSG_NOSIGNAL);
+        if (n > 0) {
+            mux_taken(&k->mux, c->client, (size_t)n);
+            c->progress = now_ms();
+        } else if (n < 0 && errno == EAGAIN) {
+            c->writable = false;
+        } else if (n < 0 && errno != EINTR) {
+            c->client->closing = true;
+            return;
+        }
+    }
+}
+
+static void client_event(struct watch *w, uint32_t events) {
+    struct connection *c = (struct connection *)w;
+    c->readable |= (events & (EPOLLIN | EPOLLHUP | EPOLLERR | EPOLLRDHUP)) != 0;
+    c->writable |= (events & EPOLLOUT) != 0;
+    c->hangup |= (events & (EPOLLHUP | EPOLLERR)) != 0;
+}
+
+static void accept_clients(struct keeper *k) {
+    while (k->listener_ready && k->listener.fd >= 0) {
+        int fd = accept4(k->listener.fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+        if (fd < 0) {
+            /* Out of descriptors or memory: whoever waits is taken when the next one comes. */
+            k->listener_ready = errno == EINTR || errno == ECONNABORTED;
+            continue;
+        }
+        struct connection *c = calloc(1, sizeof *c);
+        if (c)
+            *c = (struct connection){.watch = {.fd = fd, .on = client_event}, .progress = now_ms()};
+        if (!c || !(c->client = mux_join(&k->mux))) {
+            close(fd);
+            free(c);
+            continue;
+        }
+        c->client->driver = c;
+        if (loop_add(&c->watch, EPOLLIN | EPOLLOUT | EPOLLRDHUP) < 0)
+            drop(k, c);
+    }
+}
+
+static bool serve_clients(struct keeper *k, bool line_waits) {
+    bool more = false;
+    struct mux *m = &k->mux;
+    for (size_t i = 0; i < m->client_count;) {
+        struct connection *c = m->clients[i]->driver;
+        more |= read_client(k, c);
+        write_client(k, c);
+        bool stuck = line_waits && c->client->out.used > 0 && now_ms() - c->progress >= STALL_MS;
+        if (c->client->closing || stuck || (c->hangup && !mux_wants(c->client)))
+            drop(k, c); /* the last client takes its place */
+        else
+            i++;
+    }
+    return more;
+}
+
+bool keepline_serve(struct keeper *k) {
+    int64_t now = now_ms();
+    struct mux *m = &k->mux;
+    bool more = false;
+    if (now >= k->sync_at)
+        begin(k);
+    accept_clients(k);
+    bool wants = mux_line_wants(m);
+    if (wants && now >= k->throttled)
+        more = read_line(k);
+    if (k->tell_shutdown && m->state == MUX_SYNCED) {
+        uint8_t power_off = 0;
+        k->tell_shutdown = !mux_tell_guest(m, F_SHUTDOWN, 0, &power_off, 1);
+    }
+    more |= serve_clients(k, !wants);
+    write_line(k);
+    if (m->line.used <= MUX_LINE_HIGH) {
+        mux_pump(m);
+        write_line(k);
+    }
+    if (m->traffic != k->traffic) {
+        k->traffic = m->traffic;
+        k->active = now;
+    }
+    return more && now >= k->throttled;
+}
+
+int64_t keepline_deadline(const struct keeper *k) {
+    int64_t at = k->sync_at;
+    if (k->throttled > now_ms() && k->throttled < at)
+        at = k->throttled;
+    if (!mux_line_wants(&k->mux))
+        for (size_t i = 0; i < k->mux.client_count; i++) {
+            const struct connection *c = k->mux.clients[i]->driver;
+            if (c->client->out.used > 0 && c->progress + STALL_MS < at)
+                at = c->progress + STALL_MS;
+        }
+    return at;
+}
+
+static void line_event(struct watch *w, uint32_t events) {
+    struct keeper *k = (struct keeper *)((char *)w - offsetof(struct keeper, line));
+    k->line_readable |= (events & (EPOLLIN | EPOLLHUP | EPOLLERR)) != 0;
+    k->line_writable |= (events & EPOLLOUT) != 0;
+}
+
+static void listener_event(struct watch *w, uint32_t events) {
+    (void)events;
+    ((struct keeper *)((char *)w - offsetof(struct keeper, listener)))->listener_ready = true;
+}
+
+static void on_log(void *context, const uint8_t *data, size_t size) {
+    struct keeper *k = context;
+    if (k->init_log.cap)
+        keepfiles_log(k, &k->init_log, data, size);
+}
+
+/* Answer a KEEPER* frame; false if it is malformed. */
+static bool on_keeper(void *context, struct mux_client *c, const struct frame *f) {
+    struct keeper *k = context;
+    char text[256];
+    if (f->type == F_KEEPER) {
+        int n = snprintf(text, sizeof text, "keeper=%d\nengine=%d\nsynced=%d\nclients=%zu\nuptime_ms=%lld\n", (int)getpid(), (int)keep_engine(k),
+                         k->mux.state == MUX_SYNCED, k->mux.client_count, (long long)(now_ms() - k->started));
+        mux_answer(&k->mux, c, F_KEEPER_INFO, f->stream, text, (size_t)n);
+        return f->length == 0;
+    }
+    struct reader r = reader_of(f->payload, f->length);
+    uint32_t grace = f->type == F_KEEPER_STOP ? read_u32(&r) : 0;
+    char *reason = read_string(&r);
+    bool good = reason && reader_done(&r) && strlen(reason) < KEEP_REASON && !strchr(reason, '\n');
+    if (good && f->type == F_KEEPER_STOP)
+        keep_stop(k, grace, reason);
+    else if (good)
+        keep_kill(k, reason);
+    free(reason);
+    return good;
+}
+
+void keepline_open(struct keeper *k) {
+    k->mux.context = k;
+    k->mux.on_log = on_log;
+    k->mux.on_keeper = on_keeper;
+    k->line.on = line_event;
+    k->listener.on = listener_event;
+    k->budget = BUDGET_FIRST;
+    k->backoff = BACKOFF_MS;
+    loop_add(&k->line, EPOLLIN | EPOLLOUT);
+    loop_add(&k->listener, EPOLLIN);
+    begin(k);
+}
+
+void keepline_drain(struct keeper *k) {
+    k->line_readable = true;
+    for (int i = 0; i < DRAIN_CHUNKS && read_line(k); i++)
+        ;
+    for (size_t i = 0; i < k->mux.client_count; i++)
+        write_client(k, k->mux.clients[i]->driver);
+}
+
+void keepline_close(struct keeper *k) {
+    loop_close(&k->listener);
+    while (k->mux.client_count) {
+        struct connection *c = k->mux.clients[0]->driver;
+        write_client(k, c);
+        /* What is unread here would reach the client as a reset instead of an end. */
+        for (int i = 0; i < DRAIN_CHUNKS && read(c->watch.fd, chunk, sizeof chunk) > 0; i++)
+            ;
+        drop(k, c);
+    }
+}
