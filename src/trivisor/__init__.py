@@ -16,33 +16,63 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trivisor.core.errors import (
-        AlreadyExists as AlreadyExists,
-        Busy as Busy,
-        CallerError as CallerError,
-        EngineError as EngineError,
-        ExecFailed as ExecFailed,
-        ExecTimeout as ExecTimeout,
-        FileError as FileError,
-        GuestError as GuestError,
-        GuestGone as GuestGone,
-        GuestProtocolError as GuestProtocolError,
-        HostError as HostError,
-        HostLacks as HostLacks,
-        ImageError as ImageError,
-        InvalidSpec as InvalidSpec,
-        InvalidState as InvalidState,
-        NotFound as NotFound,
-        StorageError as StorageError,
-        TrivisorError as TrivisorError,
-        UnsupportedByWall as UnsupportedByWall,
-        WaitTimeout as WaitTimeout,
+        AlreadyExists,
+        Busy,
+        CallerError,
+        EngineError,
+        ExecFailed,
+        ExecTimeout,
+        FileError,
+        GuestError,
+        GuestGone,
+        GuestProtocolError,
+        HostError,
+        HostLacks,
+        ImageError,
+        InvalidSpec,
+        InvalidState,
+        NotFound,
+        StorageError,
+        TrivisorError,
+        UnsupportedByWall,
+        WaitTimeout,
     )
-    from trivisor.core.events import Event as Event
-    from trivisor.core.spec import Spec as Spec
-    from trivisor.core.state import State as State
-    from trivisor.vmm.engine import WallReport as WallReport
-    from trivisor.vmm.machine import Machine as Machine, Stats as Stats
-    from trivisor.vmm.manager import VMM as VMM
+    from trivisor.core.events import Event
+    from trivisor.core.spec import Spec
+    from trivisor.core.state import State
+    from trivisor.vmm.engine import WallReport
+    from trivisor.vmm.machine import Machine, Stats
+    from trivisor.vmm.manager import VMM
+
+__all__ = [
+    "VMM",
+    "AlreadyExists",
+    "Busy",
+    "CallerError",
+    "EngineError",
+    "Event",
+    "ExecFailed",
+    "ExecTimeout",
+    "FileError",
+    "GuestError",
+    "GuestGone",
+    "GuestProtocolError",
+    "HostError",
+    "HostLacks",
+    "ImageError",
+    "InvalidSpec",
+    "InvalidState",
+    "Machine",
+    "NotFound",
+    "Spec",
+    "State",
+    "Stats",
+    "StorageError",
+    "TrivisorError",
+    "UnsupportedByWall",
+    "WaitTimeout",
+    "WallReport",
+]
 
 _WHERE = {
     "AlreadyExists": "trivisor.core.errors",
@@ -73,7 +103,6 @@ _WHERE = {
     "Stats": "trivisor.vmm.machine",
     "VMM": "trivisor.vmm.manager",
 }
-__all__ = sorted(_WHERE)  # noqa: PLE0605 - the table is the list
 
 
 def __getattr__(name: str) -> Any:

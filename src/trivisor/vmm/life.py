@@ -70,8 +70,8 @@ def start(context: Context, machine: str, progress: Progress) -> Row:
         _clear(context, row)
         undo.add("keeper", lambda: keeper.kill(box.dir))
         facts = engine.start(box, undo, progress)
-        life = {"started": time.time(), "ended": None, "status": None, "reason": "", "boot_id": process.boot_id(), "facts": facts}
-        done = context.records.update(row.id, state=State.RUNNING, event=("started", ""), **life, **_IDLE)
+        life: dict[str, Any] = {"started": time.time(), "ended": None, "status": None, "reason": "", "facts": facts}
+        done = context.records.update(row.id, state=State.RUNNING, boot_id=process.boot_id(), event=("started", ""), **life, **_IDLE)
         undo.keep()
         return done or row
 

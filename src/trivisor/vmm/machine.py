@@ -6,7 +6,7 @@ first, so two Machines of one machine, in one process or in many, agree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,9 +26,7 @@ from trivisor.vos.files import Files
 from trivisor.vos.forward import Forward, forward
 from trivisor.vos.line import Line
 from trivisor.vos.process import Process
-from trivisor.vos.processes import ExecResult, Processes
-
-Argv = str | Sequence[str]
+from trivisor.vos.processes import MAX_OUTPUT, Argv, ExecResult, Processes
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
@@ -137,23 +135,50 @@ class Machine:
         argv: Argv,
         *,
         env: Mapping[str, str] | None = None,
-        cwd: str = "",
-        user: str = "",
+        cwd: str | None = None,
+        user: str | None = None,
         stdin: Stdin = b"",
         timeout: float | None = None,
         on_stdout: Sink | None = None,
         on_stderr: Sink | None = None,
         check: bool = False,
+        max_output: int = MAX_OUTPUT,
     ) -> ExecResult:
-        """Run a command to its end (vos.processes.Processes.exec). Raises ExecTimeout, InvalidState, GuestGone."""
-        processes = self._processes("exec")
-        return processes.exec(
-            argv, env=env, cwd=cwd, user=user, stdin=stdin, timeout=timeout, on_stdout=on_stdout, on_stderr=on_stderr, check=check
+        """Run a command to its end and return how it went; a str is a line for /bin/sh. vos.processes.Processes.exec says more.
+
+        Raises InvalidState, ExecTimeout after `timeout` seconds (its process group is killed), ExecFailed with `check`,
+        GuestGone, GuestProtocolError.
+        """
+        return self._processes("exec").exec(
+            argv,
+            env=env,
+            cwd=cwd or "",
+            user=user or "",
+            stdin=stdin,
+            timeout=timeout,
+            on_stdout=on_stdout,
+            on_stderr=on_stderr,
+            check=check,
+            max_output=max_output,
         )
 
-    def spawn(self, argv: Argv, **options: Any) -> Process:
-        """Start a command and return it at once (vos.processes.Processes.spawn: pty, size, env, cwd, user, detach)."""
-        return self._processes("spawn").spawn(argv, **options)
+    def spawn(
+        self,
+        argv: Argv,
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+        pty: bool = False,
+        size: tuple[int, int] = (24, 80),
+        stdin: bool = True,
+        detach: bool = False,
+    ) -> Process:
+        """Start a command and return it running: with pipes, or with `pty` a terminal of `size` (rows, columns).
+
+        It is killed when this process ends or lets go of the machine, unless `detach`. Raises InvalidState, GuestGone.
+        """
+        return self._processes("spawn").spawn(argv, env=env, cwd=cwd or "", user=user or "", pty=pty, size=size, stdin=stdin, detach=detach)
 
     @property
     def files(self) -> Files:

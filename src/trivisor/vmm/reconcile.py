@@ -16,6 +16,7 @@ import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trivisor.core import process
 from trivisor.core.errors import Busy, HostError, StorageError
@@ -183,7 +184,7 @@ def _settle_without_folder(context: Context, row: Row) -> Row | None:
     if orphan or fresh.operation in ("create", "delete"):
         erase(context, fresh, "swept", f"{fresh.operation} was cut short" if fresh.operation else "")
         return None
-    lost = {"state": State.FAILED, "reason": "its folder is gone", "operation": "", "operator": None}
+    lost: dict[str, Any] = {"state": State.FAILED, "reason": "its folder is gone", "operation": "", "operator": None}
     return context.records.update(row.id, event=("failed", "its folder is gone"), **lost)
 
 
