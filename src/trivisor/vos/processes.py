@@ -1,0 +1,207 @@
+"""Commands in a machine: exec runs one to its end, spawn hands it over running.
+
+A command is argv; a str is a line for /bin/sh. Which line to use is asked anew for each command, so a machine that
+was stopped and started again, or a line that failed, needs nothing from the caller.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from trivisor.core.errors import ExecFailed, InvalidSpec
+from trivisor.vos import wire
+from trivisor.vos.capture import QUIET_WAKE, Capture, Sink, Stdin
+from trivisor.vos.command import Command
+from trivisor.vos.line import Line
+from trivisor.vos.process import Process
+from trivisor.vos.wire import STDERR, STDOUT, Flag
+
+MAX_OUTPUT = 256 << 20
+"""Bytes of each output that exec keeps unless told otherwise."""
+START_TIMEOUT = 60.0
+"""Seconds until a spawned command must have started; a machine may be slow, or paused by someone else."""
+
+Argv = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class ExecResult:
+    """How a command went. `exit_code` is its status, or 128 + n and `signal` n if signal n killed it.
+
+    127: no such program; 126: it cannot be executed. Seconds of wall clock on the host (`duration`) and of processor in
+    the machine (`user_seconds`, `system_seconds`); `peak_memory` is bytes. `truncated`: more was streamed than is kept.
+    """
+
+    argv: tuple[str, ...]
+    exit_code: int
+    signal: int | None
+    stdout: bytes
+    stderr: bytes
+    duration: float
+    user_seconds: float
+    system_seconds: float
+    peak_memory: int
+    truncated: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """True if the exit code is 0."""
+        return self.exit_code == 0
+
+    @property
+    def text(self) -> str:
+        """stdout as text (UTF-8; what is not becomes U+FFFD)."""
+        return self.stdout.decode("utf-8", "replace")
+
+    @property
+    def error_text(self) -> str:
+        """stderr as text."""
+        return self.stderr.decode("utf-8", "replace")
+
+
+class Processes:
+    """Runs commands in one machine. Thread-safe. `env` lies under the env of each command."""
+
+    def __init__(self, line_of: Callable[[], Line], machine: str, env: Mapping[str, str] | None = None) -> None:
+        self.machine = machine
+        self._line_of = line_of
+        self._env = dict(env or {})
+
+    def exec(
+        self,
+        argv: Argv,
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str = "",
+        user: str = "",
+        stdin: Stdin = b"",
+        timeout: float | None = None,
+        on_stdout: Sink | None = None,
+        on_stderr: Sink | None = None,
+        check: bool = False,
+        max_output: int = MAX_OUTPUT,
+    ) -> ExecResult:
+        """Run `argv` to its end.
+
+        `user` is a name or uid, with `:group` if wanted (root unless given); `cwd` the user's home unless given.
+        `stdin` is bytes, text, a binary file or an iterable of bytes; empty means /dev/null. `on_stdout` and `on_stderr`
+        are called with bytes as they come. At most `max_output` bytes of each output are kept: more is an error, but
+        with a callback the rest is only not kept.
+
+        Raises ExecTimeout after `timeout` seconds (the process group is killed), ExecFailed with `check` if the exit
+        code is not 0, GuestError if the guest refuses (no such user or cwd), GuestGone and GuestProtocolError if the
+        line fails. What a callback or `stdin` raises kills the command and goes through; so does Ctrl-C.
+        """
+        words = _words(argv)
+        capture = Capture(self.machine, max_output, {STDOUT: on_stdout, STDERR: on_stderr})
+        request = wire.exec_request(words, self._environment(env), flags=_stdin_flag(stdin), user=user, cwd=cwd)
+        result = self._run(words, request, capture, stdin, timeout)
+        if check and not result.ok:
+            raise ExecFailed(self.machine, result, _failure(result))
+        return result
+
+    def spawn(
+        self,
+        argv: Argv,
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str = "",
+        user: str = "",
+        pty: bool = False,
+        size: tuple[int, int] = (24, 80),
+        stdin: bool = True,
+        detach: bool = False,
+    ) -> Process:
+        """Start `argv` and return it running.
+
+        With `pty` it has a terminal of `size` (rows, columns). It is killed when this process leaves the line, unless
+        `detach`. `stdin=False` gives it /dev/null. Raises as exec does.
+        """
+        words = _words(argv)
+        flags = (Flag.PTY if pty else 0) | (Flag.DETACH if detach else 0) | (0 if stdin else Flag.NO_STDIN)
+        request = wire.exec_request(words, self._environment(env), flags=flags, size=size if pty else (0, 0), user=user, cwd=cwd)
+        return self._start(words, request, pty=pty)
+
+    def builtin(self, argv: Sequence[str], *, user: str = "", stdin: bool = False) -> Process:
+        """Start one of the guest's own commands (PROTOCOL.md, "Builtins")."""
+        words = tuple(argv)
+        request = wire.exec_request(words, (), flags=Flag.BUILTIN | (0 if stdin else Flag.NO_STDIN), user=user)
+        return self._start(words, request, pty=False)
+
+    def run_builtin(
+        self,
+        argv: Sequence[str],
+        *,
+        user: str = "",
+        stdin: Stdin = b"",
+        timeout: float | None = None,
+        limit: int = MAX_OUTPUT,
+        hint: str = "",
+    ) -> ExecResult:
+        """Run one of the guest's own commands to its end. `hint` goes with the error if it writes more than `limit`."""
+        words = tuple(argv)
+        request = wire.exec_request(words, (), flags=Flag.BUILTIN | _stdin_flag(stdin), user=user)
+        return self._run(words, request, Capture(self.machine, limit, {STDOUT: None, STDERR: None}, hint), stdin, timeout)
+
+    def _run(self, words: tuple[str, ...], request: bytes, capture: Capture, stdin: Stdin, timeout: float | None) -> ExecResult:
+        began = time.monotonic()
+        deadline = None if timeout is None else began + timeout
+        command = Command.start(self._line_of(), request, deadline, QUIET_WAKE if capture.quiet else 1)
+        capture.run(command, stdin, timeout, deadline)
+        return self._result(words, command, capture, time.monotonic() - began)
+
+    def _start(self, words: tuple[str, ...], request: bytes, *, pty: bool) -> Process:
+        command = Command.start(self._line_of(), request, time.monotonic() + START_TIMEOUT)
+        try:
+            pid = command.started(START_TIMEOUT)
+        except KeyboardInterrupt:
+            command.abort()
+            raise
+        return Process(command, words, pid, pty=pty)
+
+    def _environment(self, env: Mapping[str, str] | None) -> list[str]:
+        merged = {**self._env, **(env or {})}
+        for key, value in merged.items():
+            if not isinstance(key, str) or not isinstance(value, str) or not key or "=" in key:
+                raise InvalidSpec(f"env {key!r} is not a name and a text", hint='for example env={"LANG": "C.UTF-8"}')
+        return [f"{key}={value}" for key, value in merged.items()]
+
+    def _result(self, words: tuple[str, ...], command: Command, capture: Capture, duration: float) -> ExecResult:
+        exited = command.exited
+        assert exited is not None
+        return ExecResult(
+            argv=words,
+            exit_code=exited.exit_code,
+            signal=exited.signal,
+            stdout=capture.output(STDOUT),
+            stderr=capture.output(STDERR),
+            duration=duration,
+            user_seconds=exited.user_seconds,
+            system_seconds=exited.system_seconds,
+            peak_memory=exited.peak_memory,
+            truncated=capture.truncated,
+        )
+
+
+def _words(argv: Argv) -> tuple[str, ...]:
+    if isinstance(argv, str):
+        return ("/bin/sh", "-c", argv)
+    words = tuple(argv)
+    if not words or not all(isinstance(word, str) for word in words) or not words[0]:
+        raise InvalidSpec(f"{argv!r} is not a command", hint='give a list of texts such as ["ls", "-l"], or one line for /bin/sh')
+    return words
+
+
+def _stdin_flag(stdin: Stdin) -> int:
+    empty = isinstance(stdin, bytes | bytearray | memoryview | str) and not stdin
+    return Flag.NO_STDIN if empty else 0
+
+
+def _failure(result: ExecResult) -> str:
+    last = result.error_text.strip().splitlines()[-1:]
+    how = f"killed by signal {result.signal}" if result.signal else f"exit status {result.exit_code}"
+    words = re.sub(r"\s+", " ", " ".join(result.argv))
+    return f"{words[:80]}: {how}" + (f": {last[0][:200]}" if last else "")
