@@ -1,0 +1,137 @@
+"""A machine's shape to QEMU's command line. Pure: nothing is run, the result can be printed and compared.
+
+Every path is the one inside the jail and every descriptor has a fixed number, so two machines of one shape have the
+same command line but for the lines that name their disks and RAM: what is left without these is what ice is keyed by.
+Device addresses are given, not left to QEMU, for the same reason: a clone must have each device where the frozen
+machine had it.
+
+The options exist from QEMU 7.2 on. What differs is asked of the binary (`Qemu.rom_option`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from trivisor.core.units import MIB
+
+ROOT = "/machine/root.squashfs"
+DISK = "/machine/disk.qcow2"
+RAM = "/machine/ram"
+KERNEL = "/kit/kernel"
+INITRAMFS = "/kit/initramfs"
+PORT = "trivisor.line"
+LINE, SERIAL, QMP, NET, RAM_FD = 10, 11, 12, 13, 14
+DUMMY = 1 << 40
+"""Size of the dummy disks that a blank ice is bound to: no real disk may be larger."""
+
+_MACHINE = (
+    "q35,memory-backend=ram,sata=off,smbus=off,smm=off,vmport=off,hpet=off,i8042=off,graphics=off,usb=off,"
+    "dump-guest-core=off,mem-merge=off,suppress-vmdesc=on"
+)
+_SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+_DISK_DEVICE = "num-queues=1,logical_block_size=512,physical_block_size=512,write-cache=on,discard=on,write-zeroes=on"
+
+Accel = Literal["kvm", "tcg"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the guest sees of its hardware, and what runs it. Sizes are bytes."""
+
+    accel: Accel
+    cpus: int
+    memory: int
+    upper: bool
+    """Whether there is a second disk for the writable layer."""
+    network: bool
+
+    @property
+    def translation_mib(self) -> int:
+        """TCG's buffer of translated code, in MiB; only what is used of it becomes resident."""
+        return 32 if self.cpus == 1 else 64
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where guest RAM is.
+
+    anonymous: of the process alone. file: RAM in `path`, written through (how ice is made). ice: RAM mapped
+    privately from the read-only `path`, which takes QEMU's rom= option. sealed: the same from descriptor
+    RAM_FD, a memfd sealed against writing: for a QEMU that insists on opening its RAM file for writing.
+    """
+
+    kind: Literal["anonymous", "file", "ice", "sealed"]
+
+
+@dataclass(frozen=True)
+class Boot:
+    """A start from a kernel; without it a start waits for a frozen state."""
+
+    append: str
+
+
+def command(qemu: str, shape: Shape, memory: Memory, boot: Boot | None, *, blank: bool, name: str = "ice") -> list[str]:
+    """Return QEMU's argv. `blank` binds the disks to dummies that a clone's real disks take the place of."""
+    accel = f"tcg,tb-size={shape.translation_mib}" if shape.accel == "tcg" else "kvm"
+    argv = [qemu, "-name", f"guest={name}", "-nodefaults", "-no-user-config", "-display", "none", "-sandbox", _SANDBOX]
+    argv += ["-machine", _MACHINE, "-accel", accel, "-cpu", "max" if shape.accel == "tcg" else "host"]
+    argv += ["-smp", f"cpus={shape.cpus},sockets=1,cores={shape.cpus},threads=1", "-m", f"size={shape.memory // MIB}M"]
+    argv += ["-object", _memory(shape, memory), "-no-reboot", "-global", "migration.send-configuration=off"]
+    # The line and the console are connected sockets; only QMP listens, on a socket that was bound before.
+    argv += ["-chardev", f"socket,id=qmp,fd={QMP},server=on,wait=off", "-mon", "chardev=qmp,mode=control"]
+    argv += ["-chardev", f"socket,id=serial,fd={SERIAL}", "-serial", "chardev:serial"]
+    argv += ["-chardev", f"socket,id=line,fd={LINE}", "-device", "virtio-serial-pci,id=ports,max_ports=2,addr=0x3"]
+    argv += ["-device", f"virtserialport,bus=ports.0,nr=1,chardev=line,name={PORT}"]
+    argv += _disk("root", "0x4", None if blank else ("raw", ROOT), read_only=True)
+    if shape.upper:
+        argv += _disk("upper", "0x5", None if blank else ("qcow2", DISK), read_only=False)
+    if shape.network:
+        argv += ["-netdev", f"stream,id=net,server=off,addr.type=fd,addr.str={NET}"]
+        argv += ["-device", "virtio-net-pci,netdev=net,id=nic,addr=0x6,mac=52:54:00:00:00:01,romfile="]
+    argv += ["-object", "rng-builtin,id=rng", "-device", "virtio-rng-pci,rng=rng,id=random,addr=0x7"]
+    argv += ["-device", "vmgenid,guid=auto,id=generation"]
+    for spare in (1, 2):
+        argv += ["-device", f"pcie-root-port,id=spare{spare},chassis={spare},slot={spare},addr=0x{15 + spare:x}"]
+    if boot is None:
+        return [*argv, "-incoming", "defer"]
+    return [*argv, "-kernel", KERNEL, "-initrd", INITRAMFS, "-append", boot.append]
+
+
+def append(shape: Shape) -> str:
+    """Return the kernel's command line (Documentation/admin-guide/kernel-parameters.rst).
+
+    Under TCG no speculation leaks between guest programs through the translator as it would on the processor, and
+    the mitigations cost a tenth of a boot, so they are off there and only there. The clock words spare calibration
+    loops that measure the translator; noreplace-smp spares patching the kernel's text, which throws away translations.
+    Nothing that a program in the guest could miss (security modules, audit's absence aside) is taken away.
+    """
+    words = "console=ttyS0 quiet panic=-1 8250.nr_uarts=1 random.trust_cpu=on cryptomgr.notests rcupdate.rcu_expedited=1 audit=0"
+    if shape.accel == "tcg":
+        words += " tsc=reliable no_timer_check lpj=4000000 mitigations=off"
+        if shape.cpus == 1:
+            words += " noreplace-smp"
+    return words
+
+
+def _memory(shape: Shape, memory: Memory) -> str:
+    size = f"size={shape.memory // MIB}M"
+    if memory.kind == "anonymous":
+        return f"memory-backend-memfd,id=ram,{size},share=on"
+    if memory.kind == "file":
+        return f"memory-backend-file,id=ram,{size},mem-path={RAM},share=on"
+    if memory.kind == "ice":
+        return f"memory-backend-file,id=ram,{size},mem-path={RAM},share=off,readonly=on,rom=off"
+    return f"memory-backend-file,id=ram,{size},mem-path=/proc/self/fd/{RAM_FD},share=off"
+
+
+def _disk(node: str, address: str, file: tuple[str, str] | None, *, read_only: bool) -> list[str]:
+    mode = "read-only=on" if read_only else "read-only=off"
+    if file is None:
+        drive = f"driver=null-co,node-name={node},size={DUMMY},read-zeroes=on,{mode}"
+    else:
+        driver, path = file
+        drive = f"driver={driver},node-name={node},{mode},file.driver=file,file.filename={path},discard=unmap,detect-zeroes=unmap"
+        if read_only:
+            drive = f"driver={driver},node-name={node},{mode},file.driver=file,file.filename={path},file.locking=off"
+    return ["-blockdev", drive, "-device", f"virtio-blk-pci,drive={node},id={node}-disk,addr={address},{_DISK_DEVICE}"]

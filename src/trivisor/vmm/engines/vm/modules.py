@@ -1,0 +1,92 @@
+"""Which kernel modules a machine needs, and in which order they load.
+
+Kernels differ in what is built in, and a package that was only unpacked has no modules.dep (its postinst makes
+that), so dependencies are read from the modules themselves: `depends=` and `softdep=` in .modinfo.
+"""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import re
+from pathlib import Path
+
+import zstandard
+
+from trivisor.core.errors import InvalidSpec
+
+BOOT = ("virtio_pci", "virtio_console", "virtio_rng")
+"""What brings up the line. crc32c first: ext4's checksums ask for it by an alias that only modprobe resolves."""
+DISKS = ("virtio_blk", "squashfs", "overlay", "crc32c_generic", "ext4")
+NETWORK = ("virtio_net",)
+WANTED = BOOT + DISKS + NETWORK
+OPTIONAL = frozenset({"virtio_rng", "crc32c_generic"})
+
+
+def load_order(tree: Path, wanted: tuple[str, ...] = WANTED) -> list[tuple[str, bytes]]:
+    """Return (name, .ko bytes) in load order for `tree` (/lib/modules/RELEASE). Built-in ones are left out.
+
+    A tree that does not exist is a kernel with everything built in. Raises InvalidSpec for a missing module.
+    """
+    if not tree.is_dir():
+        return []
+    files = {_name(path): path for path in sorted(tree.rglob("*.ko*"))}
+    builtin = _builtin(tree)
+    done: dict[str, bytes] = {}
+
+    def visit(name: str, needed: bool) -> None:
+        if name in done or name in builtin:
+            return
+        path = files.get(name)
+        if path is None:
+            if needed:
+                raise InvalidSpec(f"kernel {tree.name} has no module {name}", hint="build it with virtio, squashfs, overlayfs and ext4")
+            return
+        data = _read(path)
+        info = modinfo(data)
+        for soft in re.findall(r"pre: ([^:]*?)(?= post:|$)", " ".join(info.get("softdep", []))):
+            for word in soft.split():
+                visit(_canonical(word), False)
+        for word in ",".join(info.get("depends", [])).split(","):
+            if word:
+                visit(_canonical(word), True)
+        done[name] = data
+
+    for name in wanted:
+        visit(name, name not in OPTIONAL)
+    return list(done.items())
+
+
+def modinfo(data: bytes) -> dict[str, list[str]]:
+    """Return the keys of a module's .modinfo that say what it depends on."""
+    found: dict[str, list[str]] = {}
+    for match in re.finditer(rb"\0(depends|softdep)=([^\0]*)\0", data.replace(b"\0", b"\0\0")):
+        found.setdefault(match[1].decode(), []).append(match[2].decode("ascii", "replace"))
+    return found
+
+
+def _builtin(tree: Path) -> frozenset[str]:
+    try:
+        text = (tree / "modules.builtin").read_text()
+    except FileNotFoundError:
+        return frozenset()
+    return frozenset(_name(Path(line)) for line in text.split())
+
+
+def _canonical(name: str) -> str:
+    return name.replace("-", "_")
+
+
+def _name(path: Path) -> str:
+    return _canonical(path.name.partition(".ko")[0])
+
+
+def _read(path: Path) -> bytes:
+    data = path.read_bytes()
+    if path.suffix == ".xz":
+        return lzma.decompress(data)
+    if path.suffix == ".gz":
+        return gzip.decompress(data)
+    if path.suffix == ".zst":
+        return zstandard.ZstdDecompressor().decompressobj().decompress(data)
+    return data

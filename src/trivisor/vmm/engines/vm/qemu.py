@@ -1,0 +1,101 @@
+"""The QEMU on this host: where it is, what it can, what of the host it needs to see.
+
+What is asked of the binary is asked once and kept in home.cache under its identity (path, time, size), because even
+`--version` costs more than a pause and a resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from trivisor.core.errors import EngineError, HostLacks
+from trivisor.core.paths import Home
+from trivisor.core.process import find, run
+
+OLDEST = (7, 2)
+PACKAGE = "qemu-system-x86"
+_DATA = ("share/qemu", "share/seabios", "lib/ipxe/qemu")
+
+
+@dataclass(frozen=True)
+class Qemu:
+    """One QEMU binary. `identity` changes when the binary does."""
+
+    path: str
+    identity: str
+    version: str
+    rom_option: bool
+    """memory-backend-file has rom= (8.2 and later), so RAM can be mapped privately from a file that is only readable."""
+    libraries: tuple[str, ...]
+    """The folders that hold its loader and shared libraries."""
+
+    def data(self) -> list[Path]:
+        """Its firmware and option ROMs: the folders of its own prefix that exist."""
+        prefix = Path(self.path).parent.parent
+        return [prefix / name for name in _DATA if (prefix / name).is_dir()]
+
+
+class _Facts(msgspec.Struct, frozen=True):
+    version: str
+    rom_option: bool
+    libraries: list[str]
+
+
+def locate(given: str | None = None) -> str:
+    """Return the path of QEMU: `given`, else $TRIVISOR_QEMU, else the one in PATH. Raises HostLacks."""
+    chosen = given or os.environ.get("TRIVISOR_QEMU")
+    if not chosen:
+        return find("qemu-system-x86_64", PACKAGE)
+    if not os.access(chosen, os.X_OK) or not Path(chosen).is_file():
+        raise HostLacks(f"{chosen} is not a program", hint="TRIVISOR_QEMU must be the path of qemu-system-x86_64")
+    return os.path.abspath(chosen)
+
+
+def inspect(path: str, home: Home) -> Qemu:
+    """Return what is known of the binary at `path`. Raises HostLacks if it is too old or does not run."""
+    stat = Path(path).stat()
+    identity = hashlib.sha256(f"{path}:{stat.st_mtime_ns}:{stat.st_size}".encode()).hexdigest()[:24]
+    known = home.cache / f"qemu-{identity}.json"
+    try:
+        facts = msgspec.json.decode(known.read_bytes(), type=_Facts)
+    except (OSError, msgspec.DecodeError):
+        facts = _ask(path)
+        keep(known, facts)
+    return Qemu(path, identity, facts.version, facts.rom_option, tuple(facts.libraries))
+
+
+def keep(path: Path, facts: msgspec.Struct) -> None:
+    """Write a cache file aside and rename it. A cache that cannot be written is no failure: it is asked again."""
+    aside = path.with_name(f".{path.name}-{os.getpid()}-{os.urandom(4).hex()}")
+    try:
+        aside.write_bytes(msgspec.json.encode(facts))
+        aside.rename(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+
+
+def _ask(path: str) -> _Facts:
+    try:
+        text = run([path, "--version"], timeout=10).decode(errors="replace")
+        options = run([path, "-object", "memory-backend-file,help"], timeout=10).decode(errors="replace")
+    except EngineError as error:
+        raise HostLacks(f"{path} does not run: {error}", hint=f"apt-get install --reinstall {PACKAGE}") from error
+    match = re.search(r"version (\d+)\.(\d+)(\.\d+)*", text)
+    if not match or (int(match[1]), int(match[2])) < OLDEST:
+        raise HostLacks(
+            f"{path} is not QEMU 7.2 or later: {text.splitlines()[0] if text else 'no version'}", hint=f"apt-get install {PACKAGE}"
+        )
+    return _Facts(match[0].removeprefix("version "), re.search(r"^\s*rom=", options, re.MULTILINE) is not None, _libraries(path))
+
+
+def _libraries(path: str) -> list[str]:
+    """The folders of every library that ldd names, as the loader names them."""
+    output = run([find("ldd", "libc-bin"), path], timeout=10).decode(errors="replace")
+    found = re.findall(r"(?:=>\s+|^\s+)(/\S+) \(0x", output, re.MULTILINE)
+    return sorted({str(Path(word).parent) for word in found})

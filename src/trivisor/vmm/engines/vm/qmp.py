@@ -1,0 +1,149 @@
+"""A small synchronous QMP client (docs/interop/qmp-spec): connect, ask, pass descriptors.
+
+Synchronous, because the library is: an asyncio client cannot be driven from a caller that is itself inside a
+running event loop. Every wait has a deadline. QEMU runs in the jail and may be in a guest's hands, so a reply is
+bounded too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from trivisor.core.errors import EngineError
+
+MAX_REPLY = 4 << 20
+TIMEOUT = 10.0
+
+
+class Qmp:
+    """One connection to one machine's QEMU. Not thread-safe; a context manager."""
+
+    def __init__(self, sock: socket.socket, machine: str = "") -> None:
+        self._socket = sock
+        self._machine = machine
+        self._buffer = bytearray()
+
+    @classmethod
+    def connect(cls, path: Path, machine: str = "", timeout: float = TIMEOUT) -> Self:
+        """Connect to the socket at `path` and leave negotiation mode. Raises EngineError."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            sock.settimeout(timeout)
+            # A path may be longer than a socket address: go by the folder's descriptor.
+            folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                sock.connect(f"/proc/self/fd/{folder}/{path.name}")
+            finally:
+                os.close(folder)
+        except OSError as error:
+            sock.close()
+            raise EngineError("QEMU does not answer", output=str(error), machine=machine) from error
+        qmp = cls(sock, machine)
+        try:
+            greeting = qmp._message(time.monotonic() + timeout)
+            if "QMP" not in greeting:
+                raise EngineError("QEMU answered with something that is not QMP", machine=machine)
+            qmp.ask("qmp_capabilities", timeout=timeout)
+        except BaseException:
+            qmp.close()
+            raise
+        return qmp
+
+    def ask(self, command: str, arguments: dict[str, Any] | None = None, *, timeout: float = TIMEOUT, fd: int | None = None) -> Any:
+        """Carry out one command and return what it returns; `fd` travels with it. Raises EngineError."""
+        request = json.dumps({"execute": command, "arguments": arguments or {}}).encode() + b"\n"
+        deadline = time.monotonic() + timeout
+        try:
+            self._socket.settimeout(timeout)
+            if fd is None:
+                self._socket.sendall(request)
+            else:
+                sent = socket.send_fds(self._socket, [request], [fd])
+                self._socket.sendall(request[sent:])
+        except OSError as error:
+            raise self._gone(command, error) from error
+        while True:
+            message = self._message(deadline, command)
+            if "error" in message:
+                detail = message["error"]
+                text = str(detail.get("desc", detail)) if isinstance(detail, dict) else str(detail)
+                raise EngineError(f"QEMU refused {command}", output=text[:1000], machine=self._machine)
+            if "return" in message:
+                return message["return"]
+
+    def state_to(self, fd: int, *, timeout: float = 60.0) -> None:
+        """Save the stopped machine's device state, without RAM, to `fd`, open for writing only."""
+        added = self.ask("add-fd", {"fdset-id": 7}, fd=fd)
+        try:
+            self.ask("xen-save-devices-state", {"filename": "/dev/fdset/7", "live": False}, timeout=timeout)
+        finally:
+            self.ask("remove-fd", {"fdset-id": 7, "fd": int(added["fd"])})
+
+    def state_from(self, fd: int, *, timeout: float = 30.0) -> None:
+        """Load device state from `fd` into a QEMU that waits for it. The machine is stopped after."""
+        self.ask("getfd", {"fdname": "state"}, fd=fd)
+        self.ask("migrate-incoming", {"uri": "fd:state"})
+        deadline = time.monotonic() + timeout
+        # QEMU has an event for this, but only with a capability that 7.2 sets per migration: ask, shortly.
+        while True:
+            status = self.ask("query-status")["status"]
+            if status not in ("inmigrate", "finish-migrate"):
+                break
+            if time.monotonic() > deadline:
+                raise EngineError(f"QEMU took over {timeout:g} s to take its state", machine=self._machine)
+            time.sleep(0.0005)
+        if status not in ("paused", "prelaunch", "running", "postmigrate"):
+            raise EngineError(f"QEMU did not take its state: it is {status}", machine=self._machine)
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def quit(self) -> None:
+        """Ask QEMU to end; it may be gone before it answers."""
+        with contextlib.suppress(EngineError):
+            self.ask("quit", timeout=2.0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _message(self, deadline: float, command: str = "connect") -> dict[str, Any]:
+        while True:
+            end = self._buffer.find(b"\n")
+            if end >= 0:
+                line = bytes(self._buffer[:end])
+                del self._buffer[: end + 1]
+                try:
+                    message = json.loads(line)
+                except ValueError as error:
+                    raise EngineError("QEMU answered with something that is not JSON", machine=self._machine) from error
+                if isinstance(message, dict):
+                    return message
+                continue
+            if len(self._buffer) > MAX_REPLY:
+                raise EngineError("QEMU's answer has no end", machine=self._machine)
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise EngineError(f"QEMU did not answer {command} in time", machine=self._machine)
+            try:
+                self._socket.settimeout(left)
+                data = self._socket.recv(65536)
+            except TimeoutError:
+                continue
+            except OSError as error:
+                raise self._gone(command, error) from error
+            if not data:
+                raise self._gone(command, None)
+            self._buffer += data
+
+    def _gone(self, command: str, error: OSError | None) -> EngineError:
+        return EngineError(f"QEMU ended during {command}", output=str(error or ""), machine=self._machine)
