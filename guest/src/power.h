@@ -1,0 +1,20 @@
+/* The end of the machine: SIGTERM to all, up to two seconds, SIGKILL, sync, unmount, BYE, reboot(2). The phases pass in
+ * the ordinary loop, so what dying commands write is still sent. */
+#ifndef TVINIT_POWER_H
+#define TVINIT_POWER_H
+
+#include <stdbool.h>
+
+enum power { POWER_OFF = 0, POWER_REBOOT = 1 };
+
+/* Begin; a second call changes nothing. */
+void power_begin(enum power how);
+
+/* ms until power_turn must be called again; -1: nothing has begun. */
+int power_wait(void);
+
+/* One turn, after reaping; `children` says whether there are any left. Does not return from the last one as PID 1; else
+ * true when all is done and said. */
+bool power_turn(bool children);
+
+#endif

@@ -1,0 +1,26 @@
+/* The machine's file systems: the first mounts, modules, the switch to the image's root, and its end. */
+#ifndef TVINIT_ROOT_H
+#define TVINIT_ROOT_H
+
+/* As PID 1 in an initramfs: /proc, /sys, /dev, and a hold on /modules that outlives the switch of the root. */
+int root_begin(void);
+
+/* Load the modules that /modules/order names, one a line; none if there is no such file. */
+void modules_begin(void);
+
+/* Load one module of the initramfs. One that is not there, or is loaded, is fine. 0 or errno. */
+int module_load(const char *name);
+
+/* squashfs on `lower` under `upper` (an ext4 device, or "ram") becomes the root. 0 or errno, with root_failed. */
+int root_switch(const char *lower, const char *upper);
+
+/* What root_switch was at when it failed. */
+extern const char *root_failed;
+
+/* Sync and make every file system as clean as it can be; for the last moment. */
+void root_release(void);
+
+/* Replace a file whole, whatever it was (a link too). 0 or errno. */
+int replace_file(const char *path, const char *text);
+
+#endif

@@ -1,0 +1,30 @@
+/* Start a program without copying this process: clone with shared memory, the parent suspended until exec. */
+#ifndef TVINIT_SPAWN_H
+#define TVINIT_SPAWN_H
+
+#include <stdbool.h>
+#include <sys/types.h>
+
+#include "users.h"
+
+struct spawn {
+    char *const *argv, *const *env;
+    const char *path;        /* where argv[0] is looked up */
+    const char *cwd;         /* NULL: stay */
+    const struct user *user; /* NULL: stay */
+    int fd[3];
+    bool pty; /* fd[0] becomes the controlling terminal */
+    /* Set by the child, which shares our memory. */
+    int error;
+    const char *failed; /* what failed before exec; NULL if exec did, or nothing */
+};
+
+/* The child's pid, or -1 and errno. If s->failed is set the child has ended without a word; if exec failed it has said
+ * so on its stderr and ends with 127 or 126. Every signal must be blocked: the child unblocks them. */
+pid_t spawn(struct spawn *s);
+
+/* What a child does between its birth and its work, forked ones too: session, terminal, descriptors, user, folder. 0, or
+ * errno with s->failed set. */
+int spawn_enter(struct spawn *s);
+
+#endif
