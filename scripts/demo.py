@@ -1,6 +1,6 @@
 """The whole life of one machine, each step with its time; and at the end a look for anything that is left of it.
 
-    create, start, exec, pause, resume, stop, start again, delete
+create, start, exec, pause, resume, stop, start again, delete
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from trivisor import VMM, Machine
 from trivisor.core.errors import TrivisorError
+from trivisor.core.paths import MachineDir
 from trivisor.core.process import start_time
 
 IMAGE = "debian"
@@ -52,9 +53,14 @@ def family(pid: int) -> dict[int, int]:
     return found
 
 
+def folder_of(vm: Machine) -> MachineDir:
+    """Return the machine's own folder, which must be gone at the end."""
+    return MachineDir(Path(vm.info()["folder"]))
+
+
 def watched(vm: Machine) -> dict[int, int]:
     """Return the host processes of a running machine: its keeper, the jail, QEMU."""
-    return family(int(vm.dir.keeper.read_text().split()[0]))
+    return family(int(folder_of(vm).keeper.read_text().split()[0]))
 
 
 def live(vm: Machine) -> dict[int, int]:
@@ -96,7 +102,7 @@ def main() -> int:
             old.delete(force=True)
     with step(f"create a machine from the image {IMAGE!r}"):
         vm = vmm.create(IMAGE, name=NAME, cpus=1, memory="256M")
-    folder = vm.dir.root
+    folder = folder_of(vm).root
     try:
         processes = live(vm)
     finally:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from trivisor.core.errors import ExecTimeout, GuestError, HostLacks
+from trivisor.core.errors import ExecTimeout, HostLacks, TrivisorError
 from trivisor.vmm.machine import Machine
-from trivisor.vos.processes import Process
+from trivisor.vos import terminal
+from trivisor.vos.process import Output, Process
 
 CHUNK = 65536
 PATIENCE = 2
@@ -29,8 +30,8 @@ class Joined:
 
     interactive: bool = False
     tty: bool = False
-    cwd: str | None = None
-    user: str | None = None
+    cwd: str = ""
+    user: str = ""
     env: dict[str, str] = field(default_factory=dict)
     timeout: float | None = None
 
@@ -42,15 +43,80 @@ def run_joined(machine: Machine, argv: Sequence[str], how: Joined) -> int:
     """
     if how.tty:
         return _on_terminal(machine, argv, how)
-    process = machine.spawn(list(argv), env=how.env, cwd=how.cwd, user=how.user)
-    if how.interactive:
-        threading.Thread(target=_feed, args=(process,), daemon=True).start()
-    else:
+    process = machine.spawn(list(argv), env=how.env, cwd=how.cwd, user=how.user, stdin=how.interactive)
+    with process:
+        if how.interactive:
+            threading.Thread(target=_feed, args=(process,), daemon=True).start()
+        pumps = [_Pump(process.stdout, 1, process), _Pump(process.stderr, 2, process)]
+        status = _ended(process, how.timeout, machine.name)
+        for pump in pumps:
+            pump.finish()
+        return status
+
+
+def _on_terminal(machine: Machine, argv: Sequence[str], how: Joined) -> int:
+    if not os.isatty(0):
+        raise HostLacks("-t needs a terminal, and our standard input is not one", hint="leave -t out")
+    env = {"TERM": os.environ.get("TERM", "xterm"), **how.env}
+    size = terminal.size_of(1)
+    with machine.spawn(list(argv), env=env, cwd=how.cwd, user=how.user, pty=True, size=size) as process:
+        return terminal.attach(process)
+
+
+class _Pump:
+    """Writes one output of a command to a descriptor of ours, in a thread of its own."""
+
+    def __init__(self, source: Output, fd: int, process: Process) -> None:
+        self._source, self._fd, self._process = source, fd, process
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while chunk := self._source.read(CHUNK):
+                _write(self._fd, chunk)
+        except (OSError, TrivisorError) as error:
+            self._error = error
+            if isinstance(error, BrokenPipeError):
+                # Whoever read us has gone: the command learns it as it would from a pipe.
+                self._process.kill(signal.SIGPIPE)
+
+    def finish(self) -> None:
+        """Wait until all has been written. Raises what writing raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
+def _write(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _feed(process: Process) -> None:
+    """Write our standard input to the command until either ends."""
+    try:
+        while chunk := os.read(0, CHUNK):
+            process.stdin.write(chunk)
         process.stdin.close()
-    pumps = [threading.Thread(target=_drain, args=(stream, fd), daemon=True) for stream, fd in ((process.stdout, 1), (process.stderr, 2))]
-    for pump in pumps:
-        pump.start()
-    status = _await(process, how.timeout, machine.name)
-    for pump in pumps:
-        pump.join()
-    return status
+    except (OSError, ValueError, TrivisorError):
+        return  # the command has ended or the line is gone: whoever waits for the command says so
+
+
+def _ended(process: Process, timeout: float | None, name: str) -> int:
+    """Wait for the end, handing Ctrl-C on. Raises ExecTimeout once the command has been killed for its time."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    interrupts = 0
+    while True:
+        try:
+            return process.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        except KeyboardInterrupt:
+            interrupts += 1
+            process.kill(signal.SIGINT if interrupts <= PATIENCE else signal.SIGKILL)
+        except TimeoutError as error:
+            if timeout is None:
+                raise
+            process.kill(signal.SIGKILL)
+            raise ExecTimeout(name, timeout) from error

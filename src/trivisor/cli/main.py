@@ -40,7 +40,13 @@ class Verbs(click.Group):
             formatter.write_dl([(name, verb.help) for name, verb in VERBS.items()])
 
 
-@click.group("trivisor", cls=Verbs, no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    "trivisor",
+    cls=Verbs,
+    no_args_is_help=True,
+    subcommand_metavar="VERB [ARGS]...",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @home_option
 @click.version_option(package_name="trivisor", message="trivisor %(version)s")
 def cli() -> None:

@@ -65,12 +65,12 @@ def verb(name: str, **attributes: Any) -> Callable[[Callable[..., object]], clic
 
     def wrap(function: Callable[..., object]) -> click.Command:
         attributes.setdefault("context_settings", {}).setdefault("help_option_names", ["-h", "--help"])
-        return click.command(name, **attributes)(home_option(function))
+        return click.command(name, cls=click.Command, **attributes)(home_option(function))
 
     return wrap
 
 
-class _Named(click.ParamType):
+class _Named(click.types.StringParamType):
     """A text that tab completion knows the possible values of."""
 
     def __init__(self, name: str, values: Callable[[VMM], Sequence[str]]) -> None:

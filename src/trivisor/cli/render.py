@@ -43,9 +43,9 @@ def error(message: str, hint: str = "") -> None:
         click.echo(f"hint: {' '.join(safe(hint).split())}", err=True)
 
 
-def emit(value: Any) -> None:
-    """Print `value` as JSON: indented for a terminal, else one line."""
-    indent = 2 if sys.stdout.isatty() else None
+def emit(value: Any, *, line: bool = False) -> None:
+    """Print `value` as JSON: indented for a terminal, unless it is to be a `line`; else on one line."""
+    indent = 2 if sys.stdout.isatty() and not line else None
     click.echo(json.dumps(value, indent=indent, default=_plain, ensure_ascii=False))
 
 
@@ -122,15 +122,16 @@ class Steps:
 
 
 @contextmanager
-def transfer(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show a bar of bytes on a terminal; the function it gives is told how many bytes more have gone."""
-    if not sys.stderr.isatty():
-        yield lambda more: None
+def transfer(what: str, *, quiet: bool = False) -> Iterator[Callable[[int, int | None], None]]:
+    """Show a bar of bytes on a terminal; the function it gives is told of bytes done and, where known, the total."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda done, total: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.markup import escape
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(safe(what), total=total)
-        yield lambda more: progress.advance(task, more)
+        task = progress.add_task(escape(safe(what)), total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -13,12 +13,12 @@ class Verb(NamedTuple):
     help: str
 
 
-def _own(name: str, help: str) -> Verb:
-    return Verb(f"trivisor.cli.verbs.{name}", "command", help)
+def _own(name: str, line: str) -> Verb:
+    return Verb(f"trivisor.cli.verbs.{name}", "command", line)
 
 
-def _life(name: str, help: str) -> Verb:
-    return Verb("trivisor.cli.verbs.life", name, help)
+def _life(name: str, line: str) -> Verb:
+    return Verb("trivisor.cli.verbs.life", name, line)
 
 
 VERBS: dict[str, Verb] = {

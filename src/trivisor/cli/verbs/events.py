@@ -12,14 +12,15 @@ from trivisor.core.events import Event
 
 
 @verb("events")
-@click.option("-f", "--follow", is_flag=True, help="Go on with what happens from now, until Ctrl-C.")
+@click.option("-f", "--follow", is_flag=True, help="Go on with what happens, until Ctrl-C.")
+@click.option("--since", type=click.IntRange(min=0), default=0, metavar="ID", help="Only what came after this event.")
 @json_option
-def command(follow: bool, as_json: bool) -> int:
+def command(follow: bool, since: int, as_json: bool) -> int:
     """Print what happened to machines."""
     try:
-        for event in open_vmm().events(follow=follow):
+        for event in open_vmm().events(since, follow=follow):
             if as_json:
-                render.emit_line(event)
+                render.emit(event, line=True)
             else:
                 click.echo(_line(event))
     except KeyboardInterrupt:

@@ -13,8 +13,8 @@ from trivisor.cli.options import machine_argument, open_vmm, pairs, verb
 @click.option("-t", "--tty", is_flag=True, help="Give the command a terminal.")
 @click.option("-d", "--detach", is_flag=True, help="Do not wait for it; print its process id in the machine.")
 @click.option("-e", "--env", multiple=True, metavar="KEY[=VALUE]", help="Environment of the command.")
-@click.option("-w", "--workdir", default=None, metavar="FOLDER", help="Where the command runs.")
-@click.option("-u", "--user", default=None, metavar="USER[:GROUP]", help="Whom the command runs as.  [default: root]")
+@click.option("-w", "--workdir", default="", metavar="FOLDER", help="Where the command runs.")
+@click.option("-u", "--user", default="", metavar="USER[:GROUP]", help="Whom the command runs as.  [default: root]")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds, after which it is killed.")
 @machine_argument
 @click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED, metavar="COMMAND...")
@@ -27,8 +27,8 @@ def command(
     tty: bool,
     detach: bool,
     env: tuple[str, ...],
-    workdir: str | None,
-    user: str | None,
+    workdir: str,
+    user: str,
     timeout: float | None,
 ) -> int:
     """Run a command in a running machine.

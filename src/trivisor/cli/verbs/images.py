@@ -32,9 +32,8 @@ def list_(as_json: bool) -> None:
 def _list(as_json: bool) -> None:
     images = open_vmm().images.list()
     if as_json:
-        render.emit(
-            [{"name": image.name, "digest": image.digest, "size": image.size, "created": image.created, "config": image.config} for image in images]
-        )
+        shown = ("name", "digest", "size", "created", "config")
+        render.emit([{key: getattr(image, key) for key in shown} for image in images])
         return
     rows = [(image.name, image.digest.removeprefix("sha256:")[:12], format_size(image.size), render.ago(image.created)) for image in images]
     render.table(("NAME", "DIGEST", "SIZE", "CREATED"), rows)

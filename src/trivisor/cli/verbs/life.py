@@ -33,14 +33,14 @@ def resume(machines: Sequence[str]) -> None:
 
 
 @verb("stop")
-@click.option("-t", "--time", "grace", type=click.FloatRange(min=0), default=10.0, show_default=True, help="Seconds it is given to power off.")
+@click.option("-t", "--time", "grace", type=click.FloatRange(min=0), default=10.0, show_default=True, help="Seconds it is given.")
 @machines_argument
 def stop(machines: Sequence[str], grace: float) -> None:
     """Power machines off.
 
     What runs in them gets SIGTERM, then SIGKILL; after the time given the machine is switched off.
     """
-    each(machines, lambda machine: machine.stop(grace=grace))
+    each(machines, lambda machine: machine.stop(timeout=grace))
 
 
 @verb("delete")

@@ -8,11 +8,12 @@ import click
 
 from trivisor.cli import render
 from trivisor.cli.options import machine_argument, open_vmm, verb
+from trivisor.vmm.logs import SOURCES
 
 
 @verb("logs")
 @click.option("-f", "--follow", is_flag=True, help="Go on until the machine stops.")
-@click.option("--source", type=click.Choice(["serial", "init", "engine"]), default="serial", show_default=True, help="console, PID 1, or QEMU.")
+@click.option("--source", type=click.Choice([*SOURCES, "all"]), default="serial", show_default=True, help="The console, PID 1, or QEMU.")
 @machine_argument
 def command(machine: str, follow: bool, source: str) -> int:
     """Print a machine's console or PID 1's log.

@@ -18,8 +18,7 @@ from trivisor.vmm.machine import Machine
 @json_option
 def command(everything: bool, quiet: bool, label: tuple[str, ...], as_json: bool) -> None:
     """List machines."""
-    wanted = pairs(label, "label").items()
-    machines = [machine for machine in open_vmm().list() if wanted <= machine.spec.labels.items()]
+    machines = open_vmm().list(labels=pairs(label, "label"))
     if not everything:
         machines = [machine for machine in machines if machine.state in (State.RUNNING, State.PAUSED)]
     if as_json:

@@ -17,21 +17,19 @@ from trivisor.cli.options import IMAGE, open_vmm, spec_options, verb, wishes
 @click.option("--rm", is_flag=True, help="Delete the machine at the end: so it is without -d anyway.")
 @click.option("-i", "--interactive", is_flag=True, help="Give our standard input to the command.")
 @click.option("-t", "--tty", is_flag=True, help="Give the command a terminal.")
-@click.option("-w", "--workdir", default=None, metavar="FOLDER", help="Where the command runs.")
-@click.option("-u", "--user", default=None, metavar="USER[:GROUP]", help="Whom the command runs as.  [default: root]")
+@click.option("-w", "--workdir", default="", metavar="FOLDER", help="Where the command runs.")
+@click.option("-u", "--user", default="", metavar="USER[:GROUP]", help="Whom the command runs as.  [default: root]")
 @click.argument("image", type=IMAGE)
 @click.argument("argv", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND...]")
-@click.pass_context
 def command(
-    ctx: click.Context,
     image: str,
     argv: tuple[str, ...],
     detach: bool,
     rm: bool,
     interactive: bool,
     tty: bool,
-    workdir: str | None,
-    user: str | None,
+    workdir: str,
+    user: str,
     **options: Any,
 ) -> int:
     """Run a command in a new machine.
@@ -40,7 +38,9 @@ def command(
     killed it). Without a command it is a shell. With -d the machine stays, the command running in it.
     """
     if detach and (interactive or tty or rm):
-        raise click.UsageError("-d goes with none of -i, -t and --rm: nobody waits for the end (--ttl bounds its life)", ctx)
+        raise click.UsageError(
+            "-d goes with none of -i, -t and --rm: nobody waits for the end (--ttl bounds its life)", click.get_current_context()
+        )
     words = argv[1:] if argv[:1] == ("--",) else argv
     how = Joined(interactive=interactive, tty=tty, cwd=workdir, user=user)
     vmm = open_vmm()

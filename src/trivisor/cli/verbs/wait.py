@@ -16,4 +16,5 @@ def command(machines: Sequence[str], timeout: float | None) -> None:
     """Wait until machines no longer run; print their exit status."""
     vmm = open_vmm()
     for name in machines:
-        click.echo(vmm.get(name).wait(timeout))
+        status = vmm.get(name).wait(timeout)
+        click.echo("-" if status is None else status)
