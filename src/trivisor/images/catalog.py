@@ -1,0 +1,139 @@
+"""The images of a home: names, and what they mean.
+
+A name is a ref of the store ("image:debian:latest") whose blob is the root as squashfs. Nothing here locks:
+each import works in a workspace of its own and the name is set in one transaction, so of two imports of the
+same name at once the later one is meant from then on, and both are whole. A machine pins the digest it was
+created from, and keeps it when the name moves on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trivisor.core.errors import NotFound, StorageError
+from trivisor.core.paths import Home
+from trivisor.images import bootstrap
+from trivisor.images.build import Progress, build
+from trivisor.images.limits import DEFAULT, Limits
+from trivisor.images.reference import normalise
+from trivisor.store.store import Ref, Store
+
+_PREFIX = "image:"
+
+
+@dataclass(frozen=True)
+class Image:
+    """One image. `size` is of `rootfs` (squashfs), in bytes; `created` is seconds since the epoch.
+
+    `config` may have env (dict), entrypoint, cmd (lists), user, workdir: how the image wants to be run.
+    """
+
+    name: str
+    digest: str
+    rootfs: Path
+    size: int
+    created: float
+    source: str
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+class Images:
+    """The catalog of one home. Safe to use from threads, forks and many processes at once."""
+
+    def __init__(self, home: Home) -> None:
+        self._store = Store(home.store)
+
+    def get(self, ref: str) -> Image:
+        """Return the image called `ref` (name[:tag]). Raises NotFound, InvalidSpec, StorageError if it is damaged."""
+        name = normalise(ref)
+        known = {found.name: found for found in self._store.refs(_PREFIX)}
+        if _PREFIX + name not in known:
+            raise self._unknown(name, [found.removeprefix(_PREFIX) for found in known])
+        image = self._image(known[_PREFIX + name])
+        if image.rootfs.stat().st_size != image.size:
+            raise StorageError(f"the root of image {name} is damaged ({image.rootfs})", hint="import the image again")
+        return image
+
+    def list(self) -> list[Image]:
+        """Return every image, by name."""
+        return [self._image(ref) for ref in self._store.refs(_PREFIX)]
+
+    def rootfs(self, digest: str) -> Path:
+        """Return the squashfs with this digest, whatever it is called now. Raises NotFound."""
+        return self._store.path(digest)
+
+    def import_(self, source: Path, name: str, *, progress: Progress = lambda _: None, limits: Limits = DEFAULT) -> Image:
+        """Make an image of a folder, a tar (plain, gzip, zstd, bzip2, xz), a `docker save` archive or an OCI layout.
+
+        Raises ImageError for what cannot be read or is not safe, StorageError, HostLacks, InvalidSpec.
+        """
+        return self._import(Path(source), normalise(name), str(source), progress, limits)
+
+    def bootstrap(
+        self,
+        name: str = "debian",
+        suite: str = "bookworm",
+        packages: Sequence[str] = ("python3-minimal",),
+        *,
+        progress: Progress = lambda _: None,
+        limits: Limits = DEFAULT,
+    ) -> Image:
+        """Make a minimal Debian root of `suite` with `packages` (mmdebstrap(1)); takes some 20 s and the network.
+
+        Raises HostLacks, EngineError with mmdebstrap's last output, and what `import_` raises.
+        """
+        name = normalise(name)
+        with self._store.workspace() as work:
+            archive = work.path / "bootstrap.tar"
+            bootstrap.debian(archive, suite, packages, limits, progress)
+            source = f"mmdebstrap {suite} {' '.join(packages)}".strip()
+            return self._import(archive, name, source, progress, limits)
+
+    def remove(self, ref: str) -> None:
+        """Forget the name, and the image with its last name. Raises NotFound, CallerError if a machine needs it."""
+        name = self.get_name(ref)
+        self._store.drop_ref(_PREFIX + name)
+        self._store.collect()
+
+    def pin(self, image: Image, owner: str) -> None:
+        """Keep the image's root until `owner` unpins it. Raises NotFound if it went in the meantime."""
+        self._store.pin(image.digest, owner)
+
+    def unpin(self, owner: str) -> None:
+        """Drop the owner's pins. Roots that nobody needs any more go at the next collection."""
+        self._store.unpin(owner)
+
+    def collect(self) -> int:
+        """Remove roots that nobody needs, and what crashes left. Return the bytes freed."""
+        return self._store.collect()
+
+    def get_name(self, ref: str) -> str:
+        """Return the full name of `ref`. Raises NotFound, InvalidSpec."""
+        name = normalise(ref)
+        known = [found.name.removeprefix(_PREFIX) for found in self._store.refs(_PREFIX)]
+        if name not in known:
+            raise self._unknown(name, known)
+        return name
+
+    def _import(self, source: Path, name: str, origin: str, progress: Progress, limits: Limits) -> Image:
+        with self._store.workspace() as work:
+            made, config = build(source, name, work.path, limits, progress)
+            size = made.stat().st_size
+            digest = self._store.adopt(made, work.owner)
+            value = {"size": size, "created": time.time(), "source": origin, "config": config}
+            before = [ref.digest for ref in self._store.refs(_PREFIX + name) if ref.name == _PREFIX + name]
+            self._store.set_ref(_PREFIX + name, digest, value)
+        if before and before != [digest]:
+            self._store.collect()
+        return self._image(Ref(_PREFIX + name, digest, value))
+
+    def _image(self, ref: Ref) -> Image:
+        return Image(name=ref.name.removeprefix(_PREFIX), digest=ref.digest, rootfs=self._store.path(ref.digest), **ref.value)
+
+    def _unknown(self, name: str, known: Sequence[str]) -> NotFound:
+        have = f"there are {', '.join(known[:20])}; " if known else ""
+        return NotFound(f"there is no image {name}", hint=have + "get one with `trivisor images bootstrap` or `trivisor images import`")

@@ -1,0 +1,200 @@
+"""From a tree to a squashfs: a clean tar stream into sqfstar(1), which needs no root.
+
+The stream holds nothing but what the tree holds, in an order that depends on the tree alone, so the same
+input gives the same digest: folders, links and FIFOs by name; files in the order their bytes lie in
+their source, which is therefore read once, forward; hard links last.
+
+sqfstar 4.5 gives the root folder its own user and the present time whatever it is told (4.6 does better),
+so the root's inode is set right in the finished file; see `_patch_root`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from fcntl import F_SETPIPE_SZ, fcntl
+from pathlib import Path
+
+from trivisor.core.errors import EngineError, ImageError
+from trivisor.core.process import TAIL, find
+from trivisor.images.source import Source, read
+from trivisor.images.tree import Node, Tree
+from trivisor.store.faults import from_os
+
+# lz4: a guest under TCG is some twenty times slower than the host, and reading its root is most of a start.
+COMPRESSION = ("-comp", "lz4", "-noI")
+STALL = 300.0
+"""Seconds for which sqfstar may take no input (a slow disk), and to finish."""
+_TYPES = {"f": b"0", "h": b"1", "l": b"2", "d": b"5", "p": b"6"}
+
+
+def make(tree: Tree, sources: Sequence[Source], target: Path) -> None:
+    """Write `tree` to the new file `target`. Raises ImageError, EngineError, StorageError, HostLacks."""
+    argv = [find("sqfstar", "squashfs-tools"), *COMPRESSION, "-exit-on-error", "-quiet", "-no-progress"]
+    argv += ["-mkfs-time", "0", "-root-mode", f"{tree.root.mode:o}", str(target)]
+    log = target.with_suffix(".log")
+    with log.open("wb") as output:
+        # Its environment is empty but for the path: SOURCE_DATE_EPOCH and others would change what it writes.
+        env = {"PATH": os.environ.get("PATH", ""), "LC_ALL": "C"}
+        process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=output, stderr=output, env=env, cwd=target.parent)
+    assert process.stdin is not None
+    try:
+        pipe = _Pipe(process.stdin.fileno())
+        try:
+            _emit(tree, sources, pipe.write)
+            process.stdin.close()
+            status = process.wait(STALL)
+        except (BrokenPipeError, subprocess.TimeoutExpired):
+            process.kill()
+            status = process.wait()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        process.stdin.close()
+    if status:
+        _fail(argv, status, log, target)
+    _patch_root(target, tree.root)
+
+
+def _fail(argv: list[str], status: int, log: Path, target: Path) -> None:
+    output = log.read_bytes()[-TAIL:].decode(errors="replace")
+    if os.strerror(errno.ENOSPC) in output:
+        raise from_os(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), target.parent)
+    raise EngineError(f"sqfstar failed ({status})", command=argv, status=status, output=output)
+
+
+class _Pipe:
+    """Writing with a bound on how long the reader may sleep."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        os.set_blocking(fd, False)
+        with contextlib.suppress(PermissionError):  # over this user's share of pipe memory: smaller steps do as well
+            fcntl(fd, F_SETPIPE_SZ, 1 << 20)
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLOUT)
+
+    def write(self, data: bytes) -> None:
+        view = memoryview(data)
+        deadline = time.monotonic() + STALL
+        while view:
+            try:
+                view = view[os.write(self._fd, view) :]
+            except BlockingIOError:
+                if not self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                    raise BrokenPipeError(errno.ETIMEDOUT, "sqfstar takes no input") from None
+
+
+def _emit(tree: Tree, sources: Sequence[Source], write: Callable[[bytes], None]) -> None:
+    files: list[tuple[int, int, str, Node]] = []
+    links: list[tuple[str, str, Node]] = []
+    first: dict[int, str] = {}
+    for path, node in tree.walk():
+        if node.kind != "f":
+            write(_header(path, node.kind, node, target=node.target))
+        elif (primary := first.setdefault(id(node), path)) != path:
+            links.append((path, primary, node))
+        elif node.content is None:
+            raise tree.bad(path, "has no content")
+        else:
+            files.append((node.content.source, node.content.position, path, node))
+    files.sort(key=lambda file: file[:3])
+    for number, _, path, node in files:
+        content = node.content
+        assert content is not None
+        write(_header(path, "f", node, size=content.size))
+        for data in read(sources[number], content):
+            write(data)
+        write(bytes(-content.size % 512))
+    for path, primary, node in links:
+        write(_header(path, "h", node, target=primary))
+    write(bytes(1024))
+
+
+def _header(path: str, kind: str, node: Node, *, target: str = "", size: int = 0) -> bytes:
+    name, link = path.encode("utf-8", "surrogateescape"), target.encode("utf-8", "surrogateescape")
+    records = []
+    if len(name) > 100:
+        records.append((b"path", name))
+    if len(link) > 100:
+        records.append((b"linkpath", link))
+    if kind != "h":
+        records += [(b"SCHILY.xattr." + key.encode("utf-8", "surrogateescape"), value) for key, value in node.xattrs.items()]
+    extension = b"".join(_record(key, value) for key, value in records)
+    header = _block(name, _TYPES[kind], node, link, size)
+    if not extension:
+        return header
+    return _block(b"pax", b"x", Node("f"), b"", len(extension)) + extension + bytes(-len(extension) % 512) + header
+
+
+def _record(key: bytes, value: bytes) -> bytes:
+    rest = len(key) + len(value) + 3
+    length = rest + len(str(rest))
+    length = rest + len(str(length))  # its own digits may add one
+    return b"%d %s=%s\n" % (length, key, value)
+
+
+def _block(name: bytes, kind: bytes, node: Node, link: bytes, size: int) -> bytes:
+    fields = (
+        name[:100].ljust(100, b"\0"),
+        _number(node.mode, 8),
+        _number(node.uid, 8),
+        _number(node.gid, 8),
+        _number(size, 12),
+        _number(node.mtime, 12),
+        b" " * 8,
+        kind,
+        link[:100].ljust(100, b"\0"),
+        b"ustar\x0000",
+        bytes(247),
+    )
+    block = b"".join(fields)
+    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
+
+
+def _number(value: int, width: int) -> bytes:
+    if value < 8 ** (width - 1):
+        return b"%0*o\0" % (width - 1, value)
+    return b"\x80" + value.to_bytes(width - 1, "big")
+
+
+# The root's inode (squashfs, Documentation/filesystems/squashfs.rst): -noI leaves inodes and ids unpacked.
+
+_SUPER = struct.Struct("<4sIIIIHHHHHHQQQQQ")
+
+
+def _patch_root(path: Path, root: Node) -> None:
+    with path.open("r+b", buffering=0) as file:
+        fields = _SUPER.unpack(file.read(_SUPER.size))
+        magic, count, inode, id_table, inode_table = fields[0], fields[8], fields[11], fields[13], fields[15]
+        if magic != b"hsqs":
+            raise ImageError(f"{path}: sqfstar wrote something else than squashfs")
+        fd = file.fileno()
+        (ids,) = struct.unpack("<Q", os.pread(fd, 8, id_table))
+        known = struct.unpack(f"<{count}I", bytes(os.pread(fd, 1, place)[0] for place in _places(fd, ids, 0, 4 * count)))
+        # The mount points or what lies in them are always root's, so 0 is known; an owner of "/" alone is not kept.
+        owners = [known.index(owner if owner in known else 0) for owner in (root.uid, root.gid)]
+        # struct squashfs_base_inode: type, mode, uid index, gid index (16 bits each), mtime, number (32 bits each)
+        value = struct.pack("<HHI", *owners, root.mtime)
+        for place, byte in zip(_places(fd, inode_table + (inode >> 16), (inode & 0xFFFF) + 4, len(value)), value, strict=True):
+            os.pwrite(fd, bytes([byte]), place)
+
+
+def _places(fd: int, block: int, offset: int, size: int) -> Iterator[int]:
+    """Yield where in the file the `size` bytes of metadata from `offset` on are, across blocks."""
+    while size:
+        (header,) = struct.unpack("<H", os.pread(fd, 2, block))
+        length = header & 0x7FFF
+        if not header & 0x8000:
+            raise ImageError("sqfstar packed the inodes although it was told not to")
+        for place in range(block + 2 + offset, block + 2 + min(length, offset + size)):
+            yield place
+            size -= 1
+        block, offset = block + 2 + length, max(0, offset - length)
