@@ -15,7 +15,7 @@ bench:  ## every bench, into one table
 	@scripts/setup.sh demo
 	@scripts/in-venv.sh python -m scripts.bench
 
-soak:  ## lives without end for SECONDS (default 600), looking for what is left over
+soak:  ## lives without end for SECONDS_OF_SOAK (default 600), looking for what is left over
 	@scripts/setup.sh demo
 	@scripts/in-venv.sh python -m scripts.soak
 

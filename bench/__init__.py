@@ -1,0 +1,1 @@
+"""One question a file, each run beside its peer. docs/benches.md says how to read them."""
