@@ -1,0 +1,402 @@
+"""Starting, watching and ending a machine's keeper (`tvinit keep`, guest/PROTOCOL.md, "Plans").
+
+A machine is alive if and only if its keeper holds `flock(alive)`. The lock is taken here, before the keeper is
+started, and passes to it with the descriptor: there is no moment in which the machine runs unlocked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trivisor.core.errors import Busy, EngineError, StorageError
+from trivisor.core.paths import MachineDir
+from trivisor.core.process import TAIL, start_time
+from trivisor.core.units import MIB
+from trivisor.launch import tvinit
+from trivisor.launch.plan import Op, Plan, encode
+
+_KEEPER_STOP = 0x43
+_LOOK = 0.05
+"""Seconds for which another process may hold the lock just to look at it."""
+_KEEP_TIMEOUT = 10.0
+
+
+@dataclass(frozen=True)
+class Process:
+    """A program that the keeper runs. The last of a list is the engine."""
+
+    name: str
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What `spawn` started: process ids on the host."""
+
+    keeper_pid: int
+    engine_pid: int
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a life ended (the keeper's exit record)."""
+
+    how: str
+    """"exited" or "signaled"."""
+    value: int
+    """The engine's exit status, or the signal's number."""
+    reason: str
+    """Who ended it: "" the engine itself, owner, ttl, idle, keeper-term, abandoned, or what was given to stop."""
+    bye: int | None
+    """The status of the guest's orderly power-off; None if there was none."""
+    ended: float
+    """Seconds since the epoch."""
+
+
+_guarded: set[int] = set()
+"""Open alive files: a child that is forked meanwhile must not keep the lock, which goes with the open file."""
+_hooked: list[bool] = []
+
+
+def _close_guarded() -> None:
+    for fd in _guarded:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+    _guarded.clear()
+
+
+@contextlib.contextmanager
+def _open_alive(machine: MachineDir, flags: int) -> Iterator[int]:
+    if not _hooked:
+        _hooked.append(True)
+        os.register_at_fork(after_in_child=_close_guarded)
+    fd = os.open(machine.alive, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    _guarded.add(fd)
+    try:
+        yield fd
+    finally:
+        _guarded.discard(fd)
+        os.close(fd)
+
+
+def _lock_alive(machine: MachineDir, fd: int) -> None:
+    """Lock the alive file. Raises Busy if a keeper holds it."""
+    deadline = time.monotonic() + _LOOK
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise Busy(machine.root.name, "its keeper runs") from None
+        time.sleep(_LOOK / 10)  # flock(2) has no timeout, and `alive` holds the lock for a moment
+
+
+def _bind_line(folder: int) -> socket.socket:
+    """Bind line.sock in the folder; through its descriptor, since a socket's path may have only 107 bytes."""
+    name = f"/proc/self/fd/{folder}/line.sock"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink("line.sock", dir_fd=folder)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        listener.bind(name)
+        os.chmod("line.sock", 0o600, dir_fd=folder)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _plan(
+    processes: Sequence[Process],
+    fixed: Mapping[str, int],
+    logs: Mapping[str, int],
+    log_cap: int,
+    limits: Mapping[str, float | None],
+) -> Plan:
+    plan: list[Op] = [(name, str(fd)) for name, fd in fixed.items()]
+    plan += [("log", name, str(fd), str(log_cap)) for name, fd in logs.items()]
+    plan.append(("init-log", str(log_cap)))
+    plan += [(name, str(max(1, round(seconds * 1000)))) for name, seconds in limits.items() if seconds is not None]
+    for process in processes:
+        plan += [("process", process.name), *process.plan]
+    return tuple(plan)
+
+
+def _log_tail(machine: MachineDir, start: int) -> str:
+    """What this life's engine wrote to its log."""
+    try:
+        with open(machine.log("engine"), "rb") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(start if start <= size else 0, size - TAIL))
+            return log.read().decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def _log_size(machine: MachineDir) -> int:
+    try:
+        return machine.log("engine").stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+class _Ready:
+    """Reads the keeper's reports from its ready pipe, line by line, until a deadline."""
+
+    def __init__(self, fd: int, deadline: float) -> None:
+        self._fd = fd
+        self._deadline = deadline
+        self._rest = b""
+
+    def line(self) -> str | None:
+        """Return the next line; None when the keeper has said its last. Raises TimeoutError."""
+        poller = select.poll()
+        poller.register(self._fd, select.POLLIN)
+        while b"\n" not in self._rest:
+            left = self._deadline - time.monotonic()
+            if left <= 0 or not poller.poll(left * 1000):
+                raise TimeoutError
+            data = os.read(self._fd, 4096)
+            if not data:
+                return None
+            self._rest += data
+        line, _, self._rest = self._rest.partition(b"\n")
+        return line.decode(errors="replace")
+
+
+def _run_keeper(plan: bytes, fds: Sequence[int]) -> None:
+    """Run `tvinit keep` until the daemon that it leaves behind runs."""
+    with open(os.memfd_create("plan"), "r+b") as memory:
+        memory.write(plan)
+        memory.flush()
+        memory.seek(0)
+        command = [str(tvinit.path()), "keep", str(memory.fileno())]
+        try:
+            done = subprocess.run(
+                command,
+                pass_fds=[memory.fileno(), *fds],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                timeout=_KEEP_TIMEOUT,
+                check=False,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise EngineError("the keeper cannot be started", command=command, output=str(error)) from error
+    if done.returncode:
+        raise EngineError("the keeper did not start", command=command, status=done.returncode, output=done.stderr.decode(errors="replace"))
+
+
+def _await(reports: _Ready) -> int:
+    """Wait for `started` and `synced`; return the engine's pid. Raises EngineError with what the keeper says else."""
+    engine = 0
+    while True:
+        line = reports.line()
+        if line is None:
+            raise EngineError("the keeper ended before the guest answered")
+        word, _, rest = line.partition(" ")
+        if word == "started":
+            engine = int(rest)
+        elif word == "synced":
+            return engine
+        else:
+            raise EngineError(rest or line)
+
+
+def _identity(machine: MachineDir) -> tuple[int, int]:
+    """Return (pid, start time) of the keeper that last ran; (0, 0) if there was none."""
+    try:
+        pid, start = machine.keeper.read_text().split()
+        return int(pid), int(start)
+    except (FileNotFoundError, ValueError):
+        return 0, 0
+
+
+def _start(stack: contextlib.ExitStack, machine: MachineDir, line_fd: int, owner: int | None) -> tuple[int, dict[str, int]]:
+    """Lock, bind and open all that the keeper is given. Returns our end of the ready pipe, and the rest by name."""
+    alive_fd = stack.enter_context(_open_alive(machine, os.O_RDWR | os.O_CREAT))
+    _lock_alive(machine, alive_fd)
+    for record in (machine.exit, machine.keeper):
+        record.unlink(missing_ok=True)
+    folder = os.open(machine.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    stack.callback(os.close, folder)
+    listener = stack.enter_context(_bind_line(folder))
+    given = {"folder": folder, "alive": alive_fd, "listen": listener.fileno(), "line": line_fd}
+    if owner is not None:
+        try:
+            given["owner"] = os.pidfd_open(owner)
+        except ProcessLookupError as error:
+            raise EngineError(f"the owner, process {owner}, has ended", machine=machine.root.name) from error
+        stack.callback(os.close, given["owner"])
+    ready, given["ready"] = os.pipe2(os.O_CLOEXEC)
+    stack.callback(os.close, given["ready"])
+    return ready, given
+
+
+def spawn(
+    machine: MachineDir,
+    *,
+    processes: Sequence[Process],
+    line_fd: int,
+    logs: Mapping[str, int],
+    fds: Sequence[int],
+    log_cap: int = 4 * MIB,
+    owner: int | None = None,
+    ttl: float | None = None,
+    idle: float | None = None,
+    grace: float = 10.0,
+    wait: float = 60.0,
+) -> Kept:
+    """Start the keeper of the machine in this folder, with its processes, and return when the guest has answered.
+
+    `line_fd` is the host's end of the line, `logs` maps a log's name to the pipe that it is read from, `fds` are all
+    descriptors that the plans name; the caller closes its own copies afterwards. `owner` is the pid whose end ends the
+    machine. `ttl`, `idle`, `grace` and `wait` are seconds. Raises Busy if the machine is alive, StorageError if its folder
+    cannot be written, and EngineError, with the end of the engine's log, if it does not come up: nothing runs then.
+    """
+    log_start = _log_size(machine)
+    with contextlib.ExitStack() as ours:
+        try:
+            with contextlib.ExitStack() as given:
+                ready, fixed = _start(given, machine, line_fd, owner)
+                ours.callback(os.close, ready)
+                plan = encode(_plan(processes, fixed, logs, log_cap, {"ttl": ttl, "idle": idle, "grace": grace}))
+                _run_keeper(plan, [*fixed.values(), *logs.values(), *fds])
+        except OSError as error:
+            raise StorageError(f"{machine.root} cannot be used: {error.strerror}", machine=machine.root.name) from error
+        try:
+            engine = _await(_Ready(ready, time.monotonic() + wait))
+            return Kept(_identity(machine)[0], engine)
+        except BaseException as error:
+            kill(machine)
+            if isinstance(error, TimeoutError):
+                fault = f"the guest did not answer within {wait:g} s"
+            elif isinstance(error, EngineError):
+                fault = error.message
+            else:
+                raise
+            log, name = machine.log("engine"), machine.root.name
+            raise EngineError(fault, output=_log_tail(machine, log_start), machine=name, hint=f"the whole log is {log}") from error
+
+
+def alive(machine: MachineDir) -> bool:
+    """Say whether the machine's keeper runs: whether its lock is held."""
+    try:
+        with _open_alive(machine, os.O_RDONLY) as fd:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+
+
+def _children(pid: int) -> list[int]:
+    """Return the processes that the keeper runs (proc(5), "children")."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def _wait_for(pidfds: Sequence[int], deadline: float) -> None:
+    """Wait until these processes have ended, or the deadline."""
+    poller = select.poll()
+    waiting = set(pidfds)
+    for fd in pidfds:
+        poller.register(fd, select.POLLIN)
+    while waiting and (left := deadline - time.monotonic()) > 0:
+        for fd, _ in poller.poll(left * 1000):
+            poller.unregister(fd)
+            waiting.discard(fd)
+
+
+def kill(machine: MachineDir, timeout: float = 5.0) -> None:
+    """Kill the keeper (-9), and with it its processes; return when they have ended and the lock is free.
+
+    Does nothing if there is none. Raises EngineError if they are still there after `timeout` seconds.
+    """
+    pid, start = _identity(machine)
+    deadline = time.monotonic() + timeout
+    with contextlib.ExitStack() as stack:
+        pidfds = []
+        if pid and start_time(pid) == start:
+            # A pidfd keeps meaning the process it was opened for, so what is checked after it is what is killed.
+            for each in (pid, *_children(pid)):
+                with contextlib.suppress(ProcessLookupError):
+                    pidfds.append(os.pidfd_open(each))
+                    stack.callback(os.close, pidfds[-1])
+            if start_time(pid) == start:
+                for fd in pidfds:
+                    with contextlib.suppress(ProcessLookupError):
+                        signal.pidfd_send_signal(fd, signal.SIGKILL)
+                _wait_for(pidfds, deadline)
+    while alive(machine):
+        if time.monotonic() > deadline:
+            raise EngineError(f"the keeper (process {pid}) does not end", machine=machine.root.name, hint="see what it waits for in /proc")
+        time.sleep(_LOOK / 10)  # a keeper that was starting had not written who it is yet
+        pid, start = _identity(machine)
+        if pid and start_time(pid) == start:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    machine.line.unlink(missing_ok=True)
+
+
+def ended(machine: MachineDir) -> Exit | None:
+    """Return how the last life ended; None if it has not, or its keeper was killed. Raises StorageError if the record is damaged."""
+    try:
+        lines = machine.exit.read_text(errors="replace").splitlines()
+    except FileNotFoundError:
+        return None
+    record = dict(line.partition("=")[::2] for line in lines)
+    try:
+        bye = int(record["bye"]) if "bye" in record else None
+        return Exit(record["how"], int(record["value"]), record["reason"], bye, int(record["ended_ns"]) / 1e9)
+    except (KeyError, ValueError) as error:
+        raise StorageError(f"{machine.exit} is damaged", machine=machine.root.name) from error
+
+
+def stop(machine: MachineDir, *, grace: float, reason: str, timeout: float) -> None:
+    """Ask the guest to shut down, have it killed after `grace` seconds, and return when the machine has ended.
+
+    After `timeout` seconds the keeper itself is killed. Does nothing if the machine is not alive.
+    """
+    words = reason.encode()
+    payload = struct.pack("<II", round(grace * 1000), len(words)) + words
+    frame = struct.pack("<BBHII", 0x54, _KEEPER_STOP, 0, len(payload), 0) + payload
+    deadline = time.monotonic() + timeout
+    try:
+        with _connect(machine, timeout) as line:
+            line.sendall(frame)
+            while (left := deadline - time.monotonic()) > 0:
+                line.settimeout(left)
+                if not line.recv(4096):
+                    break
+    except OSError:
+        pass  # it has ended, or does not answer: either way what follows puts it right
+    kill(machine)
+
+
+def _connect(machine: MachineDir, timeout: float) -> socket.socket:
+    line = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    line.settimeout(timeout)
+    folder = os.open(machine.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        line.connect(f"/proc/self/fd/{folder}/line.sock")
+    except BaseException:
+        line.close()
+        raise
+    finally:
+        os.close(folder)
+    return line
