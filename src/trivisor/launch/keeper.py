@@ -15,7 +15,7 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -198,7 +198,7 @@ def _run_keeper(plan: bytes, fds: Sequence[int]) -> None:
         raise EngineError("the keeper did not start", command=command, status=done.returncode, output=done.stderr.decode(errors="replace"))
 
 
-def _await(reports: _Ready) -> int:
+def _await(reports: _Ready, begin: Callable[[], object] | None) -> int:
     """Wait for `started` and `synced`; return the engine's pid. Raises EngineError with what the keeper says else."""
     engine = 0
     while True:
@@ -208,6 +208,8 @@ def _await(reports: _Ready) -> int:
         word, _, rest = line.partition(" ")
         if word == "started":
             engine = int(rest)
+            if begin is not None:
+                begin()
         elif word == "synced":
             return engine
         else:
@@ -257,12 +259,14 @@ def spawn(
     idle: float | None = None,
     grace: float = 10.0,
     wait: float = 60.0,
+    begin: Callable[[], object] | None = None,
 ) -> Kept:
     """Start the keeper of the machine in this folder, with its processes, and return when the guest has answered.
 
     `line_fd` is the host's end of the line, `logs` maps a log's name to the pipe that it is read from, `fds` are all
     descriptors that the plans name; the caller closes its own copies afterwards. `owner` is the pid whose end ends the
-    machine. `ttl`, `idle`, `grace` and `wait` are seconds. Raises Busy if the machine is alive, StorageError if its folder
+    machine. `ttl`, `idle`, `grace` and `wait` are seconds. `begin` is called when the engine runs, before the guest can
+    have answered: to let it go on from a frozen state. Raises Busy if the machine is alive, StorageError if its folder
     cannot be written, and EngineError, with the end of the engine's log, if it does not come up: nothing runs then.
     """
     log_start = _log_size(machine)
@@ -276,7 +280,7 @@ def spawn(
         except OSError as error:
             raise StorageError(f"{machine.root} cannot be used: {error.strerror}", machine=machine.root.name) from error
         try:
-            engine = _await(_Ready(ready, time.monotonic() + wait))
+            engine = _await(_Ready(ready, time.monotonic() + wait), begin)
             return Kept(_identity(machine)[0], engine)
         except BaseException as error:
             kill(machine)
@@ -385,7 +389,23 @@ def stop(machine: MachineDir, *, grace: float, reason: str, timeout: float) -> N
                     break
     except OSError:
         pass  # it has ended, or does not answer: either way what follows puts it right
+    # Clients are let go when the line ends, which is before the exit record is written: a kill then would lose it.
+    _wait_keeper(machine, deadline)
     kill(machine)
+
+
+def _wait_keeper(machine: MachineDir, deadline: float) -> None:
+    pid, start = _identity(machine)
+    try:
+        fd = os.pidfd_open(pid) if pid else -1
+    except ProcessLookupError:
+        return
+    if fd >= 0:
+        try:
+            if start_time(pid) == start:
+                _wait_for([fd], deadline)
+        finally:
+            os.close(fd)
 
 
 def _connect(machine: MachineDir, timeout: float) -> socket.socket:
