@@ -1,0 +1,51 @@
+"""Looking into a squashfs with unsquashfs, which needs no root to list."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+from trivisor.core.paths import Home
+from trivisor.images.catalog import Image, Images
+from trivisor.images.limits import DEFAULT, Limits
+
+
+def make_home(folder: Path) -> Home:
+    home = Home(folder / "home")
+    home.open()
+    return home
+
+
+def imported(folder: Path, data: bytes, limits: Limits = DEFAULT) -> Image:
+    """Import the archive `data` into a home in `folder`."""
+    archive = folder / "archive"
+    archive.write_bytes(data)
+    return Images(make_home(folder)).import_(archive, "x", limits=limits)
+
+
+def listing(image: Image | Path) -> dict[str, str]:
+    """Return path -> "mode uid/gid size date [-> target]" of all but the root."""
+    rootfs = image if isinstance(image, Path) else image.rootfs
+    done = subprocess.run(["unsquashfs", "-lln", rootfs], capture_output=True, check=True, env={**os.environ, "TZ": "UTC"})
+    found = {}
+    for line in done.stdout.decode(errors="surrogateescape").splitlines():
+        mode, owner, size, day, hour, name = line.split(None, 5)
+        path, arrow, target = name.partition(" -> ")
+        found[path.removeprefix("squashfs-root").lstrip("/") or "/"] = f"{mode} {owner} {size} {day} {hour}{arrow}{target}"
+    return found
+
+
+def contents(image: Image, path: str) -> bytes:
+    return subprocess.run(["unsquashfs", "-cat", image.rootfs, path], capture_output=True, check=True).stdout
+
+
+def extracted(image: Image, target: Path) -> Path:
+    """Unpack as whoever runs the tests: owners and some attributes need root."""
+    subprocess.run(["unsquashfs", "-q", "-n", "-d", target, image.rootfs], capture_output=True, check=os.geteuid() == 0)
+    return target
+
+
+def left(home: Home) -> list[str]:
+    """What an import must not leave: workspaces, blobs that nothing names."""
+    return [str(path) for path in [*(home.store / "tmp").iterdir(), *home.tmp.iterdir()]]
