@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -42,7 +43,7 @@ static int do_module(char **w) {
 static int do_wait(char **w) {
     int64_t end = now_ms() + WAIT_MS;
     /* A poll: what is waited for may lie in sysfs or devtmpfs, where inotify sees nothing of the kernel's changes. */
-    while (access(w[1], F_OK) < 0) {
+    for (struct stat st; stat(w[1], &st) < 0;) {
         if (now_ms() >= end)
             return ETIMEDOUT;
         nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);

@@ -11,7 +11,10 @@
 
 #include "builtins.h"
 
-enum { DEPTH_MAX = 512 };
+enum {
+    DEPTH_MAX = 512,
+    FOLDERS_BYTES = 32 << 20, /* names of folders that wait for their marks */
+};
 
 int tree_name_ok(const char *path) {
     if (!*path)
@@ -203,7 +206,7 @@ static int set_times(int dir, const char *name, uint64_t mtime) {
     return utimensat(dir, name, times, AT_SYMLINK_NOFOLLOW);
 }
 
-static int put_content(int dir, const char *name, const struct record *r) {
+static int put_content(int dir, const char *name) {
     uint64_t size, copied;
     int error = take_number(8, &size);
     if (error)
@@ -216,8 +219,6 @@ static int put_content(int dir, const char *name, const struct record *r) {
     error = copy_bytes(STDIN_FILENO, fd, size, &copied);
     if (!error && copied < size)
         error = EPIPE;
-    if (!error && fchmod(fd, r->mode) < 0)
-        error = errno;
     if (close(fd) < 0 && !error)
         error = errno;
     return error;
@@ -234,6 +235,43 @@ static int put_link(int dir, const char *name) {
     return error;
 }
 
+/* Owner, mode and time. */
+static int put_marks(int dir, const char *name, const struct record *r) {
+    if (r->uid != UINT32_MAX && geteuid() == 0 && fchownat(dir, name, r->uid, r->gid, AT_SYMLINK_NOFOLLOW) < 0)
+        return errno;
+    /* After chown, which clears set-user-id. */
+    if (r->kind != 'l' && fchmodat(dir, name, r->mode, 0) < 0)
+        return errno;
+    return set_times(dir, name, r->mtime) < 0 ? errno : 0;
+}
+
+/* A folder is made so that we can fill it; it gets its marks at the end, deepest first, since what is put into it
+ * moves its time and its mode may forbid us to. */
+static struct {
+    struct record *list;
+    size_t count, size, bytes;
+} folders;
+
+static int keep_folder(const struct record *r) {
+    size_t length = strlen(r->path) + 1;
+    if (folders.bytes + length > FOLDERS_BYTES)
+        return E2BIG;
+    if (folders.count == folders.size) {
+        size_t want = folders.size ? folders.size * 2 : 64;
+        struct record *grown = realloc(folders.list, want * sizeof *grown);
+        if (!grown)
+            return ENOMEM;
+        folders.list = grown;
+        folders.size = want;
+    }
+    struct record copy = *r;
+    if (!(copy.path = strdup(r->path)))
+        return ENOMEM;
+    folders.bytes += length;
+    folders.list[folders.count++] = copy;
+    return 0;
+}
+
 static int put_folder(int dir, const char *name, const struct record *r) {
     struct stat st;
     if (mkdirat(dir, name, 0700) < 0) {
@@ -242,48 +280,61 @@ static int put_folder(int dir, const char *name, const struct record *r) {
         if (fstatat(dir, name, &st, AT_SYMLINK_NOFOLLOW) < 0 || !S_ISDIR(st.st_mode))
             return ENOTDIR;
     }
-    return fchmodat(dir, name, r->mode, 0) < 0 ? errno : 0;
+    return keep_folder(r);
 }
 
 static int put_record(int dir, const char *name, const struct record *r) {
-    int error = r->kind == 'd' ? put_folder(dir, name, r) : r->kind == 'f' ? put_content(dir, name, r) : r->kind == 'l' ? put_link(dir, name) : EINVAL;
-    if (error)
-        return error;
-    if (r->uid != UINT32_MAX && geteuid() == 0) {
-        if (fchownat(dir, name, r->uid, r->gid, AT_SYMLINK_NOFOLLOW) < 0)
-            return errno;
-        /* chown clears set-user-id */
-        if (r->kind != 'l' && fchmodat(dir, name, r->mode, 0) < 0)
-            return errno;
-    }
-    return set_times(dir, name, r->mtime) < 0 ? errno : 0;
+    if (r->kind == 'd')
+        return put_folder(dir, name, r);
+    int error = r->kind == 'f' ? put_content(dir, name) : r->kind == 'l' ? put_link(dir, name) : EINVAL;
+    return error ? error : put_marks(dir, name, r);
 }
 
-/* The record of path "" makes argv[1] itself; all others need it to be a folder. */
-static int put_one(const char *root, int *base, struct record *r) {
-    char *name;
-    int dir = -1, error = 0;
-    if (*r->path) {
+/* The folder that holds what the record is about, and its name there. Path "" is argv[1] itself; all others need that to
+ * be a folder. */
+static int open_place(const char *root, int *base, char *path, char **name) {
+    if (*path) {
         if (*base < 0)
             *base = open(root, O_PATH | O_DIRECTORY | O_CLOEXEC);
-        dir = *base < 0 ? -1 : open_parent(*base, r->path, &name);
-    } else {
-        name = strrchr(root, '/') ? strrchr(root, '/') + 1 : (char *)(uintptr_t)root;
-        char parent[PATH_MAX];
-        snprintf(parent, sizeof parent, "%.*s", (int)(name - root), root);
-        dir = open(*parent ? parent : ".", O_PATH | O_DIRECTORY | O_CLOEXEC);
-        if (!*name)
-            name = (char *)(uintptr_t) ".";
+        return *base < 0 ? -1 : open_parent(*base, path, name);
     }
+    char parent[PATH_MAX];
+    *name = strrchr(root, '/') ? strrchr(root, '/') + 1 : (char *)(uintptr_t)root;
+    int n = snprintf(parent, sizeof parent, "%.*s", (int)(*name - root), root);
+    if (n >= PATH_MAX)
+        return errno = ENAMETOOLONG, -1;
+    if (!**name)
+        *name = (char *)(uintptr_t) ".";
+    return open(*parent ? parent : ".", O_PATH | O_DIRECTORY | O_CLOEXEC);
+}
+
+static int put_one(const char *root, int *base, struct record *r) {
+    struct stat st;
+    /* An existing target folder keeps what it is. */
+    if (!*r->path && r->kind == 'd' && stat(root, &st) == 0 && S_ISDIR(st.st_mode))
+        return 0;
+    char *name;
+    int dir = open_place(root, base, r->path, &name);
     if (dir < 0)
         return errno;
-    struct stat st;
-    if (!*r->path && r->kind == 'd' && stat(root, &st) == 0 && S_ISDIR(st.st_mode))
-        error = 0; /* an existing target folder keeps what it is */
-    else
-        error = put_record(dir, name, r);
+    int error = put_record(dir, name, r);
     close(dir);
     return error;
+}
+
+static int finish_folders(const char *root, int *base) {
+    while (folders.count > 0) {
+        struct record *r = &folders.list[--folders.count];
+        char *name;
+        int dir = open_place(root, base, r->path, &name);
+        int error = dir < 0 ? errno : put_marks(dir, name, r);
+        if (error)
+            return errno = error, complain(*r->path ? r->path : root);
+        close(dir);
+        free(r->path);
+    }
+    free(folders.list);
+    return 0;
 }
 
 int tree_put(char **argv) {
@@ -295,7 +346,7 @@ int tree_put(char **argv) {
         struct record r = {0};
         int error = take_record(&r);
         if (!error && r.kind == 'e')
-            return 0;
+            return finish_folders(root, &base);
         if (!error)
             error = put_one(root, &base, &r);
         if (error) {
