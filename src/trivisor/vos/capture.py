@@ -30,6 +30,7 @@ class Capture:
 
     def __init__(self, machine: str, limit: int, sinks: dict[int, Sink | None], hint: str = "") -> None:
         self.machine = machine
+        self._killed: float | None = None
         self._hint = hint or "raise max_output, take the output as it comes with on_stdout, or use spawn"
         self.truncated = False
         self._limit = limit
@@ -57,7 +58,7 @@ class Capture:
             self._collect(command)
             feed.check()
         except BaseException:
-            command.abort()
+            command.abort(self._killed)
             raise
         command.check()
 
@@ -86,7 +87,7 @@ class Capture:
     def _kill(self, command: Command, timeout: float) -> None:
         """The timeout is over: kill the group, keep what still comes for a moment, raise ExecTimeout."""
         command.signal(9)
-        end = time.monotonic() + KILL_WAIT
+        self._killed = end = time.monotonic() + KILL_WAIT
         self._sinks = {STDOUT: None, STDERR: None}
         try:
             while not command.over and command.wait(lambda: self._waiting(command), end):

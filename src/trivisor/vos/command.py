@@ -244,9 +244,13 @@ class Command:
         self.check()
         return self.pid or 0
 
-    def abort(self) -> None:
-        """Kill the command's group, throw away what it writes, wait a little for its end. Raises nothing of the guest's."""
-        deadline = time.monotonic() + KILL_WAIT
+    def abort(self, deadline: float | None = None) -> None:
+        """Kill the command's group, throw away what it writes, wait a little for its end, at most until `deadline`.
+
+        Raises nothing of the guest's.
+        """
+        if deadline is None:
+            deadline = time.monotonic() + KILL_WAIT
         try:
             if not self._line.closed:
                 self.signal(9)
