@@ -61,7 +61,6 @@ bool intake_feed(struct intake *in, const uint8_t **data, size_t *size, struct f
         case PARSE_BAD:
             in->skipping = true;
             in->parser.used = in->resync.used = 0;
-            log_line("malformed frame: skipping to the next SYNC");
         }
     }
     if (!resync_feed(&in->resync, data, size))
@@ -126,7 +125,11 @@ bool line_next(struct frame *out) {
             line.reads = 0;
             return false;
         }
-        if (intake_feed(&line.intake, &line.at, &line.left, out))
+        bool skipped = line.intake.skipping;
+        bool whole = intake_feed(&line.intake, &line.at, &line.left, out);
+        if (!skipped && line.intake.skipping)
+            log_line("malformed frame: skipping to the next SYNC");
+        if (whole)
             return true;
     }
 }

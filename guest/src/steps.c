@@ -99,24 +99,23 @@ static int do_clock(char **w) {
 }
 
 static int do_seed(char **w) {
-    struct {
-        struct rand_pool_info info;
-        uint8_t bytes[SEED_MAX];
-    } pool;
+    /* As RNDADDENTROPY takes it (random(4)): bits of entropy, bytes, the bytes. */
+    uint32_t pool[2 + SEED_MAX / 4];
+    uint8_t *bytes = (uint8_t *)(pool + 2);
     size_t size = strlen(w[1]) / 2;
     if (size == 0 || size > SEED_MAX || strlen(w[1]) % 2 || strspn(w[1], "0123456789abcdefABCDEF") != size * 2)
         return EINVAL;
     for (size_t i = 0; i < size; i++) {
         char pair[3] = {w[1][2 * i], w[1][2 * i + 1]};
-        pool.bytes[i] = (uint8_t)strtoul(pair, NULL, 16);
+        bytes[i] = (uint8_t)strtoul(pair, NULL, 16);
     }
-    pool.info.entropy_count = (int)size * 8;
-    pool.info.buf_size = (int)size;
+    pool[0] = (uint32_t)size * 8;
+    pool[1] = (uint32_t)size;
     int fd = open("/dev/urandom", O_WRONLY | O_CLOEXEC);
     if (fd < 0)
         return errno;
-    int error = ioctl(fd, RNDADDENTROPY, &pool) < 0 || ioctl(fd, RNDRESEEDCRNG) < 0 ? errno : 0;
-    explicit_bzero(&pool, sizeof pool);
+    int error = ioctl(fd, RNDADDENTROPY, pool) < 0 || ioctl(fd, RNDRESEEDCRNG) < 0 ? errno : 0;
+    explicit_bzero(pool, sizeof pool);
     close(fd);
     return error;
 }
