@@ -12,6 +12,7 @@
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -132,6 +133,7 @@ static void tie_to_parent(int go) {
 /* Carry out the plan in this process. Does not return. `go` is -1 for a process that nobody is tied to. */
 static _Noreturn void launch_run(struct launch *l, int go) {
     size_t last = l->count - 1;
+    umask(022); /* the keeper's is 077: folders of the new root would be closed to an id of its own */
     l->root = l->oom = -1;
     l->keep_caps = find(l->ops, l->count, "caps");
     if (find(l->ops, l->count, "oom"))
