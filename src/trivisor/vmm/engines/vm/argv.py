@@ -1,7 +1,7 @@
 """A machine's shape to QEMU's command line. Pure: nothing is run, the result can be printed and compared.
 
 Every path is the one inside the jail and every descriptor has a fixed number, so two machines of one shape have the
-same command line but for the lines that name their disks and RAM: what is left without these is what ice is keyed by.
+same command line: what ice is keyed by. (Where the host forbids namespaces nothing can be moved, and the paths are the host's.)
 Device addresses are given, not left to QEMU, for the same reason: a clone must have each device where the frozen
 machine had it.
 
@@ -15,11 +15,6 @@ from typing import Literal
 
 from trivisor.core.units import MIB
 
-ROOT = "/machine/root.squashfs"
-DISK = "/machine/disk.qcow2"
-RAM = "/machine/ram"
-KERNEL = "/kit/kernel"
-INITRAMFS = "/kit/initramfs"
 PORT = "trivisor.line"
 LINE, SERIAL, QMP, NET, RAM_FD = 10, 11, 12, 13, 14
 DUMMY = 1 << 40
@@ -53,39 +48,50 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Where guest RAM is.
+class Places:
+    """Where QEMU finds its files: by default, inside the jail."""
 
-    anonymous: of the process alone. file: RAM in `path`, written through (how ice is made). ice: RAM mapped
-    privately from the read-only `path`, which takes QEMU's rom= option. sealed: the same from descriptor
-    RAM_FD, a memfd sealed against writing: for a QEMU that insists on opening its RAM file for writing.
-    """
-
-    kind: Literal["anonymous", "file", "ice", "sealed"]
-
-
-@dataclass(frozen=True)
-class Boot:
-    """A start from a kernel; without it a start waits for a frozen state."""
-
-    append: str
+    root: str = "/machine/root.squashfs"
+    disk: str = "/machine/disk.qcow2"
+    ram: str = "/machine/ram"
+    kernel: str = "/kit/kernel"
+    initramfs: str = "/kit/initramfs"
 
 
-def command(qemu: str, shape: Shape, memory: Memory, boot: Boot | None, *, blank: bool, name: str = "ice") -> list[str]:
-    """Return QEMU's argv. `blank` binds the disks to dummies that a clone's real disks take the place of."""
+Memory = Literal["anonymous", "file", "ice", "sealed", "copy"]
+"""Where guest RAM is.
+
+anonymous: of the process alone. file: in a file, written through; how ice is made. ice: mapped privately from a
+file that is only readable, which takes QEMU's rom= option. A QEMU without that insists on a file that it can write to:
+sealed is a memfd in descriptor RAM_FD, sealed against writing; copy is a file of the machine's own.
+"""
+
+
+def command(
+    qemu: str,
+    shape: Shape,
+    memory: Memory,
+    *,
+    boot: bool,
+    blank: bool,
+    places: Places = Places(),
+    name: str = "ice",
+) -> list[str]:
+    """Return QEMU's argv. `boot` starts the kernel, else QEMU waits for a frozen state; `blank` binds the disks to
+    dummies that a clone's real disks take the place of."""
     accel = f"tcg,tb-size={shape.translation_mib}" if shape.accel == "tcg" else "kvm"
     argv = [qemu, "-name", f"guest={name}", "-nodefaults", "-no-user-config", "-display", "none", "-sandbox", _SANDBOX]
     argv += ["-machine", _MACHINE, "-accel", accel, "-cpu", "max" if shape.accel == "tcg" else "host"]
     argv += ["-smp", f"cpus={shape.cpus},sockets=1,cores={shape.cpus},threads=1", "-m", f"size={shape.memory // MIB}M"]
-    argv += ["-object", _memory(shape, memory), "-no-reboot", "-global", "migration.send-configuration=off"]
+    argv += ["-object", _memory(shape, memory, places), "-no-reboot", "-global", "migration.send-configuration=off"]
     # The line and the console are connected sockets; only QMP listens, on a socket that was bound before.
     argv += ["-chardev", f"socket,id=qmp,fd={QMP},server=on,wait=off", "-mon", "chardev=qmp,mode=control"]
     argv += ["-chardev", f"socket,id=serial,fd={SERIAL}", "-serial", "chardev:serial"]
     argv += ["-chardev", f"socket,id=line,fd={LINE}", "-device", "virtio-serial-pci,id=ports,max_ports=2,addr=0x3"]
     argv += ["-device", f"virtserialport,bus=ports.0,nr=1,chardev=line,name={PORT}"]
-    argv += _disk("root", "0x4", None if blank else ("raw", ROOT), read_only=True)
+    argv += _disk("root", "0x4", None if blank else ("raw", places.root), read_only=True)
     if shape.upper:
-        argv += _disk("upper", "0x5", None if blank else ("qcow2", DISK), read_only=False)
+        argv += _disk("upper", "0x5", None if blank else ("qcow2", places.disk), read_only=False)
     if shape.network:
         argv += ["-netdev", f"stream,id=net,server=off,addr.type=fd,addr.str={NET}"]
         argv += ["-device", "virtio-net-pci,netdev=net,id=nic,addr=0x6,mac=52:54:00:00:00:01,romfile="]
@@ -93,9 +99,9 @@ def command(qemu: str, shape: Shape, memory: Memory, boot: Boot | None, *, blank
     argv += ["-device", "vmgenid,guid=auto,id=generation"]
     for spare in (1, 2):
         argv += ["-device", f"pcie-root-port,id=spare{spare},chassis={spare},slot={spare},addr=0x{15 + spare:x}"]
-    if boot is None:
+    if not boot:
         return [*argv, "-incoming", "defer"]
-    return [*argv, "-kernel", KERNEL, "-initrd", INITRAMFS, "-append", boot.append]
+    return [*argv, "-kernel", places.kernel, "-initrd", places.initramfs, "-append", append(shape)]
 
 
 def append(shape: Shape) -> str:
@@ -114,15 +120,14 @@ def append(shape: Shape) -> str:
     return words
 
 
-def _memory(shape: Shape, memory: Memory) -> str:
-    size = f"size={shape.memory // MIB}M"
-    if memory.kind == "anonymous":
-        return f"memory-backend-memfd,id=ram,{size},share=on"
-    if memory.kind == "file":
-        return f"memory-backend-file,id=ram,{size},mem-path={RAM},share=on"
-    if memory.kind == "ice":
-        return f"memory-backend-file,id=ram,{size},mem-path={RAM},share=off,readonly=on,rom=off"
-    return f"memory-backend-file,id=ram,{size},mem-path=/proc/self/fd/{RAM_FD},share=off"
+def _memory(shape: Shape, memory: Memory, places: Places) -> str:
+    size = f"id=ram,size={shape.memory // MIB}M"
+    if memory == "anonymous":
+        return f"memory-backend-ram,{size}"
+    if memory == "sealed":
+        return f"memory-backend-file,{size},mem-path=/proc/self/fd/{RAM_FD},share=off"
+    mode = {"file": "share=on", "ice": "share=off,readonly=on,rom=off", "copy": "share=off"}[memory]
+    return f"memory-backend-file,{size},mem-path={places.ram},{mode}"
 
 
 def _disk(node: str, address: str, file: tuple[str, str] | None, *, read_only: bool) -> list[str]:

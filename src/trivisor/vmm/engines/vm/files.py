@@ -18,6 +18,10 @@ from trivisor.core.process import start_time
 _COPY = 1 << 20
 
 
+class Held(EngineError):
+    """Another process holds the lock, and went on holding it."""
+
+
 @contextlib.contextmanager
 def workspace(home: Home, what: str) -> Iterator[Path]:
     """A folder of this process under home.tmp, gone at the end unless it was renamed. The sweep knows its name."""
@@ -40,30 +44,43 @@ def storage(error: OSError, doing: str) -> StorageError:
 
 @contextlib.contextmanager
 def locked(path: Path, waiting: Callable[[], object], *, timeout: float, shared: bool = False) -> Iterator[None]:
-    """Hold flock(path). `waiting` is called once if someone else holds it. Raises EngineError after `timeout` seconds."""
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    """Hold flock(path). `waiting` is called once if someone else holds it. Raises Held after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     told = False
-    try:
-        while True:
-            try:
-                fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    while True:
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise storage(error, f"locking {path.name}") from error
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            if _names(path, fd):
                 break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise EngineError(
-                        f"another process has held {path.name} for {timeout:g} s", hint="see what it does, or end it"
-                    ) from None
-                if not told:
-                    waiting()
-                    told = True
-                # flock has no bounded wait of its own; 10 ms is nothing beside what is waited for.
-                time.sleep(0.01)
+        except BlockingIOError:
+            pass
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+        if time.monotonic() >= deadline:
+            raise Held(f"another process has held {path.name} for {timeout:g} s", hint="see what it does, or end it")
+        if not told:
+            waiting()
+            told = True
+        # flock has no bounded wait of its own; 10 ms is nothing beside what is waited for.
+        time.sleep(0.01)
+    try:
         yield
     finally:
         os.close(fd)
+
+
+def _names(path: Path, fd: int) -> bool:
+    """Whether `path` is still the file that was opened: a sweep may have removed it meanwhile."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(fd))
+    except FileNotFoundError:
+        return False
 
 
 def settle(folder: Path, target: Path) -> None:

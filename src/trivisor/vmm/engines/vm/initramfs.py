@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-_FOLDERS = ("dev", "proc", "sys", "run", "tmp", "modules", "lower", "upper", "root", "newroot")
+_FOLDERS = ("dev", "modules")
 
 
 def build(init: bytes, modules: Iterable[tuple[str, bytes]]) -> bytes:

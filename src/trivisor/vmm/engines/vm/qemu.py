@@ -40,6 +40,11 @@ class Qemu:
         prefix = Path(self.path).parent.parent
         return [prefix / name for name in _DATA if (prefix / name).is_dir()]
 
+    def modules(self) -> list[Path]:
+        """The folders of the parts that distributions build apart, accelerators among them."""
+        prefix = Path(self.path).parent.parent
+        return [path for path in (prefix / "lib/qemu", *prefix.glob("lib/*-linux-gnu/qemu")) if path.is_dir()]
+
 
 class _Facts(msgspec.Struct, frozen=True):
     version: str
@@ -54,7 +59,7 @@ def locate(given: str | None = None) -> str:
         return find("qemu-system-x86_64", PACKAGE)
     if not os.access(chosen, os.X_OK) or not Path(chosen).is_file():
         raise HostLacks(f"{chosen} is not a program", hint="TRIVISOR_QEMU must be the path of qemu-system-x86_64")
-    return os.path.abspath(chosen)
+    return str(Path(chosen).absolute())
 
 
 def inspect(path: str, home: Home) -> Qemu:

@@ -110,6 +110,20 @@ class Qmp:
         with contextlib.suppress(EngineError):
             self.ask("quit", timeout=2.0)
 
+    def wait_closed(self, timeout: float = TIMEOUT) -> None:
+        """Wait until QEMU has gone. Raises EngineError if it stays."""
+        deadline = time.monotonic() + timeout
+        while (left := deadline - time.monotonic()) > 0:
+            try:
+                self._socket.settimeout(left)
+                if not self._socket.recv(65536):
+                    return
+            except ConnectionError:
+                return
+            except TimeoutError:
+                continue
+        raise EngineError(f"QEMU has not ended after {timeout:g} s", machine=self._machine)
+
     def __enter__(self) -> Self:
         return self
 

@@ -1,0 +1,230 @@
+"""The vm wall: one QEMU a machine, cloned from ice where there is some.
+
+A start goes the quickest way there is: from the ice of its image if the machine's disk is still as it was made; else
+from the blank ice, mounting its disks; else (`ice` off, or a host that cannot) a boot. Every way ends in the same steps,
+which make the machine itself: random seed, clock, name, address, environment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from trivisor.core.errors import HostLacks, InvalidSpec, StorageError, TrivisorError
+from trivisor.core.paths import Home, MachineDir
+from trivisor.core.spec import Spec, Wall
+from trivisor.core.undo import Undo
+from trivisor.launch import jail, keeper
+from trivisor.vmm.engine import Box, Progress, Usage, WallReport
+from trivisor.vmm.engines.vm import argv, disks, ice, kit, making, net, probe, proc, qemu, ram, runner
+from trivisor.vmm.engines.vm.argv import Memory
+from trivisor.vmm.engines.vm.ice import Ice
+from trivisor.vmm.engines.vm.making import Image
+from trivisor.vmm.engines.vm.qmp import Qmp
+from trivisor.vmm.engines.vm.runner import Setup, Work
+from trivisor.vos import guest
+from trivisor.vos.line import Line
+
+_STEPS = 60.0
+_FEATURES = {"pause": True, "disk": True, "own_kernel": True, "ice": True}
+
+
+class VmEngine:
+    """Drives QEMU for the machines of `home`. `qemu` is its path (default: $TRIVISOR_QEMU, else the one in PATH).
+
+    `use_ice=False` (default: unless $TRIVISOR_ICE is "off") boots every machine.
+    """
+
+    wall: Wall = "vm"
+
+    def __init__(self, home: Home, qemu: str | None = None, *, use_ice: bool | None = None) -> None:
+        self._home = home
+        self._qemu = qemu
+        self._use_ice = os.environ.get("TRIVISOR_ICE") != "off" if use_ice is None else use_ice
+
+    def report(self) -> WallReport:
+        details: dict[str, str] = {}
+        try:
+            found = self._found()
+            verdict = probe.verdict(found, self._home)
+            details["qemu"] = f"{found.version} ({found.path})"
+            details["accelerator"] = f"{verdict.accel}: {verdict.why}"
+            details["jail"] = str(jail.probe())
+            disks.check()
+        except TrivisorError as error:
+            return WallReport(wall=self.wall, available=False, why=str(error), remedy=error.hint, details=details)
+        nat = True
+        try:
+            details["network"] = net.check()
+        except HostLacks as error:
+            nat = False
+            details["network"] = f"none only: {error} ({error.hint})"
+        kits = [name for name in kit.FLAVOURS if kit.have(self._home, name)]
+        details["kits"] = ", ".join(kits) or "none yet: the first start fetches one"
+        features = {**_FEATURES, "kvm": verdict.accel == "kvm", "nat": nat}
+        return WallReport(wall=self.wall, available=True, features=features, details=details)
+
+    def check(self, spec: Spec) -> None:
+        self._found()
+        kit.check(spec.kernel)
+        if spec.disk != "ram":
+            disks.check()
+            if spec.disk > argv.DUMMY:
+                raise InvalidSpec(f"disk must be at most {argv.DUMMY >> 30}G, not {spec.disk} bytes")
+        if spec.network == "nat":
+            net.check()
+
+    def create(self, box: Box, undo: Undo) -> None:
+        if box.spec.disk == "ram":
+            return
+        undo.add("disk", lambda: box.dir.disk.unlink(missing_ok=True))
+        disks.create(box.home, box.spec.disk, box.dir.disk)
+        undo.add("fresh", lambda: _fresh(box.dir).unlink(missing_ok=True))
+        _fresh(box.dir).touch()
+
+    def start(self, box: Box, undo: Undo, progress: Progress) -> dict[str, str]:
+        setup, why = self._setup(box.spec, progress)
+        if box.spec.network == "nat":
+            net.free(box.spec.ports, box.spec.name)
+        undo.add("qemu", lambda: keeper.kill(box.dir))
+        begun = time.monotonic()
+        way = self._run(box, setup, progress)
+        took = f"{(time.monotonic() - begun) * 1000:.0f} ms"
+        return {
+            "qemu": setup.qemu.version,
+            "accelerator": f"{setup.shape.accel} ({why})",
+            "kernel": setup.kit.release,
+            "start": f"{way}, {took}",
+            "jail": str(setup.jail),
+        }
+
+    def pause(self, box: Box) -> None:
+        with Qmp.connect(box.dir.qmp, box.spec.name) as qmp:
+            qmp.ask("stop")
+
+    def resume(self, box: Box) -> None:
+        with Qmp.connect(box.dir.qmp, box.spec.name) as qmp:
+            qmp.ask("cont")
+
+    def paused(self, box: Box) -> bool:
+        with Qmp.connect(box.dir.qmp, box.spec.name) as qmp:
+            return not qmp.ask("query-status")["running"]
+
+    def usage(self, box: Box) -> Usage:
+        """QEMU's and the keeper's. Private is anonymous memory: what ice, programs and libraries share with others is not."""
+        return proc.usage([pid for pid in (runner.engine(box.dir), proc.keeper_pid(box.dir)) if pid is not None])
+
+    def sweep(self, home: Home, machines: set[str]) -> list[str]:
+        return ice.sweep(home)
+
+    def _found(self) -> qemu.Qemu:
+        return qemu.inspect(qemu.locate(self._qemu), self._home)
+
+    def _setup(self, spec: Spec, progress: Progress) -> tuple[Setup, str]:
+        found = self._found()
+        verdict = probe.verdict(found, self._home)
+        shape = argv.Shape(verdict.accel, spec.cpus, spec.memory, spec.disk != "ram", spec.network == "nat")
+        return Setup(found, shape, kit.get(self._home, spec.kernel, progress), jail.probe()), verdict.why
+
+    def _run(self, box: Box, setup: Setup, progress: Progress) -> str:
+        """Start the machine in the quickest way; say in words which it was."""
+        fresh = box.spec.disk == "ram" or _fresh(box.dir).exists()
+        mount = making.mount_steps(setup.shape.upper)
+        if not self._use_ice:
+            _used(box.dir)
+            self._boot(box, setup, mount)
+            return "booted"
+        making.ensure_blank(self._home, setup, progress)
+        if fresh:
+            image = Image(box.rootfs, box.rootfs_digest, None if box.spec.disk == "ram" else box.spec.disk)
+            name = making.image_key(setup, image)
+            ran = self._home.cache / f"ran-{name}"
+            if ran.exists():
+                making.ensure_image(self._home, setup, image, progress)
+            with ice.using(self._home, name, progress) as found:
+                if found is not None:
+                    if box.spec.disk != "ram":
+                        ice.check_disk(found)
+                        disks.copy(found.disk, box.dir.disk)
+                    _used(box.dir)
+                    self._clone(box, setup, found, [])
+                    return "from the image's ice"
+        with ice.using(self._home, making.blank_key(setup), progress) as blank:
+            _used(box.dir)
+            if blank is None:
+                raise StorageError("the ice was removed while it was needed", machine=box.spec.name, hint="start again")
+            self._clone(box, setup, blank, mount)
+        if fresh:
+            ran.touch()
+        return "from blank ice"
+
+    def _boot(self, box: Box, setup: Setup, mount: Sequence[Sequence[str]]) -> None:
+        runner.run(setup, _work(box, setup, "anonymous"))
+        disks_there = [("wait", making.ROOT_DISK), *([("wait", making.UPPER_DISK)] if setup.shape.upper else [])]
+        self._configure(box, [*disks_there, *mount])
+
+    def _clone(self, box: Box, setup: Setup, frozen: Ice, mount: Sequence[Sequence[str]]) -> None:
+        """Run the machine on from `frozen`, whose use the caller holds."""
+        with ExitStack() as stack:
+            given = ram.provide(stack, self._home, setup, box.dir, frozen)
+            runner.run(setup, _work(box, setup, given.memory, ram=given.file, ram_fd=given.fd, state=frozen.state))
+        self._configure(box, mount)
+
+    def _configure(self, box: Box, mount: Sequence[Sequence[str]]) -> None:
+        """Make the guest this machine. The seed goes first: nothing may draw from a random state that other clones had."""
+        line = Line.connect(box.dir.line, box.spec.name)
+        try:
+            guest.configure(line, [*_first(), *mount, *_steps(box)], timeout=_STEPS)
+        finally:
+            line.close()
+
+
+def _work(box: Box, setup: Setup, memory: Memory, *, ram: Path | None = None, ram_fd: int | None = None, state: Path | None = None) -> Work:
+    return Work(
+        box.dir,
+        box.slot,
+        box.spec.name,
+        memory,
+        ram=ram,
+        ram_fd=ram_fd,
+        state=state,
+        root=box.rootfs,
+        disk=box.dir.disk if setup.shape.upper else None,
+        ports=box.spec.ports,
+        owner=box.owner,
+        ttl=box.spec.ttl,
+        idle=box.spec.idle,
+    )
+
+
+def _first() -> list[Sequence[str]]:
+    return [("seed", os.urandom(32).hex()), ("clock", str(time.time_ns()))]
+
+
+def _steps(box: Box) -> list[Sequence[str]]:
+    name = hashlib.sha256(f"machine {box.id}".encode()).digest()
+    steps: list[Sequence[str]] = [("hostname", box.spec.name), ("machine-id", name[:16].hex())]
+    if box.spec.network == "nat":
+        # Locally administered, unicast.
+        mac = bytes([0x52, 0x54, 0x00, *name[16:19]])
+        steps += [("mac", net.INTERFACE, mac.hex(":")), *net.steps()]
+    if box.spec.env:
+        steps.append(("env", *(f"{key}={value}" for key, value in box.spec.env.items())))
+    steps.append(("hooks",))
+    return steps
+
+
+def _fresh(place: MachineDir) -> Path:
+    """A mark that lies beside a disk for as long as no guest has had it."""
+    return place.root / "fresh"
+
+
+def _used(place: MachineDir) -> None:
+    try:
+        _fresh(place).unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"{place.root} cannot be written: {error.strerror}") from error

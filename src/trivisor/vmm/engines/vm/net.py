@@ -1,0 +1,57 @@
+"""User-mode NAT by passt, a helper process beside QEMU that needs no root and shuts itself in (passt(1), "Security").
+
+QEMU keeps its empty network namespace and talks to passt through a socket pair. The guest has a fixed address; the
+gateway is not mapped to the host's loopback, which the guest therefore cannot reach.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Mapping
+
+from trivisor.core.errors import EngineError
+from trivisor.core.process import find
+from trivisor.launch.plan import Op, Plan
+
+INTERFACE = "eth0"
+ADDRESS, PREFIX, GATEWAY, DNS = "10.0.2.15", "24", "10.0.2.2", "10.0.2.3"
+PASST_FD = 3
+
+
+def check() -> str:
+    """Return the path of passt. Raises HostLacks."""
+    return find("passt", "passt")
+
+
+def free(ports: Mapping[int, int], machine: str) -> None:
+    """Raise EngineError for a host port that something else listens on: passt would only say so in its log."""
+    for host in ports:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                trial.bind(("127.0.0.1", host))
+            except OSError as error:
+                taken = error.errno == errno.EADDRINUSE
+                why = "is taken" if taken else f"cannot be used: {error.strerror}"
+                raise EngineError(
+                    f"host port {host} on 127.0.0.1 {why}", machine=machine, hint="publish another port, or end what listens there"
+                ) from error
+
+
+def plan(passt: str, ports: Mapping[int, int], fd: int, log: int) -> Plan:
+    """Return the plan of the helper: `fd` is its end of the pair, `log` takes what it says."""
+    argv = [passt, "--foreground", "--fd", str(PASST_FD), "--quiet", "-4", "--no-map-gw", "--no-dhcp"]
+    argv += ["--address", ADDRESS, "--netmask", PREFIX, "--gateway", GATEWAY, "--dns-forward", DNS]
+    for host, guest in sorted(ports.items()):
+        argv += ["-t", f"127.0.0.1/{host}:{guest}"]
+    if not ports:
+        argv += ["-t", "none"]
+    operations: list[Op] = [("fd", str(fd), str(PASST_FD)), ("fd", str(log), "1"), ("fd", str(log), "2")]
+    operations += [("env", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"), ("exec", *argv, "-u", "none")]
+    return tuple(operations)
+
+
+def steps() -> list[tuple[str, ...]]:
+    """Return the guest's side of it."""
+    return [("address", INTERFACE, ADDRESS, PREFIX, GATEWAY), ("dns", DNS)]

@@ -1,0 +1,88 @@
+"""The RAM of a clone, for each kind of QEMU.
+
+A QEMU with rom= maps the ice's file, which it can only read, privately: nothing to do. An older one opens its RAM file
+for writing whatever it is told, and a file that a machine could write to must not be the ice. It gets a memfd instead that
+is sealed against writing, which opens for writing and refuses to be written: filled from the ice once, and found again in
+the descriptors of any machine that has it, so machines of one ice share it as they would share the file. Where the jail
+has no /proc to open a descriptor by, the machine gets a file of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from trivisor.core.paths import Home, MachineDir
+from trivisor.vmm.engines.vm import files, runner
+from trivisor.vmm.engines.vm.argv import Memory
+from trivisor.vmm.engines.vm.ice import Ice
+from trivisor.vmm.engines.vm.runner import Setup
+
+_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+@dataclass(frozen=True)
+class Ram:
+    """What a Work is given: the kind, and its file or descriptor."""
+
+    memory: Memory
+    file: Path | None = None
+    fd: int | None = None
+
+
+def provide(stack: ExitStack, home: Home, setup: Setup, place: MachineDir, frozen: Ice) -> Ram:
+    """Return RAM for one clone of `frozen`; what it takes is given back when `stack` ends, after the clone has it."""
+    if setup.qemu.rom_option:
+        return Ram("ice", file=frozen.ram)
+    if "pid" in setup.jail.namespaces:
+        name = f"trivisor-ice-{frozen.facts.key}"
+        fd = _shared(home, name, frozen)
+        if fd is None:
+            fd = _sealed(name, frozen)
+        stack.callback(os.close, fd)
+        return Ram("sealed", fd=fd)
+    own = place.root / "ram"
+    own.unlink(missing_ok=True)
+    files.copy_file(frozen.ram, own)
+    # Once QEMU has mapped it, nobody needs its name.
+    stack.callback(own.unlink, missing_ok=True)
+    return Ram("copy", file=own)
+
+
+def _sealed(name: str, frozen: Ice) -> int:
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        with frozen.ram.open("rb") as source:
+            files.copy_sparse(source.fileno(), fd)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except OSError as error:
+        os.close(fd)
+        raise files.storage(error, "loading the ice") from error
+    return fd
+
+
+def _shared(home: Home, name: str, frozen: Ice) -> int | None:
+    """Open the sealed RAM of this ice that another machine of this home has, if one has."""
+    for folder in home.machines.iterdir():
+        pid = runner.engine(MachineDir(folder))
+        if pid is None:
+            continue
+        with contextlib.suppress(OSError):
+            for path in Path(f"/proc/{pid}/fd").iterdir():
+                if str(path.readlink()) == f"/memfd:{name} (deleted)":
+                    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                    if _whole(fd, frozen):
+                        return fd
+                    os.close(fd)
+    return None
+
+
+def _whole(fd: int, frozen: Ice) -> bool:
+    """Whether it is what `_sealed` makes: the name alone proves nothing, the seals and their being ours do."""
+    stat = os.fstat(fd)
+    seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    return stat.st_uid == os.geteuid() and stat.st_size == frozen.facts.memory and seals & _SEALS == _SEALS

@@ -1,0 +1,233 @@
+"""Running one QEMU: jailed, under its keeper, its memory and disks as told. Used for machines and for making ice alike.
+
+What QEMU sees of the host is listed in `_binds`: its own program, libraries and firmware read-only, and the machine's files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trivisor.core.errors import EngineError
+from trivisor.core.paths import MachineDir
+from trivisor.core.process import start_time
+from trivisor.launch import jail, keeper, tvinit
+from trivisor.launch.jail import Bind, JailReport
+from trivisor.launch.plan import Op, Plan
+from trivisor.vmm.engines.vm import argv, files, net
+from trivisor.vmm.engines.vm.argv import Memory, Places, Shape
+from trivisor.vmm.engines.vm.kit import Kit
+from trivisor.vmm.engines.vm.qemu import Qemu
+from trivisor.vmm.engines.vm.qmp import Qmp
+
+BOOT_WAIT = 120.0
+CLONE_WAIT = 60.0
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every QEMU of one machine shape is run with."""
+
+    qemu: Qemu
+    shape: Shape
+    kit: Kit
+    jail: JailReport
+
+
+@dataclass(frozen=True)
+class Work:
+    """One run. Without `state` QEMU boots the kit's kernel; with it, it takes the frozen device state from there."""
+
+    place: MachineDir
+    slot: int
+    name: str
+    memory: Memory
+    ram: Path | None = None
+    """The RAM file, of kinds file, ice and copy."""
+    ram_fd: int | None = None
+    """The sealed memfd."""
+    state: Path | None = None
+    root: Path | None = None
+    """The image's squashfs; without it both disks are dummies."""
+    disk: Path | None = None
+    ports: Mapping[int, int] = field(default_factory=dict)
+    owner: int | None = None
+    ttl: float | None = None
+    idle: float | None = None
+
+
+def run(setup: Setup, work: Work) -> keeper.Kept:
+    """Start keeper and QEMU and return when the guest has answered. Raises EngineError with the end of QEMU's output."""
+    with contextlib.ExitStack() as stack:
+        places = _places(setup, work)
+        _own(setup, work)
+        fds: dict[int, int] = {}
+        line = _pair(stack, fds, argv.LINE)
+        serial = _pair(stack, fds, argv.SERIAL)
+        listener = stack.enter_context(_listen(work.place.qmp))
+        fds[listener.fileno()] = argv.QMP
+        said, log = os.pipe2(os.O_CLOEXEC)
+        stack.callback(os.close, said)
+        stack.callback(os.close, log)
+        fds[log] = 2
+        processes = []
+        named = [*fds]
+        if setup.shape.network:
+            end = _pair(stack, fds, argv.NET)
+            processes.append(keeper.Process("passt", net.plan(net.check(), work.ports, end, log)))
+            named += [*fds, end]
+        if work.memory == "sealed":
+            assert work.ram_fd is not None
+            fds[work.ram_fd] = argv.RAM_FD
+        command = argv.command(
+            setup.qemu.path,
+            setup.shape,
+            work.memory,
+            boot=work.state is None,
+            blank=work.root is None,
+            places=places,
+            name=work.name,
+        )
+        processes.append(keeper.Process("qemu", _plan(setup, work, places, command, fds)))
+        kept = keeper.spawn(
+            work.place,
+            processes=processes,
+            line_fd=line,
+            logs={"serial": serial, "engine": said},
+            fds=sorted({*named, *fds}),
+            owner=work.owner,
+            ttl=work.ttl,
+            idle=work.idle,
+            wait=BOOT_WAIT if work.state is None else CLONE_WAIT,
+            begin=lambda: _thaw(work),
+        )
+    _note(work.place, kept.engine_pid)
+    return kept
+
+
+def engine(place: MachineDir) -> int | None:
+    """Return QEMU's pid, or None if it does not run any more."""
+    try:
+        pid, _, started = (place.root / "engine").read_text().strip().partition(" ")
+        return int(pid) if start_time(int(pid)) == int(started) else None
+    except (OSError, ValueError):
+        return None
+
+
+def _note(place: MachineDir, pid: int) -> None:
+    try:
+        (place.root / "engine").write_text(f"{pid} {start_time(pid)}\n")
+    except OSError as error:
+        raise files.storage(error, "writing the machine's folder") from error
+
+
+def _thaw(work: Work) -> None:
+    """Give a waiting QEMU its state and let it run. Called when it has been started."""
+    if work.state is None:
+        return
+    with Qmp.connect(work.place.qmp, work.name) as qmp, work.state.open("rb") as state:
+        qmp.state_from(state.fileno())
+        qmp.ask("cont")
+
+
+def _places(setup: Setup, work: Work) -> Places:
+    if setup.jail.namespaces:
+        return Places()
+    kernel, initramfs = _kernel(setup)
+    return Places(
+        root=str(work.root or ""), disk=str(work.disk or ""), ram=str(work.ram or ""), kernel=str(kernel), initramfs=str(initramfs)
+    )
+
+
+def _kernel(setup: Setup) -> tuple[Path, Path]:
+    return setup.kit.kernel, setup.kit.initramfs(tvinit.path(), tvinit.digest())
+
+
+def _binds(setup: Setup, work: Work, places: Places) -> Iterator[Bind]:
+    yield Bind(Path(setup.qemu.path), setup.qemu.path, "ro,exec")
+    for folder in (*map(Path, setup.qemu.libraries), *setup.qemu.modules()):
+        yield Bind(folder, str(folder), "ro,exec")
+    for data in setup.qemu.data():
+        yield Bind(data, str(data), "ro")
+    if setup.shape.accel == "kvm":
+        yield Bind(Path("/dev/kvm"), "/dev/kvm", "rw,dev")
+    if work.state is None:
+        kernel, initramfs = _kernel(setup)
+        yield Bind(kernel, places.kernel, "ro")
+        yield Bind(initramfs, places.initramfs, "ro")
+    if work.ram is not None:
+        yield Bind(work.ram, places.ram, "ro" if work.memory == "ice" else "rw")
+    if work.root is not None:
+        yield Bind(work.root, places.root, "ro")
+    if work.disk is not None:
+        yield Bind(work.disk, places.disk, "rw")
+
+
+def _plan(setup: Setup, work: Work, places: Places, command: list[str], fds: Mapping[int, int]) -> Plan:
+    mount = work.place.root / "jail"
+    mount.mkdir(mode=0o700, exist_ok=True)
+    plan = jail.jail(
+        command,
+        binds=[*_binds(setup, work, places)],
+        env={"PATH": "/usr/bin", "HOME": "/"},
+        fds=fds,
+        root=mount,
+        slot=work.slot,
+        network="none",
+        groups=_groups(setup),
+        report=setup.jail,
+    )
+    if work.memory != "sealed":
+        return plan
+    # The one name by which a descriptor can be opened again is in /proc; QEMU's own pid namespace holds nothing else.
+    proc: Op = ("mount", "proc", "proc", "/proc", "ro", "")
+    return tuple(word for op in plan for word in ((proc, op) if op[0] == "pivot" else (op,)))
+
+
+def _groups(setup: Setup) -> list[int]:
+    return [os.stat("/dev/kvm").st_gid] if setup.shape.accel == "kvm" else []
+
+
+def _own(setup: Setup, work: Work) -> None:
+    """Give the files that QEMU writes to the id that it runs as."""
+    owner = jail.own_id(work.slot, setup.jail)
+    if owner is None:
+        return
+    try:
+        if work.disk is not None:
+            os.chown(work.disk, owner, owner)
+        if work.ram is not None and work.memory in ("file", "copy"):
+            os.chown(work.ram, owner, owner)
+    except OSError as error:
+        raise files.storage(error, "giving the machine its files") from error
+
+
+def _pair(stack: contextlib.ExitStack, fds: dict[int, int], number: int) -> int:
+    """Make a connected pair: QEMU gets one end as `number`; return the other."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    stack.enter_context(ours)
+    stack.enter_context(theirs)
+    fds[theirs.fileno()] = number
+    return ours.fileno()
+
+
+@contextlib.contextmanager
+def _listen(path: Path) -> Iterator[socket.socket]:
+    """Bind and listen before QEMU is started, so that nobody has to poll for the socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as listener:
+        path.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            # Through the folder's descriptor: a path may be longer than a socket's address.
+            listener.bind(f"/proc/self/fd/{folder}/{path.name}")
+            os.chmod(path.name, 0o600, dir_fd=folder)
+        except OSError as error:
+            raise EngineError("the QMP socket cannot be made", output=str(error)) from error
+        finally:
+            os.close(folder)
+        listener.listen(4)
+        yield listener
