@@ -159,7 +159,15 @@ def test_sparse_files_of_gnu_tar(tmp_path: Path) -> None:
 
 
 def test_duplicates_last_wins(tmp_path: Path) -> None:
-    data = file("a", b"first") + file("d/x", b"kept") + file("a", b"last") + folder("d", mode=0o700) + symlink("b", "a") + file("b", b"file") + END
+    data = (
+        file("a", b"first")
+        + file("d/x", b"kept")
+        + file("a", b"last")
+        + folder("d", mode=0o700)
+        + symlink("b", "a")
+        + file("b", b"file")
+        + END
+    )
     image = imported(tmp_path, data)
     assert contents(image, "a") == b"last"
     assert contents(image, "d/x") == b"kept"
@@ -184,7 +192,13 @@ def test_absolute_names_are_made_relative_and_nodes_of_dev_go(tmp_path: Path) ->
 
 
 def test_git_comment_and_hard_link_with_size(tmp_path: Path) -> None:
-    data = pax([(b"comment", b"0123abc"), (b"path", b"evil")], "g") + file("a", b"x") + block("b", "1", target="a", size=1) + file("c", b"y") + END
+    data = (
+        pax([(b"comment", b"0123abc"), (b"path", b"evil")], "g")
+        + file("a", b"x")
+        + block("b", "1", target="a", size=1)
+        + file("c", b"y")
+        + END
+    )
     image = imported(tmp_path, data)
     assert contents(image, "b") == b"x" and contents(image, "c") == b"y"
 

@@ -49,13 +49,13 @@ class Images:
 
     def get(self, ref: str) -> Image:
         """Return the image called `ref` (name[:tag]). Raises NotFound, InvalidSpec, StorageError if it is damaged."""
-        name = normalise(ref)
-        known = {found.name: found for found in self._store.refs(_PREFIX)}
-        if _PREFIX + name not in known:
-            raise self._unknown(name, [found.removeprefix(_PREFIX) for found in known])
-        image = self._image(known[_PREFIX + name])
-        if image.rootfs.stat().st_size != image.size:
-            raise StorageError(f"the root of image {name} is damaged ({image.rootfs})", hint="import the image again")
+        image = self._find(ref)
+        while not _whole(image):
+            # The name may have moved on, and the old root with it, since it was looked up.
+            found = self._find(ref)
+            if found == image:
+                raise StorageError(f"the root of image {image.name} is damaged ({image.rootfs})", hint="import the image again")
+            image = found
         return image
 
     def list(self) -> list[Image]:
@@ -95,8 +95,7 @@ class Images:
 
     def remove(self, ref: str) -> None:
         """Forget the name, and the image with its last name. Raises NotFound, CallerError if a machine needs it."""
-        name = self.get_name(ref)
-        self._store.drop_ref(_PREFIX + name)
+        self._store.drop_ref(_PREFIX + self._find(ref).name)
         self._store.collect()
 
     def pin(self, image: Image, owner: str) -> None:
@@ -111,14 +110,6 @@ class Images:
         """Remove roots that nobody needs, and what crashes left. Return the bytes freed."""
         return self._store.collect()
 
-    def get_name(self, ref: str) -> str:
-        """Return the full name of `ref`. Raises NotFound, InvalidSpec."""
-        name = normalise(ref)
-        known = [found.name.removeprefix(_PREFIX) for found in self._store.refs(_PREFIX)]
-        if name not in known:
-            raise self._unknown(name, known)
-        return name
-
     def _import(self, source: Path, name: str, origin: str, progress: Progress, limits: Limits) -> Image:
         with self._store.workspace() as work:
             made, config = build(source, name, work.path, limits, progress)
@@ -131,9 +122,21 @@ class Images:
             self._store.collect()
         return self._image(Ref(_PREFIX + name, digest, value))
 
-    def _image(self, ref: Ref) -> Image:
-        return Image(name=ref.name.removeprefix(_PREFIX), digest=ref.digest, rootfs=self._store.path(ref.digest), **ref.value)
+    def _find(self, ref: str) -> Image:
+        name = normalise(ref)
+        images = self.list()
+        for image in images:
+            if image.name == name:
+                return image
+        have = f"there are {', '.join(image.name for image in images[:20])}; " if images else ""
+        raise NotFound(f"there is no image {name}", hint=have + "get one with `trivisor images bootstrap` or `trivisor images import`")
 
-    def _unknown(self, name: str, known: Sequence[str]) -> NotFound:
-        have = f"there are {', '.join(known[:20])}; " if known else ""
-        return NotFound(f"there is no image {name}", hint=have + "get one with `trivisor images bootstrap` or `trivisor images import`")
+    def _image(self, ref: Ref) -> Image:
+        return Image(name=ref.name.removeprefix(_PREFIX), digest=ref.digest, rootfs=self._store.locate(ref.digest), **ref.value)
+
+
+def _whole(image: Image) -> bool:
+    try:
+        return image.rootfs.stat().st_size == image.size
+    except FileNotFoundError:
+        return False

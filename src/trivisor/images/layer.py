@@ -61,7 +61,7 @@ def _whiteout(tree: Tree, entry: Entry) -> bool:
 def _device(tree: Tree, entry: Entry) -> None:
     """The machine has its own /dev, so what is there may go; overlayfs marks deleted files with 0:0."""
     if entry.kind == "c" and entry.device == (0, 0):
-        tree.whiteout(entry.name)
+        tree.remove(entry.name)
     elif next((part for part in entry.name.split("/") if part not in ("", ".")), "") != "dev":
         major, minor = entry.device
         raise tree.bad(entry.name, f"is a device node ({entry.kind} {major}:{minor}); images have none outside /dev")

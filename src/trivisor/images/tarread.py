@@ -226,7 +226,8 @@ class TarReader:
             entry.size = self._number(header[483:495], "size", entry.name)
             numbers = self._old_map(header, entry.name)
         elif "GNU.sparse.map" in pax:
-            numbers = self._numbers(pax["GNU.sparse.map"].split(b","), entry.name)
+            text = pax["GNU.sparse.map"]
+            numbers = self._numbers(text.split(b",") if text else [], entry.name)
         elif "GNU.sparse.numblocks" in pax:
             given = [value for key, value in records if key in ("GNU.sparse.offset", "GNU.sparse.numbytes")]
             numbers = self._numbers(given, entry.name)

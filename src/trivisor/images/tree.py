@@ -95,14 +95,23 @@ class Tree:
     def whiteout(self, name: str) -> None:
         """Hide what the layers below have at `name`."""
         parts = self._split(name, name)
-        if parts:
-            parent = self._folder(parts[:-1], name)
-            if parts[-1] in parent.children and not self._keep(parent.children[parts[-1]]):
+        parent = self._existing(parts[:-1], name)
+        if parts and parent is not None and (node := parent.children.get(parts[-1])) is not None:
+            self._prune(node)
+            if node.layer != self.layer and not node.children:
                 del parent.children[parts[-1]]
+
+    def remove(self, name: str) -> None:
+        """Drop what is at `name`, whichever layer it came from."""
+        parts = self._split(name, name)
+        if parts and (parent := self._existing(parts[:-1], name)) is not None:
+            parent.children.pop(parts[-1], None)
 
     def opaque(self, name: str) -> None:
         """Hide what the layers below have in the folder `name`."""
-        self._prune(self._folder(self._split(name, name), name))
+        folder = self._existing(self._split(name, name), name)
+        if folder is not None:
+            self._prune(folder)
 
     def find(self, name: str) -> Node | None:
         """Return the node at `name`, through symbolic links, or None."""
@@ -148,6 +157,11 @@ class Tree:
 
     def _folder(self, parts: list[str], name: str) -> Node:
         """Return the folder that `parts` lead to, through links inside the tree; missing folders are made."""
+        folder = self._existing(parts, name, make=True)
+        assert folder is not None
+        return folder
+
+    def _existing(self, parts: list[str], name: str, *, make: bool = False) -> Node | None:
         stack = [self.root]
         todo = parts[::-1]
         links = 0
@@ -162,6 +176,8 @@ class Tree:
                 del stack[max(1, len(stack) - 1) :]
                 continue
             node = stack[-1].children.get(part)
+            if node is None and not make:
+                return None
             if node is None:
                 node = stack[-1].children[part] = Node("d", layer=self.layer)
                 self._count(name)
@@ -184,11 +200,6 @@ class Tree:
         self._made += 1
         if self._made > self._limits.entries:
             raise self.bad(name, f"the image has over {self._limits.entries} entries")
-
-    def _keep(self, node: Node) -> bool:
-        """Hide what `node` has of the layers below; tell whether anything of this layer is left."""
-        self._prune(node)
-        return node.layer == self.layer or bool(node.children)
 
     def _prune(self, folder: Node) -> None:
         # Children before their folder, without recursion: depth is bounded by the limits alone.

@@ -98,14 +98,20 @@ class Store:
 
     def path(self, digest: str) -> Path:
         """Return where the blob is. Raises NotFound if it is not there."""
-        path = self._locate(digest)
+        path = self.locate(digest)
         if not path.exists():
             raise NotFound(f"there is no blob {digest} in {self.root}", hint="import the image again")
         return path
 
+    def locate(self, digest: str) -> Path:
+        """Return where the blob is, if it is there. Raises NotFound for what is not a digest."""
+        if not _DIGEST.fullmatch(digest):
+            raise NotFound(f"{digest!r} is not a digest", hint="a digest is sha256: and 64 hexadecimal digits")
+        return self._blobs / digest.partition(":")[2]
+
     def exists(self, digest: str) -> bool:
         """Tell whether the blob is there."""
-        return self._locate(digest).exists()
+        return self.locate(digest).exists()
 
     # Who needs what
 
@@ -184,11 +190,6 @@ class Store:
 
     # Inside
 
-    def _locate(self, digest: str) -> Path:
-        if not _DIGEST.fullmatch(digest):
-            raise NotFound(f"{digest!r} is not a digest", hint="a digest is sha256: and 64 hexadecimal digits")
-        return self._blobs / digest.partition(":")[2]
-
     def _write(self, sink: int, data: bytes) -> None:
         view = memoryview(data)
         with translated(self.root):
@@ -202,7 +203,7 @@ class Store:
     def _place(self, aside: Path, digest: str, owner: str, expected: str, links: Iterable[str]) -> str:
         if expected and digest != expected:
             raise StorageError(f"the data is {digest}, not {expected}: it was damaged on its way", hint="fetch it again")
-        target = self._locate(digest)
+        target = self.locate(digest)
         with translated(self.root):
             # Readable to all: the home is 0700, and a jailed engine of another uid gets this one file.
             aside.chmod(0o444)
