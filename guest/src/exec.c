@@ -118,6 +118,8 @@ static void close_joint(struct joint *j) {
 
 static pid_t fork_builtin(struct spawn *s) {
     pid_t pid = fork();
+    if (pid > 0)
+        setpgid(pid, pid); /* or a signal to its group that comes before its setsid would find none */
     if (pid)
         return pid;
     int error = spawn_enter(s);
