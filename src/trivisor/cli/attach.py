@@ -79,8 +79,7 @@ class _Pump:
         except (OSError, TrivisorError) as error:
             self._error = error
             if isinstance(error, BrokenPipeError):
-                # Whoever read us has gone: the command learns it as it would from a pipe.
-                self._process.kill(signal.SIGPIPE)
+                self._process.close()  # whoever read us has gone, so nobody wants the rest
 
     def finish(self) -> None:
         """Wait until all has been written. Raises what writing raised."""

@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import click
 
@@ -19,6 +19,9 @@ from trivisor.core.errors import TrivisorError
 
 FAILED = 125
 """Our own failure, apart from any status a command in a machine may end with (docker's choice)."""
+NAME = "trivisor"
+COMPLETE = "_TRIVISOR_COMPLETE"
+"""Set by the scripts of `trivisor completion`: what is to be completed, and for which shell."""
 INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -64,12 +67,25 @@ def _unknown(error: Exception) -> int:
     return FAILED
 
 
-def _run(arguments: Sequence[str] | None) -> int:
+def _invoke(arguments: Sequence[str]) -> int:
+    """Do what the words say. Not click's own main(), which has its own mind on Ctrl-C and on readers that go away."""
+    if instruction := os.environ.get(COMPLETE):
+        from click.shell_completion import shell_complete
+
+        return shell_complete(cli, {}, NAME, COMPLETE, instruction)
+    with cli.make_context(NAME, list(arguments)) as context:
+        status = cli.invoke(context)
+        return status if isinstance(status, int) else 0
+
+
+def _run(arguments: Sequence[str]) -> int:
     try:
-        status = cli.main(args=list(arguments) if arguments is not None else None, prog_name="trivisor", standalone_mode=False)
+        return _invoke(arguments)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
+    except click.exceptions.Exit as end:
+        return end.exit_code
     except click.UsageError as error:
         where = f"{error.ctx.command_path} --help" if error.ctx else "trivisor --help"
         render.error(error.format_message(), f"see {where}")
@@ -79,11 +95,12 @@ def _run(arguments: Sequence[str] | None) -> int:
         return FAILED
     except (click.Abort, KeyboardInterrupt):
         return INTERRUPTED
-    return status if isinstance(status, int) else 0
+    except SystemExit as end:  # a signal's (_terminate)
+        return end.code if isinstance(end.code, int) else 0
 
 
-def run(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line `arguments` (default: the process's own) and return its exit status."""
+def run(arguments: Sequence[str]) -> int:
+    """Run the command line `arguments` and return its exit status."""
     if os.environ.get("TRIVISOR_DEBUG") == "1":
         return _run(arguments)
     try:
@@ -102,8 +119,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _unknown(error)
 
 
-def main(arguments: Sequence[str] | None = None) -> Any:
+def main() -> NoReturn:
     """Run and exit: the console script."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminate)
-    sys.exit(run(arguments))
+    sys.exit(run(sys.argv[1:]))

@@ -43,26 +43,27 @@ def _list(as_json: bool) -> None:
 @click.argument("source", type=click.Path(exists=True, path_type=Path))
 @click.argument("name")
 def import_(source: Path, name: str) -> None:
-    """Make an image of a folder, a tar (plain, gzip or zstd) or a `docker save` archive."""
-    click.echo(open_vmm().images.import_(source, name).digest)
+    """Make an image of a folder, a tar (also compressed), a `docker save` archive or an OCI layout."""
+    with render.Steps() as steps:
+        image = open_vmm().images.import_(source, name, progress=steps)
+    click.echo(image.digest)
 
 
 @verb("bootstrap")
 @click.argument("name", default="debian")
 @click.option("--suite", default="bookworm", show_default=True, help="Debian release.")
-@click.option("--package", "packages", multiple=True, help="A package more; may be given often.  [default: python3-minimal]")
+@click.option("--package", "packages", multiple=True, default=["python3-minimal"], show_default=True, help="May be given often.")
 def bootstrap(name: str, suite: str, packages: Sequence[str]) -> None:
     """Make an image of Debian, from its package archive."""
     with render.Steps() as steps:
-        chosen = {"packages": tuple(packages)} if packages else {}
-        image = open_vmm().images.bootstrap(name, suite=suite, progress=steps, **chosen)
+        image = open_vmm().images.bootstrap(name, suite, packages, progress=steps)
     click.echo(image.digest)
 
 
 @verb("rm")
 @click.argument("names", nargs=-1, required=True, type=IMAGE, metavar="NAME...")
 def remove(names: Sequence[str]) -> None:
-    """Remove images. A machine that was made from one keeps what it needs."""
+    """Remove images. One that a machine was made from stays."""
     images = open_vmm().images
     for name in names:
         images.remove(name)

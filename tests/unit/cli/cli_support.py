@@ -1,0 +1,60 @@
+"""The command line as tests run it: in this process, with the fake engine, its standard streams being real descriptors."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from machine_home import TestHome
+
+from trivisor.cli import main, options
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a command line went."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@contextmanager
+def standard_input(data: bytes) -> Iterator[None]:
+    """Make descriptor 0 a file that holds `data`."""
+    before = os.dup(0)
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.seek(0)
+        os.dup2(file.fileno(), 0)
+    try:
+        yield
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
+
+
+class Cli:
+    """Call it with the words of a command line."""
+
+    def __init__(self, home: TestHome, capture: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch) -> None:
+        self.home = home
+        self._capture = capture
+        patch.setattr(options.Settings, "vmm", lambda _settings: home.open())
+
+    def __call__(self, *words: str, stdin: bytes = b"") -> Done:
+        self._capture.readouterr()
+        with standard_input(stdin):
+            status = main.run(words)
+        out, err = self._capture.readouterr()
+        return Done(status, out, err)
