@@ -20,7 +20,7 @@ from trivisor.core.process import find, run
 
 OLDEST = (7, 2)
 PACKAGE = "qemu-system-x86"
-_DATA = ("share/qemu", "share/seabios", "lib/ipxe/qemu")
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,8 @@ class Qemu:
     """memory-backend-file has rom= (8.2 and later), so RAM can be mapped privately from a file that is only readable."""
     libraries: tuple[str, ...]
     """The folders that hold its loader and shared libraries."""
-
-    def data(self) -> list[Path]:
-        """Its firmware and option ROMs: the folders of its own prefix that exist."""
-        prefix = Path(self.path).parent.parent
-        return [prefix / name for name in _DATA if (prefix / name).is_dir()]
+    data: tuple[str, ...]
+    """Its firmware and option ROMs: the folders that it looks in."""
 
     def modules(self) -> list[Path]:
         """The folders of the parts that distributions build apart, accelerators among them."""
@@ -50,6 +47,7 @@ class _Facts(msgspec.Struct, frozen=True):
     version: str
     rom_option: bool
     libraries: list[str]
+    data: list[str]
 
 
 def locate(given: str | None = None) -> str:
@@ -65,14 +63,14 @@ def locate(given: str | None = None) -> str:
 def inspect(path: str, home: Home) -> Qemu:
     """Return what is known of the binary at `path`. Raises HostLacks if it is too old or does not run."""
     stat = Path(path).stat()
-    identity = hashlib.sha256(f"{path}:{stat.st_mtime_ns}:{stat.st_size}".encode()).hexdigest()[:24]
+    identity = hashlib.sha256(f"{path}:{stat.st_mtime_ns}:{stat.st_size}:{_FORMAT}".encode()).hexdigest()[:24]
     known = home.cache / f"qemu-{identity}.json"
     try:
         facts = msgspec.json.decode(known.read_bytes(), type=_Facts)
     except (OSError, msgspec.DecodeError):
         facts = _ask(path)
         keep(known, facts)
-    return Qemu(path, identity, facts.version, facts.rom_option, tuple(facts.libraries))
+    return Qemu(path, identity, facts.version, facts.rom_option, tuple(facts.libraries), tuple(facts.data))
 
 
 def keep(path: Path, facts: msgspec.Struct) -> None:
@@ -88,6 +86,7 @@ def keep(path: Path, facts: msgspec.Struct) -> None:
 def _ask(path: str) -> _Facts:
     try:
         text = run([path, "--version"], timeout=10).decode(errors="replace")
+        looked = run([path, "-L", "help"], timeout=10).decode(errors="replace")
         options = run([path, "-object", "memory-backend-file,help"], timeout=10).decode(errors="replace")
     except EngineError as error:
         raise HostLacks(f"{path} does not run: {error}", hint=f"apt-get install --reinstall {PACKAGE}") from error
@@ -96,7 +95,9 @@ def _ask(path: str) -> _Facts:
         raise HostLacks(
             f"{path} is not QEMU 7.2 or later: {text.splitlines()[0] if text else 'no version'}", hint=f"apt-get install {PACKAGE}"
         )
-    return _Facts(match[0].removeprefix("version "), re.search(r"^\s*rom=", options, re.MULTILINE) is not None, _libraries(path))
+    data = [os.path.normpath(folder) for folder in looked.split("\n") if folder and Path(folder).is_dir()]
+    rom = re.search(r"^\s*rom=", options, re.MULTILINE) is not None
+    return _Facts(match[0].removeprefix("version "), rom, _libraries(path), data)
 
 
 def _libraries(path: str) -> list[str]:

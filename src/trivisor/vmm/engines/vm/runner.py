@@ -151,8 +151,8 @@ def _binds(setup: Setup, work: Work, places: Places) -> Iterator[Bind]:
     yield Bind(Path(setup.qemu.path), setup.qemu.path, "ro,exec")
     for folder in (*map(Path, setup.qemu.libraries), *setup.qemu.modules()):
         yield Bind(folder, str(folder), "ro,exec")
-    for data in setup.qemu.data():
-        yield Bind(data, str(data), "ro")
+    for data in setup.qemu.data:
+        yield Bind(Path(data), data, "ro")
     if setup.shape.accel == "kvm":
         yield Bind(Path("/dev/kvm"), "/dev/kvm", "rw,dev")
     if work.state is None:
