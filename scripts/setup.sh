@@ -15,7 +15,7 @@ if [ "$(cat "$venv/trivisor.stamp" 2>/dev/null)" != "$stamp" ]; then
     say "making a virtual environment with $("$python" --version)"
     [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
     PIP_CONSTRAINT=$root/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
-        "$venv/bin/python" -m pip install --quiet --editable '.[dev]'
+        "$venv/bin/python" -m pip install -qq --editable '.[dev]'
     printf '%s\n' "$stamp" >"$venv/trivisor.stamp"
 fi
 
