@@ -124,10 +124,12 @@ static int run(void) {
         more = command_pump();
         command_bury();
         line_flush();
-        if (line_lost())
+        if (line_lost() && power_wait() < 0) {
             power_begin(POWER_OFF);
-        if (power_turn(children))
+            more = true; /* see at once whether there is any child to wait for */
+        } else if (power_turn(children)) {
             return 0;
+        }
     }
 }
 
