@@ -14,9 +14,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from scripts.demo import IMAGE, folder_of, watched
+from scripts.demo import IMAGE, folder_of, still_there, watched
 from trivisor import VMM, TrivisorError
-from trivisor.core.process import start_time
+from trivisor.core.process import Who
 
 AT_ONCE = 2
 
@@ -25,7 +25,7 @@ def life(vmm: VMM, dice: random.Random, name: str) -> list[str]:
     """Take one machine through a random life and return what is left of it."""
     vm = vmm.create(IMAGE, name=name, disk=dice.choice(["ram", "1G"]))
     folder = folder_of(vm).root
-    processes: dict[int, int] = {}
+    processes: set[Who] = set()
     try:
         for _ in range(dice.randint(1, 3)):
             vm.start()
@@ -44,7 +44,7 @@ def life(vmm: VMM, dice: random.Random, name: str) -> list[str]:
                 vm.stop()
     finally:
         vm.delete(force=True)
-    left = [f"{name}: process {pid}" for pid, started in processes.items() if start_time(pid) == started]
+    left = [f"{name}: process {who.pid}" for who in still_there(processes)]
     return left + ([f"{name}: {folder}"] if os.path.lexists(folder) else [])
 
 
