@@ -158,17 +158,22 @@ def test_more_than_was_granted(line: RawLine) -> None:
     assert line.run(["echo", "lives"]).stdout == b"lives\n"
 
 
-def test_signal_frames(line: RawLine) -> None:
-    stream = line.start(exec_request(["sh", "-c", "trap 'echo got' USR1; while :; do sleep 0.05; done"]))
-    started(line, stream)
-    out = b""
-    while b"got" not in out:  # the trap may not be set at once
-        line.send(raw.SIGNAL, stream, struct.pack("<IB", signal.SIGCONT, 0))
-        line.send(raw.SIGNAL, stream, struct.pack("<IB", signal.SIGUSR1, 0))
+def until(line: RawLine, stream: int, word: bytes) -> None:
+    """Read the stream's output until it has said the word."""
+    seen = b""
+    while word not in seen:
         kind, on, payload = line.receive()
-        if kind == raw.EXITED:
-            pytest.skip("the signal came before the shell had set its trap")
-        out += payload[1:] if kind == raw.DATA and on == stream else b""
+        assert (kind, on) != (raw.EXITED, stream), seen
+        seen += payload[1:] if kind == raw.DATA and on == stream else b""
+
+
+def test_signal_frames(line: RawLine) -> None:
+    stream = line.start(exec_request(["sh", "-c", "trap 'echo got' USR1; echo ready; while :; do sleep 0.05; done"]))
+    until(line, stream, b"ready")
+    line.send(raw.SIGNAL, stream, struct.pack("<IB", signal.SIGUSR1, 0))
+    until(line, stream, b"got")
+    line.send(raw.SIGNAL, stream, struct.pack("<IB", 0, 0))
+    line.send(raw.SIGNAL, stream, struct.pack("<IB", 1000, 0))
     line.send(raw.SIGNAL, stream, struct.pack("<IB", signal.SIGKILL, 1))
     r = line.finish(stream, None)
     assert (r.how, r.value) == ("signal", signal.SIGKILL)
@@ -184,10 +189,7 @@ def test_terminal(line: RawLine) -> None:
 
 def test_terminal_resize_and_end_of_input(line: RawLine) -> None:
     stream = line.start(exec_request(["sh", "-c", "trap 'stty size' WINCH; echo ready; cat; exit 4"], flags=PTY))
-    seen = b""
-    while b"ready" not in seen:
-        kind, _, payload = line.receive()
-        seen += payload[1:] if kind == raw.DATA else b""
+    until(line, stream, b"ready")
     line.send(raw.RESIZE, stream, struct.pack("<HH", 40, 120))
     line.data(stream, b"typed\n")
     line.data(stream)
@@ -197,10 +199,7 @@ def test_terminal_resize_and_end_of_input(line: RawLine) -> None:
 
 def test_control_c(line: RawLine) -> None:
     stream = line.start(exec_request(["sh", "-c", "echo ready; exec sleep 100"], flags=PTY))
-    seen = b""
-    while b"ready" not in seen:
-        kind, _, payload = line.receive()
-        seen += payload[1:] if kind == raw.DATA else b""
+    until(line, stream, b"ready")
     line.data(stream, b"\x03")
     r = line.finish(stream, None)
     assert (r.how, r.value) == ("signal", signal.SIGINT)
@@ -303,10 +302,7 @@ def test_steps(line: RawLine) -> None:
 def test_shutdown(guest: Guest, line: RawLine) -> None:
     polite = line.start(exec_request(["sh", "-c", "trap 'echo bye; exit 9' TERM; echo ready; while :; do sleep 0.05; done"]))
     stubborn = started(line, line.start(exec_request(["sh", "-c", "trap '' TERM; while :; do sleep 0.05; done"])))
-    seen = b""
-    while b"ready" not in seen:
-        kind, on, payload = line.receive()
-        seen += payload[1:] if kind == raw.DATA and on == polite else b""
+    until(line, polite, b"ready")
     line.send(raw.SHUTDOWN, 0, b"\0")
     frames = []
     while not frames or frames[-1][0] != raw.BYE:
