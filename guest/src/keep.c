@@ -314,6 +314,7 @@ static int wait_ms(int64_t until) {
 
 static void run(struct keeper *k) {
     while (!k->engine_ended) {
+        check_limits(k); /* before serving: what is due may be a word to the guest */
         bool more = keepline_serve(k);
         more |= keepfiles_serve(k);
         int64_t next = check_limits(k), line = keepline_deadline(k);

@@ -37,7 +37,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     shared: int
     """Memory that it shares with others: the ice that it maps."""
     cpu_seconds: float
-    guest: dict[str, int]
+    guest: dict[str, float]
     """The guest's own figures (PROTOCOL.md, stats), to be believed as far as the guest is; empty while paused."""
 
 

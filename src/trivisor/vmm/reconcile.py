@@ -107,7 +107,7 @@ def judge(ending: keeper.Exit | None, *, rebooted: bool, panic: str) -> Verdict:
     """Decide between stopped and failed, and give the reason in words."""
     if ending is None:
         return Verdict(State.FAILED, None, "the host rebooted" if rebooted else "its keeper was killed")
-    at = ending.ended_ns / 1e9
+    at = ending.ended
     if ending.bye is not None:
         return Verdict(State.STOPPED, ending.bye, ending.reason or "the guest powered off", at)
     if ending.reason:

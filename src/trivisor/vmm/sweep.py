@@ -14,6 +14,7 @@ from pathlib import Path
 from trivisor.core.errors import StorageError, TrivisorError
 from trivisor.core.process import Who
 from trivisor.launch import keeper
+from trivisor.store import workspace
 from trivisor.vmm import locks, reconcile
 from trivisor.vmm.context import Context
 from trivisor.vmm.records import Row
@@ -36,7 +37,7 @@ def sweep(context: Context, *, deep: bool = False) -> list[str]:
     ids = {row.id for row in rows}
     for engine in context.engines.values():
         _try(said, f"{engine.wall} engine", partial(engine.sweep, context.home, ids))
-    _try(said, "store", context.images.sweep)
+    _try(said, "store", partial(_store, context.home.store / "tmp"))
     for words in said:
         context.records.note("swept", words)
     return said
@@ -77,13 +78,13 @@ def _ask(context: Context, row: Row) -> list[str]:
 
 def _folder(context: Context, name: str) -> list[str]:
     folder = context.home.machine(name)
-    if locks.held(folder.lock):
+    if folder.root.is_symlink() or not folder.root.is_dir():
+        folder.root.unlink(missing_ok=True)
+    elif locks.held(folder.lock):
         return []
-    if folder.root.is_dir() and not folder.root.is_symlink():
+    else:
         keeper.kill(folder)
         reconcile.remove_tree(folder.root)
-    else:
-        folder.root.unlink(missing_ok=True)
     return [f"folder {name}: removed, no machine names it"]
 
 
@@ -100,6 +101,12 @@ def _tmp(tmp: Path) -> list[str]:
             path.unlink(missing_ok=True)
         said.append(f"tmp {name}: removed, its maker ended")
     return said
+
+
+def _store(tmp: Path) -> list[str]:
+    if not tmp.is_dir():
+        return []
+    return [f"store {name}: removed, its maker ended" for name in workspace.sweep(tmp)]
 
 
 def _names(folder: Path) -> set[str]:

@@ -92,7 +92,7 @@ def test_events_are_bounded(records: Records, monkeypatch: pytest.MonkeyPatch) -
 
 def test_threads_and_processes_share_it(tmp_path: Path) -> None:
     path = tmp_path / "db"
-    script = "import sys; sys.path.insert(0, sys.argv[3]); from test_machine_records import *\n"
+    script = "import sys; sys.path.insert(0, sys.argv[3]); from test_records import *\n"
     script += "r = Records(Path(sys.argv[1]))\nfor i in range(20): r.add(row(f'p{sys.argv[2]}x{i}'))"
     children = [subprocess.Popen([sys.executable, "-c", script, path, str(n), Path(__file__).parent]) for n in range(4)]
     mine = Records(path)

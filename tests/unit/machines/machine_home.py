@@ -1,0 +1,68 @@
+"""A home with one tiny image and the fake engine, for the tests of machines; and children that die in the middle."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from fake_engine import FakeEngine
+
+from trivisor.vmm.machine import Machine
+from trivisor.vmm.manager import VMM
+
+IMAGE = "tiny"
+KILLED = -9
+
+
+class TestHome:
+    """One home; `open` may be called any number of times, as by as many processes."""
+
+    __test__ = False
+
+    def __init__(self, root: Path, template: Path) -> None:
+        self.root = root
+        shutil.copytree(template, root, symlinks=True)
+
+    def open(self, engine: FakeEngine | None = None) -> VMM:
+        return VMM(self.root, engines=[engine or FakeEngine()])
+
+    def folder(self, machine: Machine) -> Path:
+        return self.root / "machines" / machine.id
+
+    def clear(self) -> None:
+        """Delete every machine, so that no test leaves a process behind."""
+        if not (self.root / "trivisor.db").exists():
+            return
+        with self.open() as vmm:
+            for machine in vmm.list():
+                machine.delete(force=True)
+
+
+def make_template(root: Path, source: Path) -> Path:
+    """Make a home whose only content is the image."""
+    source.mkdir()
+    (source / "hello").write_text("hello\n")
+    with VMM(root, engines=[FakeEngine()]) as vmm:
+        vmm.images.import_(source, IMAGE)
+    return root
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Run `work` in a forked child and return its exit status: 0, 1 if it raised, -N if signal N killed it."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        except BaseException:  # the child must not go on as a second pytest
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

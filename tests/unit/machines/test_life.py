@@ -1,0 +1,385 @@
+"""The verbs, one at a time: what each does, what it leaves, what it says when it may not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from fake_engine import FakeEngine, engine_pid, keeper_pid
+from host_state import assert_nothing_left, processes
+from machine_home import IMAGE, TestHome
+
+from trivisor import (
+    VMM,
+    AlreadyExists,
+    Busy,
+    EngineError,
+    GuestGone,
+    HostLacks,
+    InvalidSpec,
+    InvalidState,
+    Machine,
+    NotFound,
+    State,
+    StorageError,
+    UnsupportedByWall,
+    WaitTimeout,
+)
+from trivisor.core.state import LEGAL
+
+
+def test_a_whole_life(home: TestHome, vmm: VMM) -> None:
+    machine = vmm.create(IMAGE, name="web", env={"COLOUR": "blue"}, labels={"team": "a"})
+    assert (machine.state, machine.name, machine.wall) == (State.CREATED, "web", "vm")
+    machine.start()
+    assert machine.state is State.RUNNING
+    assert machine.exec("echo $COLOUR").text == "blue\n"
+    machine.pause()
+    assert machine.state is State.PAUSED
+    machine.resume()
+    assert machine.exec(["cat"], stdin=b"still there").stdout == b"still there"
+    machine.stop()
+    info = machine.info()
+    assert (info["state"], info["status"], info["reason"]) == ("stopped", 0, "stop")
+    machine.start()
+    assert machine.info()["reason"] == ""
+    machine.stop()
+    machine.delete()
+    with pytest.raises(NotFound):
+        _ = machine.state
+    assert vmm.list() == []
+    kinds = [event.kind for event in vmm.events()]
+    assert kinds == ["created", "started", "paused", "resumed", "stopped", "started", "stopped", "deleted"]
+    assert_nothing_left(home.root, set())
+
+
+def test_a_context_leaves_nothing(home: TestHome, vmm: VMM) -> None:
+    with vmm.run(IMAGE) as machine:
+        assert machine.exec(["true"]).exit_code == 0
+        assert machine.spec.lifetime == "process"
+    assert vmm.list() == []
+    assert_nothing_left(home.root, set())
+    with pytest.raises(RuntimeError, match="mine"), vmm.run(IMAGE):
+        raise RuntimeError("mine")
+    assert_nothing_left(home.root, set())
+    with vmm.run(IMAGE) as machine:
+        machine.delete(force=True)
+    assert_nothing_left(home.root, set())
+
+
+def test_getting(vmm: VMM) -> None:
+    web, db = vmm.create(IMAGE, name="web"), vmm.create(IMAGE, name="db", labels={"tier": "data"})
+    assert vmm.get("web").id == vmm.get(web.id).id == web.id
+    assert vmm.get(db.id[:8]).id == db.id
+    with pytest.raises(NotFound, match="there is no machine"):
+        vmm.get("nothing")
+    assert [machine.name for machine in vmm.list()] == ["web", "db"]
+    assert [machine.name for machine in vmm.list(labels={"tier": "data"})] == ["db"]
+
+
+def test_names_are_made_up_and_unique(vmm: VMM) -> None:
+    names = {vmm.create(IMAGE).name for _ in range(10)}
+    assert len(names) == 10
+
+
+@pytest.mark.parametrize(
+    ("wishes", "error"),
+    [
+        ({"image": "unknown"}, NotFound),
+        ({"name": "Not A Name"}, InvalidSpec),
+        ({"memory": "lots"}, InvalidSpec),
+        ({"cpus": 1000}, InvalidSpec),
+        ({"colour": "red"}, InvalidSpec),
+        ({"wall": "gvisor"}, UnsupportedByWall),
+        ({"wall": "container"}, UnsupportedByWall),
+        ({"wall": "paper"}, InvalidSpec),
+        ({"kernel": "/no/such/kernel"}, HostLacks),
+    ],
+    ids=repr,
+)
+def test_what_cannot_be_created(home: TestHome, vmm: VMM, wishes: dict[str, object], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        vmm.create(**{"image": IMAGE, **wishes})  # type: ignore[arg-type]
+    assert vmm.list() == []
+    assert_nothing_left(home.root, set())
+
+
+def test_a_name_that_is_taken(home: TestHome, vmm: VMM) -> None:
+    first = vmm.create(IMAGE, name="web")
+    with pytest.raises(AlreadyExists):
+        vmm.create(IMAGE, name="web")
+    assert_nothing_left(home.root, {first.id})
+
+
+@pytest.mark.parametrize("step", ["disk", "disk formatted"])
+def test_a_create_that_fails_leaves_nothing(home: TestHome, step: str) -> None:
+    with home.open(FakeEngine(fail=step)) as vmm:
+        with pytest.raises(EngineError, match="last words"):
+            vmm.create(IMAGE, name="web")
+        assert vmm.list() == []
+        assert_nothing_left(home.root, set())
+        vmm.create(IMAGE, name="web")
+
+
+@pytest.mark.parametrize("step", ["control socket", "keeper spawned", "guest answered"])
+def test_a_start_that_fails_leaves_the_machine_as_it_was(home: TestHome, step: str) -> None:
+    engine = FakeEngine()
+    with home.open(engine) as vmm:
+        machine = vmm.create(IMAGE)
+        for state in (State.CREATED, State.STOPPED):
+            engine.fail = step
+            with pytest.raises(EngineError):
+                machine.start()
+            assert machine.state is state
+            assert machine.info()["operation"] == ""
+            assert_nothing_left(home.root, {machine.id})
+            machine.start()
+            machine.stop()
+
+
+def test_ctrl_c_in_a_start_is_undone(home: TestHome) -> None:
+    with home.open(FakeEngine(delay=30)) as vmm:
+        machine = vmm.create(IMAGE)
+        timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            machine.start()
+        timer.join()
+        assert machine.state is State.CREATED
+        assert_nothing_left(home.root, {machine.id})
+
+
+@pytest.mark.parametrize("state", ["created", "running", "paused", "stopped"])
+def test_verbs_that_are_illegal_change_nothing(request: pytest.FixtureRequest, state: str) -> None:
+    machine: Machine = request.getfixturevalue(state)
+    verbs = {
+        "start": machine.start, "pause": machine.pause, "resume": machine.resume, "stop": machine.stop, "delete": machine.delete,
+        "exec": lambda: machine.exec(["true"]), "spawn": lambda: machine.spawn(["true"]), "files": lambda: machine.files.exists("/"),
+        "forward": lambda: machine.forward(80), "stats": machine.stats,
+    }  # fmt: skip
+    assert verbs.keys() == LEGAL.keys()
+    before = machine.info()
+    for verb, call in verbs.items():
+        if state in LEGAL[verb]:
+            continue
+        with pytest.raises(InvalidState) as caught:
+            call()
+        assert (caught.value.verb, caught.value.state) == (verb, state)
+        assert machine.info() == before
+
+
+@pytest.mark.parametrize("state", ["created", "running", "paused", "stopped"])
+def test_delete_by_force_in_every_state(request: pytest.FixtureRequest, home: TestHome, state: str) -> None:
+    machine: Machine = request.getfixturevalue(state)
+    machine.delete(force=True)
+    with pytest.raises(NotFound):
+        machine.info()
+    assert_nothing_left(home.root, set())
+
+
+def test_a_paused_machine_is_frozen_and_stops(running: Machine) -> None:
+    ticking = running.spawn("while sleep 0.01; do date +%s%N; done")
+    assert ticking.stdout.read(10)
+    running.pause()
+    folder = Path(running.info()["folder"])
+    assert (Path("/proc") / str(engine_pid(folder)) / "stat").read_text().split()[2] == "T"
+    assert running.stats().guest == {}
+    running.stop()
+    assert running.info()["status"] == 0
+
+
+def test_stop_at_once(running: Machine) -> None:
+    running.stop(timeout=0)
+    assert (running.state, running.info()["status"]) == (State.STOPPED, None)
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan"), float("inf")])
+def test_stop_refuses_a_timeout_that_is_none(running: Machine, timeout: float) -> None:
+    with pytest.raises(InvalidSpec):
+        running.stop(timeout)
+    assert running.state is State.RUNNING
+
+
+def test_the_engine_is_killed_while_running(home: TestHome, running: Machine) -> None:
+    os.kill(engine_pid(home.folder(running)), signal.SIGKILL)
+    assert running.wait(10) is None
+    assert running.state is State.FAILED
+    assert running.info()["reason"] == "its engine was killed by signal 9"
+    with pytest.raises(InvalidState):
+        running.exec(["true"])
+    assert_nothing_left(home.root, {running.id})
+    running.start()
+    assert running.exec(["true"]).exit_code == 0
+
+
+def test_the_engine_is_killed_while_paused(home: TestHome, paused: Machine) -> None:
+    os.kill(engine_pid(home.folder(paused)), signal.SIGKILL)
+    paused.wait(10)
+    assert paused.state is State.FAILED
+    paused.start()
+
+
+def test_the_engine_is_killed_while_starting(home: TestHome) -> None:
+    with home.open(FakeEngine(delay=1.0)) as vmm:
+        machine = vmm.create(IMAGE)
+        folder = home.folder(machine)
+
+        def kill() -> None:
+            deadline = time.monotonic() + 20
+            while not (folder / "engine.pid").exists() and time.monotonic() < deadline:
+                time.sleep(0.01)
+            os.kill(engine_pid(folder), signal.SIGKILL)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        # The engine of these tests does not look again after its delay; the record does.
+        machine.start()
+        killer.join()
+        assert machine.state is State.FAILED
+        assert_nothing_left(home.root, {machine.id})
+
+
+def test_the_engine_is_killed_during_pause(home: TestHome, engine: FakeEngine, running: Machine) -> None:
+    os.kill(engine_pid(home.folder(running)), signal.SIGKILL)
+    with pytest.raises((EngineError, InvalidState)):
+        running.pause()
+    running.wait(10)
+    assert running.state is State.FAILED
+
+
+def test_a_pause_that_fails_leaves_it_running(engine: FakeEngine, running: Machine) -> None:
+    engine.fail = "signal"
+    with pytest.raises(EngineError):
+        running.pause()
+    assert (running.state, running.info()["operation"]) == (State.RUNNING, "")
+    assert running.exec(["true"]).exit_code == 0
+
+
+def test_the_keeper_is_killed(home: TestHome, running: Machine) -> None:
+    engine = engine_pid(home.folder(running))
+    os.kill(keeper_pid(home.folder(running)), signal.SIGKILL)
+    running.wait(10)
+    assert (running.state, running.info()["reason"]) == (State.FAILED, "its keeper was killed")
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{engine}").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert_nothing_left(home.root, {running.id})
+    running.start()
+
+
+def test_the_guest_powers_itself_off(home: TestHome, running: Machine) -> None:
+    running.exec(["kill", "-TERM", str(engine_pid(home.folder(running)))])
+    assert running.wait(20) == 0
+    assert (running.state, running.info()["reason"]) == (State.STOPPED, "the guest powered off")
+
+
+def test_waiting_is_bounded(running: Machine) -> None:
+    with pytest.raises(WaitTimeout):
+        running.wait(0.1)
+
+
+def test_a_command_under_way_when_the_machine_goes(running: Machine) -> None:
+    process = running.spawn(["sleep", "60"])
+    threading.Timer(0.2, running.stop, (0,)).start()
+    with pytest.raises(GuestGone):
+        process.wait(30)
+
+
+def test_busy_names_the_operation(home: TestHome) -> None:
+    with home.open(FakeEngine(delay=2)) as vmm:
+        machine = vmm.create(IMAGE)
+        starter = threading.Thread(target=machine.start)
+        starter.start()
+        deadline = time.monotonic() + 10
+        while machine.info()["operation"] != "start" and time.monotonic() < deadline:
+            time.sleep(0.01)
+        with pytest.raises(Busy) as caught:
+            machine.stop()
+        assert "start" in caught.value.operation
+        assert machine.state is State.CREATED
+        starter.join()
+        assert machine.state is State.RUNNING
+
+
+def test_a_forced_delete_ends_a_start_under_way(home: TestHome) -> None:
+    with home.open(FakeEngine(delay=1)) as vmm:
+        machine = vmm.create(IMAGE)
+        starter = threading.Thread(target=_ignore_errors, args=(machine,))
+        starter.start()
+        deadline = time.monotonic() + 10
+        while not processes(home.root) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        machine.delete(force=True)
+        starter.join()
+        assert vmm.list() == []
+        assert_nothing_left(home.root, set())
+
+
+def _ignore_errors(machine: Machine) -> None:
+    try:
+        machine.start()
+    except (EngineError, NotFound, StorageError):
+        return
+
+
+def test_ttl_and_idle(vmm: VMM) -> None:
+    for wish in ("ttl", "idle"):
+        machine = vmm.create(IMAGE, **{wish: "500ms"})
+        machine.start()
+        machine.wait(20)
+        assert (machine.state, machine.info()["reason"]) == (State.STOPPED, wish)
+
+
+def test_logs_of_the_last_life(home: TestHome, running: Machine) -> None:
+    console = f"/proc/{engine_pid(home.folder(running))}/fd/1"
+    running.exec(f"echo first > {console}")
+    follower = running.logs(follow=True)
+    assert next(follower) == b"first\n"
+    running.exec(f"echo second > {console}")
+    assert next(follower) == b"second\n"
+    stopper = threading.Timer(0.2, running.stop)
+    stopper.start()
+    assert list(follower) == []
+    stopper.join()
+    everything = b"".join(running.logs(source="all"))
+    assert b"==> serial <==\nfirst\nsecond\n" in everything
+    assert b"==> init <==\n" in everything
+    running.start()
+    assert list(running.logs()) == []
+    with pytest.raises(InvalidSpec):
+        running.logs(source="diary")
+
+
+@pytest.mark.parametrize("size", [3 << 20, 9 << 20])
+def test_a_log_without_end_is_capped(home: TestHome, running: Machine, size: int) -> None:
+    running.exec(f"head -c {size} /dev/zero > /proc/{engine_pid(home.folder(running))}/fd/1")
+    deadline = time.monotonic() + 10
+    while sum(map(len, running.logs())) < min(size, 5 << 20) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert min(size, 4 << 20) <= sum(map(len, running.logs())) <= min(size, 8 << 20)
+
+
+def test_stats_of_both_sides(running: Machine) -> None:
+    stats = running.stats()
+    assert stats.private > 0
+    assert stats.guest["memory_total"] > 0
+
+
+def test_walls(vmm: VMM) -> None:
+    walls = {report.wall: report for report in vmm.walls()}
+    assert walls.keys() == {"vm", "gvisor", "container"}
+    assert walls["vm"].available
+    assert walls["container"].why
+
+
+def test_events_follow(vmm: VMM) -> None:
+    threading.Timer(0.3, vmm.create, (IMAGE,)).start()
+    event = next(vmm.events(follow=True, timeout=10))
+    assert event.kind == "created"
+    began = time.monotonic()
+    assert list(vmm.events(since=event.id, follow=True, timeout=0.2)) == []
+    assert time.monotonic() - began < 5
