@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 from vos_support import RealGuest, real_guest, within
 
-from trivisor.core.errors import InvalidSpec, StorageError
+from trivisor.core.errors import HostError, InvalidSpec
 from trivisor.vos.forward import forward
 
 MIB = 1 << 20
@@ -108,5 +108,5 @@ def test_what_is_no_port_is_refused(guest: RealGuest, echo: int) -> None:
     for wrong in (0, -1, 65536, "80", True):
         with pytest.raises(InvalidSpec):
             forward(guest.processes, wrong)  # type: ignore[arg-type]
-    with pytest.raises(StorageError, match="cannot listen"):
+    with pytest.raises(HostError, match="cannot listen"):
         forward(guest.processes, 80, echo)

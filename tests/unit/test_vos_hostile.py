@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 import threading
 from pathlib import Path
@@ -216,10 +217,13 @@ STAT = struct.pack("<IQIIQ", 0o100644, 5, 0, 0, 0) + wire.string("")
 def builtin_that_says(content: bytes, status: int = 0):  # type: ignore[no-untyped-def]
     def script(peer: Scripted) -> None:
         stream = peer.run_one()
-        for at in range(0, len(content), wire.WINDOW // 2):
-            if at:
-                peer.expect(Type.WINDOW)
-            peer.output(stream, content[at : at + wire.WINDOW // 2])
+        credit = wire.WINDOW
+        for at in range(0, len(content), wire.DATA_MAX):
+            part = content[at : at + wire.DATA_MAX]
+            while credit < len(part):
+                credit += wire.parse_window(memoryview(peer.expect(Type.WINDOW)[1]))[1]
+            credit -= len(part)
+            peer.output(stream, part)
         peer.exited(stream, status)
         peer.frame()
 
@@ -375,3 +379,35 @@ def test_an_upload_that_the_guest_ends(tmp_path: Path) -> None:
     with scripted(script) as peer, within(5), pytest.raises(FileError, match="No space") as caught:
         peer.files.upload(tmp_path / "big", "/x")
     assert caught.value.errno == 28
+
+
+def test_a_line_that_closes_during_a_transfer(tmp_path: Path) -> None:
+    (tmp_path / "big").write_bytes(bytes(4 << 20))
+
+    def script(peer: Scripted) -> None:
+        stream = peer.run_one()
+        peer.output(stream, ROOT + record(b"f", b"cut", struct.pack("<Q", 1000) + b"only"))
+        peer.sock.shutdown(socket.SHUT_RDWR)
+
+    with scripted(script) as peer, within(5), pytest.raises(GuestGone):
+        peer.files.download("/x", tmp_path / "here")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "big"]
+    with scripted(script) as peer, within(5), pytest.raises(GuestGone):
+        peer.files.upload(tmp_path / "big", "/x")
+
+
+def test_transfers_that_stand_still(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command_module, "KILL_WAIT", 0.1)
+    (tmp_path / "big").write_bytes(bytes(4 << 20))
+
+    def script(peer: Scripted) -> None:
+        peer.run_one()
+        while True:
+            peer.frame()
+
+    with scripted(script) as peer, within(5):
+        with pytest.raises(ExecTimeout):
+            peer.files.download("/x", tmp_path / "here", timeout=0.2)
+        assert not (tmp_path / "here").exists()
+    with scripted(script) as peer, within(5), pytest.raises(ExecTimeout):
+        peer.files.upload(tmp_path / "big", "/x", timeout=0.2)

@@ -13,12 +13,12 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from trivisor.core.errors import ExecTimeout, GuestError, GuestProtocolError
+from trivisor.core.errors import ExecTimeout, GuestError, GuestProtocolError, WaitTimeout
 from trivisor.vos import wire
 from trivisor.vos.line import Line
 from trivisor.vos.wire import STDERR, STDIN, STDOUT, Exited, Type
 
-_GRANT = wire.WINDOW // 4
+_GRANT = wire.WINDOW // 2
 _BATCH = 8 * wire.DATA_MAX
 """Bytes of stdin in one send."""
 KILL_WAIT = 5.0
@@ -126,6 +126,11 @@ class Command:
     # -- called by whoever runs the command -------------------------------------------------------
 
     @property
+    def machine(self) -> str:
+        """The machine's name, for messages."""
+        return self._line.machine
+
+    @property
     def over(self) -> bool:
         """True once no frame will come any more."""
         return self.exited is not None or self.error is not None
@@ -213,10 +218,10 @@ class Command:
         return size
 
     def write(self, data: memoryview, deadline: float | None = None) -> None:
-        """Send all of `data` to stdin. Raises BrokenPipeError if the command ends first, TimeoutError at `deadline`."""
+        """Send all of `data` to stdin. Raises BrokenPipeError if the command ends first, WaitTimeout at `deadline`."""
         while data:
             if not self.wait(lambda: self._credit > 0, deadline):
-                raise TimeoutError("the command does not read its stdin")
+                raise WaitTimeout("the command does not read its stdin", machine=self.machine)
             self.check()
             if self.exited is not None:
                 raise BrokenPipeError(errno.EPIPE, "the command has ended")

@@ -6,16 +6,17 @@ on the host's side of an upload or download raises NotFound or StorageError.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
-from trivisor.core.errors import FileError, GuestError, GuestProtocolError, NotFound
+from trivisor.core.errors import ExecTimeout, FileError, GuestError, GuestProtocolError, NotFound, WaitTimeout
 from trivisor.vos import wire
 from trivisor.vos.process import Process
 from trivisor.vos.processes import MAX_OUTPUT, ExecResult, Processes
@@ -169,8 +170,7 @@ class Files:
         path = Path(local)
         if not path.exists():
             raise NotFound(f"{path} does not exist on the host")
-        deadline = None if timeout is None else time.monotonic() + timeout
-        with self._processes.builtin(["put", remote], user=self._user, stdin=True) as process:
+        with self._transfer(["put", remote], timeout, stdin=True) as (process, deadline):
             try:
                 for piece in pack(path, owners=owners, progress=progress):
                     process.stdin.write(piece, _left(deadline))
@@ -194,8 +194,7 @@ class Files:
         Nothing outside `local` is touched, whatever the machine sends. Modes (without set-id bits), times and symbolic
         links are kept, owners with `owners` where the caller is root. More than `max_size` bytes is a GuestError.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        with self._processes.builtin(["get", remote], user=self._user) as process:
+        with self._transfer(["get", remote], timeout) as (process, deadline):
             source = Source(lambda: process.stdout.read(_PIECE, _left(deadline)))
             with Unpacker(source, Path(local), owners=owners, limit=max_size, progress=progress) as unpacker:
                 try:
@@ -226,6 +225,16 @@ class Files:
         result = self._processes.run_builtin(words, user=self._user, stdin=stdin, timeout=timeout, limit=limit, hint=hint)
         self._check(result.signal, result.exit_code, path)
         return result
+
+    @contextlib.contextmanager
+    def _transfer(self, words: Sequence[str], timeout: float | None, *, stdin: bool = False) -> Iterator[tuple[Process, float | None]]:
+        """A builtin that moves a tree, killed if the block fails, and its deadline. Raises ExecTimeout."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        try:
+            with self._processes.builtin(words, user=self._user, stdin=stdin) as process:
+                yield process, deadline
+        except WaitTimeout as error:
+            raise ExecTimeout(self._processes.machine, timeout or 0.0) from error
 
     def _check(self, signal: int | None, code: int, path: str) -> None:
         if signal is not None:

@@ -14,7 +14,7 @@ import threading
 from types import TracebackType
 from typing import Self
 
-from trivisor.core.errors import InvalidSpec, StorageError, TrivisorError
+from trivisor.core.errors import HostError, InvalidSpec, TrivisorError
 from trivisor.vos.process import Process
 from trivisor.vos.processes import Processes
 
@@ -34,7 +34,7 @@ class Forward:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             self._listener = socket.create_server((host, host_port), family=family, backlog=_BACKLOG)
         except OSError as error:
-            raise StorageError(
+            raise HostError(
                 f"cannot listen on {host} port {host_port}: {error.strerror}", hint="take another host port, or 0 for a free one"
             ) from error
         self.host = host
@@ -124,7 +124,7 @@ class Forward:
 def forward(processes: Processes, guest_port: int, host_port: int = 0, host: str = "127.0.0.1", guest_host: str = "127.0.0.1") -> Forward:
     """Listen on `host_port` (0: any free one) and lead each TCP connection to `guest_port` in the machine.
 
-    Raises InvalidSpec for what is not a port, StorageError if the host's port is taken.
+    Raises InvalidSpec for what is not a port, HostError if the host's port is taken.
     """
     for port, least in ((guest_port, 1), (host_port, 0)):
         if isinstance(port, bool) or not isinstance(port, int) or not least <= port <= 65535:

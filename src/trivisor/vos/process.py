@@ -7,6 +7,7 @@ import time
 from types import TracebackType
 from typing import Self
 
+from trivisor.core.errors import WaitTimeout
 from trivisor.vos.command import Command
 from trivisor.vos.wire import STDERR, STDOUT, Exited
 
@@ -24,7 +25,7 @@ class Input(io.RawIOBase):
         return True
 
     def write(self, data: bytes, timeout: float | None = None) -> int:  # type: ignore[override]
-        """Write all of `data`. Raises BrokenPipeError if the command has ended, TimeoutError after `timeout` seconds."""
+        """Write all of `data`. Raises BrokenPipeError if the command has ended, WaitTimeout (a TimeoutError) after `timeout` seconds."""
         if self.closed:
             raise ValueError("stdin is closed")
         whole = bytes(data)  # what is queued must not change under us
@@ -55,7 +56,7 @@ class Output(io.RawIOBase):
     def read(self, size: int | None = -1, timeout: float | None = None) -> bytes:
         """Return at least one and at most `size` bytes as soon as there are some, b"" at the end; without `size`, all to the end.
 
-        Raises TimeoutError after `timeout` seconds, GuestGone or GuestProtocolError if the line fails.
+        Raises WaitTimeout (a TimeoutError) after `timeout` seconds, GuestGone or GuestProtocolError if the line fails.
         """
         deadline = _deadline(timeout)
         if size is not None and size >= 0:
@@ -101,7 +102,7 @@ class Output(io.RawIOBase):
         if command.unread(self._channel):
             return
         if not command.wait(lambda: command.unread(self._channel) > 0 or command.at_end(self._channel), deadline):
-            raise TimeoutError("no output within the timeout")
+            raise WaitTimeout("the command wrote nothing in the time given", machine=command.machine)
         if not command.unread(self._channel):
             command.check()
 
@@ -129,9 +130,9 @@ class Process:
         return None if exited is None else exited.exit_code
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for the end and return the exit code. Raises TimeoutError after `timeout` seconds; the command runs on."""
+        """Wait for the end and return the exit code. Raises WaitTimeout (a TimeoutError) after `timeout` seconds; the command runs on."""
         if not self._command.over and not self._command.wait(_never, _deadline(timeout)):
-            raise TimeoutError(f"the command still runs after {timeout:g} s")
+            raise WaitTimeout(f"the command still runs after {timeout:g} s", machine=self._command.machine)
         if self._command.exited is None:
             self._command.check()
         return self.poll() or 0

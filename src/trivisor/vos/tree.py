@@ -234,9 +234,11 @@ class Unpacker:
                     raise GuestError(f"the tree has more than {MAX_ENTRIES} entries", hint="download its parts one by one")
                 self._make(record)
             self._finish_folders()
+        except GuestError:
+            raise  # some of them are OSErrors too
         except OSError as error:
             name = os.fsdecode(error.filename2 or error.filename or self._local)
-            raise StorageError(f"cannot write {name} (under {self._local}): {error.strerror}") from error
+            raise StorageError(f"cannot write {name} (under {self._local}): {error.strerror}", hint=_hint(error)) from error
 
     def _make(self, record: _Record) -> None:
         if not record.path:
@@ -365,6 +367,10 @@ class Unpacker:
         if self._parent[1] >= 0:
             os.close(self._parent[1])
         self._parent = (path, fd)
+
+
+def _hint(error: OSError) -> str:
+    return "free some space on the host" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
 
 
 def _aside() -> bytes:
