@@ -14,7 +14,6 @@ from squash_support import contents, extracted, imported, left, listing, make_ho
 from tar_maker import END, file
 
 from trivisor.core.errors import CallerError, ImageError, InvalidSpec, NotFound, StorageError
-from trivisor.images import bootstrap
 from trivisor.images.catalog import Images
 from trivisor.images.limits import Limits
 
@@ -194,15 +193,3 @@ def test_two_processes_import_the_same_name(tmp_path: Path) -> None:
     image = Images(make_home(tmp_path)).get("x")
     assert contents(image, "a") in (b"0", b"1", b"2")
     assert left(make_home(tmp_path)) == [] and len(list(image.rootfs.parent.iterdir())) == 1
-
-
-# bootstrap
-
-
-def test_bootstrap_command() -> None:
-    argv = bootstrap.command("bookworm", ["python3-minimal", "nginx=1.2-3"], root=False)
-    assert argv[0] == "mmdebstrap" and argv[-2:] == ["bookworm", "-"]
-    assert "--mode=unshare" in argv and "--include=python3-minimal,nginx=1.2-3" in argv
-    for suite, packages in (("-x", []), ("a b", []), ("", []), ("bookworm", ["--hook"]), ("bookworm", ["a,b"]), ("bookworm", [""])):
-        with pytest.raises(InvalidSpec):
-            bootstrap.command(suite, packages, root=True)

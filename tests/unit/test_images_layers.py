@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import json
 import random
-import tarfile
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +111,8 @@ def test_oci_layout(tmp_path: Path, pack: str) -> None:
     data = layout([inner(BASE), inner(SECOND)], nested=pack != "flat")
     if pack == "folder":
         (tmp_path / "a.tar").write_bytes(data)
-        with tarfile.open(tmp_path / "a.tar") as archive:
-            archive.extractall(tmp_path / "layout", filter="fully_trusted")
+        (tmp_path / "layout").mkdir()
+        subprocess.run(["tar", "-xf", tmp_path / "a.tar", "-C", tmp_path / "layout"], check=True)
         check_two(Images(make_home(tmp_path)).import_(tmp_path / "layout", "x"))
     else:
         check_two(imported(tmp_path, gzip.compress(data) if pack == "gzip" else data))

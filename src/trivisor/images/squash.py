@@ -16,7 +16,6 @@ import os
 import select
 import struct
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Sequence
 from fcntl import F_SETPIPE_SZ, fcntl
 from pathlib import Path
@@ -44,58 +43,79 @@ def make(tree: Tree, sources: Sequence[Source], target: Path) -> None:
     """Write `tree` to the new file `target`. Raises ImageError, EngineError, StorageError, HostLacks."""
     argv = [find("sqfstar", "squashfs-tools"), *COMPRESSION, "-exit-on-error", "-quiet", "-no-progress"]
     argv += ["-mkfs-time", "0", "-root-mode", f"{tree.root.mode:o}", str(target)]
-    log = target.with_suffix(".log")
-    with log.open("wb") as output:
-        # Its environment is empty but for the path: SOURCE_DATE_EPOCH and others would change what it writes.
-        env = {"PATH": os.environ.get("PATH", ""), "LC_ALL": "C"}
-        process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=output, stderr=output, env=env, cwd=target.parent)
-    assert process.stdin is not None
-    try:
-        pipe = _Pipe(process.stdin.fileno())
-        try:
-            _emit(tree, sources, pipe.write)
-            process.stdin.close()
-            status = process.wait(STALL)
-        except (BrokenPipeError, subprocess.TimeoutExpired):
-            process.kill()
-            status = process.wait()
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        process.stdin.close()
-    if status:
-        _fail(argv, status, log, target)
+    with _Sqfstar(argv, target.parent) as sqfstar:
+        fed = False
+        with contextlib.suppress(BrokenPipeError):  # its status and last words tell more than the pipe
+            _emit(tree, sources, sqfstar.write)
+            fed = True
+        status = sqfstar.finish()
+    if status or not fed:
+        output = sqfstar.said.decode(errors="replace")
+        if os.strerror(errno.ENOSPC) in output:
+            raise from_os(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), target.parent)
+        raise EngineError(f"sqfstar failed ({status})", command=argv, status=status, output=output)
     _patch_root(target, tree.root)
 
 
-def _fail(argv: list[str], status: int, log: Path, target: Path) -> None:
-    output = log.read_bytes()[-TAIL:].decode(errors="replace")
-    if os.strerror(errno.ENOSPC) in output:
-        raise from_os(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), target.parent)
-    raise EngineError(f"sqfstar failed ({status})", command=argv, status=status, output=output)
+class _Sqfstar:
+    """The running program: fed through a pipe, its words kept (in memory: the disk may be full), no wait without a bound."""
 
-
-class _Pipe:
-    """Writing with a bound on how long the reader may sleep."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
-        os.set_blocking(fd, False)
+    def __init__(self, argv: list[str], cwd: Path) -> None:
+        # Its environment is empty but for the path: SOURCE_DATE_EPOCH and others would change what it writes.
+        env = {"PATH": os.environ.get("PATH", ""), "LC_ALL": "C"}
+        pipe, output = subprocess.PIPE, subprocess.STDOUT
+        self._process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=output, env=env, cwd=cwd)
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._in, self._out = self._process.stdin, self._process.stdout
+        os.set_blocking(self._in.fileno(), False)
         with contextlib.suppress(PermissionError):  # over this user's share of pipe memory: smaller steps do as well
-            fcntl(fd, F_SETPIPE_SZ, 1 << 20)
+            fcntl(self._in.fileno(), F_SETPIPE_SZ, 1 << 20)
         self._poll = select.poll()
-        self._poll.register(fd, select.POLLOUT)
+        self._poll.register(self._out, select.POLLIN)
+        self._poll.register(self._in, select.POLLOUT)
+        self.said = b""
+
+    def __enter__(self) -> _Sqfstar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._in.close()
+        self._out.close()
 
     def write(self, data: bytes) -> None:
+        """Feed `data`. Raises BrokenPipeError when it has ended, or takes nothing for too long."""
         view = memoryview(data)
-        deadline = time.monotonic() + STALL
         while view:
             try:
-                view = view[os.write(self._fd, view) :]
+                view = view[os.write(self._in.fileno(), view) :]
             except BlockingIOError:
-                if not self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                    raise BrokenPipeError(errno.ETIMEDOUT, "sqfstar takes no input") from None
+                self._listen()
+
+    def finish(self) -> int:
+        """End its input, wait until it has ended and return its status; killed when it takes too long."""
+        self._poll.unregister(self._in)
+        self._in.close()
+        try:
+            while self._listen():
+                pass
+            return self._process.wait(STALL)
+        except (BrokenPipeError, subprocess.TimeoutExpired):
+            self._process.kill()
+            return self._process.wait()
+
+    def _listen(self) -> bool:
+        """Wait until it takes more or says something; tell whether its output is still open."""
+        ready = dict(self._poll.poll(STALL * 1000))
+        if not ready:
+            raise BrokenPipeError(errno.ETIMEDOUT, "sqfstar does nothing")
+        if self._out.fileno() not in ready:
+            return True
+        words = os.read(self._out.fileno(), 65536)
+        self.said = (self.said + words)[-TAIL:]
+        return bool(words)
 
 
 def _emit(tree: Tree, sources: Sequence[Source], write: Callable[[bytes], None]) -> None:
