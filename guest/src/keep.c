@@ -338,6 +338,8 @@ static void finish(struct keeper *k) {
     keepline_drain(k);
     keepfiles_write_exit(k);
     end_processes(k);
+    for (size_t i = 0; i < k->log_count; i++)
+        k->logs[i].readable = true;
     for (int i = 0; i < DRAIN_READS; i++)
         if (!keepfiles_serve(k))
             break;
@@ -367,7 +369,10 @@ int keep_main(int argc, char **argv) {
     become_daemon();
     detach();
     k->started = k->active = now_ms();
-    keepfiles_write_pid(k);
+    if (!keepfiles_write_pid(k)) { /* unknown, it could not be killed */
+        keep_report(k, "failed the folder cannot be written\n", true);
+        return 1;
+    }
     sigset_t set;
     sigemptyset(&set);
     sigaddset(&set, SIGCHLD);

@@ -89,7 +89,7 @@ bool keepfiles_open_log(struct keeper *k, struct logfile *log, const char *name,
 void keepfiles_log(struct keeper *k, struct logfile *log, const void *data, size_t size);
 /* Read the pipes of all logs that are ready; true if one may have more. */
 bool keepfiles_serve(struct keeper *k);
-void keepfiles_write_pid(const struct keeper *k);
+bool keepfiles_write_pid(const struct keeper *k);
 void keepfiles_write_exit(struct keeper *k);
 
 #endif

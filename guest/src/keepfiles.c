@@ -117,15 +117,15 @@ static bool write_record(const struct keeper *k, const char *name, const char *t
     return false;
 }
 
-void keepfiles_write_pid(const struct keeper *k) {
+bool keepfiles_write_pid(const struct keeper *k) {
     char text[64];
     int n = snprintf(text, sizeof text, "%d %llu\n", (int)getpid(), start_time());
     /* Not to disk: after a crash of the host it means nothing. Aside all the same, so that it is never half. */
     int fd = openat(k->folder, "keeper.new", O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0600);
-    if (fd >= 0 && write(fd, text, (size_t)n) == n)
-        renameat(k->folder, "keeper.new", k->folder, "keeper");
+    bool good = fd >= 0 && write(fd, text, (size_t)n) == n && renameat(k->folder, "keeper.new", k->folder, "keeper") == 0;
     if (fd >= 0)
         close(fd);
+    return good;
 }
 
 void keepfiles_write_exit(struct keeper *k) {

@@ -31,26 +31,26 @@ static void begin(struct keeper *k) {
     mux_sync(&k->mux, nonce);
 }
 
-/* What came from the guest may have changed the line's state: act on it. */
-static void note_state(struct keeper *k, enum mux_state before) {
-    struct mux *m = &k->mux;
-    if (before == m->state)
-        return;
-    if (m->guest_version && m->guest_version != PROTOCOL_VERSION) {
+/* The line was lost in a malformed frame: begin again, less soon each time that it happens. */
+static void plan_sync(struct keeper *k) {
+    int64_t now = now_ms();
+    if (k->synced_at && now - k->synced_at > SETTLED_MS)
+        k->backoff = BACKOFF_MS;
+    k->sync_at = now + k->backoff;
+    k->backoff = k->backoff * 2 < BACKOFF_MOST_MS ? k->backoff * 2 : BACKOFF_MOST_MS;
+}
+
+static void note_synced(struct keeper *k) {
+    uint32_t version = k->mux.guest_version;
+    if (version != PROTOCOL_VERSION) {
         char text[96];
-        snprintf(text, sizeof text, "failed the guest speaks version %u of the protocol, not %d\n", m->guest_version, PROTOCOL_VERSION);
+        snprintf(text, sizeof text, "failed the guest speaks version %u of the protocol, not %d\n", version, PROTOCOL_VERSION);
         keep_report(k, text, true);
         keep_kill(k, "version");
-    } else if (m->state == MUX_SYNCED) {
-        k->synced_at = now_ms();
-        k->active = k->synced_at;
-        keep_report(k, "synced\n", true);
-    } else if (m->state == MUX_BROKEN && k->sync_at == INT64_MAX) {
-        if (k->synced_at && now_ms() - k->synced_at > SETTLED_MS)
-            k->backoff = BACKOFF_MS;
-        k->sync_at = now_ms() + k->backoff;
-        k->backoff = k->backoff * 2 < BACKOFF_MOST_MS ? k->backoff * 2 : BACKOFF_MOST_MS;
+        return;
     }
+    k->synced_at = k->active = now_ms();
+    keep_report(k, "synced\n", true);
 }
 
 static void lose_line(struct keeper *k) {
@@ -76,7 +76,8 @@ static bool read_line(struct keeper *k) {
     if (n > 0) {
         enum mux_state before = k->mux.state;
         mux_guest_feed(&k->mux, chunk, (size_t)n);
-        note_state(k, before);
+        if (before == MUX_SYNCING && k->mux.state != MUX_SYNCING)
+            note_synced(k);
         throttle(k);
         return true;
     }
@@ -189,6 +190,8 @@ bool keepline_serve(struct keeper *k) {
     int64_t now = now_ms();
     struct mux *m = &k->mux;
     bool more = false;
+    if (m->state == MUX_BROKEN && k->sync_at == INT64_MAX)
+        plan_sync(k);
     if (now >= k->sync_at)
         begin(k);
     accept_clients(k);
@@ -205,6 +208,7 @@ bool keepline_serve(struct keeper *k) {
         mux_pump(m);
         write_line(k);
     }
+    more |= m->state == MUX_BROKEN && k->sync_at == INT64_MAX; /* it broke just now */
     if (m->traffic != k->traffic) {
         k->traffic = m->traffic;
         k->active = now;
