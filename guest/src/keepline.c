@@ -68,7 +68,7 @@ static void throttle(struct keeper *k) {
     k->throttled = now_ms() + PAUSE_MS;
 }
 
-/* Read the line once. True if there may be more at once. */
+/* Read the line once. True if it gave something. */
 static bool read_line(struct keeper *k) {
     if (k->line.fd < 0 || !k->line_readable)
         return false;
@@ -107,20 +107,16 @@ static void drop(struct keeper *k, struct connection *c) {
     free(c);
 }
 
-/* Read one chunk of a client. True if there may be more at once. */
-static bool read_client(struct keeper *k, struct connection *c) {
+static void read_client(struct keeper *k, struct connection *c) {
     if (!c->readable || !mux_wants(c->client))
-        return false;
+        return;
     ssize_t n = read(c->watch.fd, chunk, sizeof chunk);
-    if (n > 0) {
+    if (n > 0)
         mux_client_feed(&k->mux, c->client, chunk, (size_t)n);
-        return true;
-    }
-    if (n == 0 || (errno != EAGAIN && errno != EINTR))
+    else if (n == 0 || (errno != EAGAIN && errno != EINTR))
         c->client->closing = true;
     else
         c->readable = errno == EINTR;
-    return false;
 }
 
 static void write_client(struct keeper *k, struct connection *c) {
@@ -170,12 +166,11 @@ static void accept_clients(struct keeper *k) {
     }
 }
 
-static bool serve_clients(struct keeper *k, bool line_waits) {
-    bool more = false;
+static void serve_clients(struct keeper *k, bool line_waits) {
     struct mux *m = &k->mux;
     for (size_t i = 0; i < m->client_count;) {
         struct connection *c = m->clients[i]->driver;
-        more |= read_client(k, c);
+        read_client(k, c);
         write_client(k, c);
         bool stuck = line_waits && c->client->out.used > 0 && now_ms() - c->progress >= STALL_MS;
         if (c->client->closing || stuck || (c->hangup && !mux_wants(c->client)))
@@ -183,13 +178,28 @@ static bool serve_clients(struct keeper *k, bool line_waits) {
         else
             i++;
     }
-    return more;
+}
+
+/* Whether another pass would find something to do: edges that came are not told again. */
+static bool unfinished(const struct keeper *k) {
+    const struct mux *m = &k->mux;
+    if (m->state == MUX_BROKEN && k->sync_at == INT64_MAX)
+        return true;
+    if (k->line.fd >= 0 && k->line_readable && mux_line_wants(m) && now_ms() >= k->throttled)
+        return true;
+    for (size_t i = 0; i < m->client_count; i++) {
+        const struct connection *c = m->clients[i]->driver;
+        if (c->client->closing || (c->readable && mux_wants(c->client)) || (c->writable && c->client->out.used > 0))
+            return true;
+        if (c->client->held && m->state == MUX_SYNCED && m->line.used <= MUX_LINE_HIGH)
+            return true;
+    }
+    return false;
 }
 
 bool keepline_serve(struct keeper *k) {
     int64_t now = now_ms();
     struct mux *m = &k->mux;
-    bool more = false;
     if (m->state == MUX_BROKEN && k->sync_at == INT64_MAX)
         plan_sync(k);
     if (now >= k->sync_at)
@@ -197,28 +207,27 @@ bool keepline_serve(struct keeper *k) {
     accept_clients(k);
     bool wants = mux_line_wants(m);
     if (wants && now >= k->throttled)
-        more = read_line(k);
+        read_line(k);
     if (k->tell_shutdown && m->state == MUX_SYNCED) {
         uint8_t power_off = 0;
         k->tell_shutdown = !mux_tell_guest(m, F_SHUTDOWN, 0, &power_off, 1);
     }
-    more |= serve_clients(k, !wants);
+    serve_clients(k, !wants);
     write_line(k);
     if (m->line.used <= MUX_LINE_HIGH) {
         mux_pump(m);
         write_line(k);
     }
-    more |= m->state == MUX_BROKEN && k->sync_at == INT64_MAX; /* it broke just now */
     if (m->traffic != k->traffic) {
         k->traffic = m->traffic;
         k->active = now;
     }
-    return more && now >= k->throttled;
+    return unfinished(k);
 }
 
 int64_t keepline_deadline(const struct keeper *k) {
     int64_t at = k->sync_at;
-    if (k->throttled > now_ms() && k->throttled < at)
+    if (k->line.fd >= 0 && k->line_readable && mux_line_wants(&k->mux) && k->throttled < at)
         at = k->throttled;
     if (!mux_line_wants(&k->mux))
         for (size_t i = 0; i < k->mux.client_count; i++) {
