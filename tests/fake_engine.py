@@ -22,7 +22,7 @@ from trivisor.launch import keeper, tvinit
 from trivisor.vmm.engine import Box, Progress, Usage, WallReport
 
 DISK = "disk.qcow2"
-PID = "engine.pid"
+PID = "engine"
 
 
 class FakeEngine:

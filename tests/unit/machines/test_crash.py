@@ -260,7 +260,7 @@ def _wait_stat(pid: int, letter: str) -> None:
 
 def test_a_pause_that_nobody_wrote_down(home: TestHome, running: Machine) -> None:
     """The record says running, the engine is frozen: a deep sweep finds it, and so does a crashed verb."""
-    engine = int((home.folder(running) / "engine.pid").read_text().split()[0])
+    engine = int((home.folder(running) / "engine").read_text().split()[0])
     os.kill(engine, signal.SIGSTOP)
     _wait_stat(engine, "T")
     with home.open() as vmm:

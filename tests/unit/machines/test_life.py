@@ -230,7 +230,7 @@ def test_the_engine_is_killed_while_starting(home: TestHome) -> None:
 
         def kill() -> None:
             deadline = time.monotonic() + 20
-            while not (folder / "engine.pid").exists() and time.monotonic() < deadline:
+            while not (folder / "engine").exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
             os.kill(engine_pid(folder), signal.SIGKILL)
 

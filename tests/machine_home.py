@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from fake_engine import FakeEngine
+from fake_engine import FakeEngine, engine_pid
 
 from trivisor.vmm.machine import Machine
 from trivisor.vmm.manager import VMM
@@ -19,16 +21,21 @@ KILLED = -9
 
 
 class TestHome:
-    """One home; `open` may be called any number of times, as by as many processes."""
+    """One home, a copy of `template`; `open` may be called any number of times, as by as many processes."""
 
     __test__ = False
+    image = IMAGE
 
     def __init__(self, root: Path, template: Path) -> None:
         self.root = root
-        shutil.copytree(template, root, symlinks=True)
+        shutil.copytree(template, root, symlinks=True, copy_function=_copy)
 
     def open(self, engine: FakeEngine | None = None) -> VMM:
         return VMM(self.root, engines=[engine or FakeEngine()])
+
+    def power_off(self, machine: Machine) -> None:
+        """Have the guest power itself off."""
+        os.kill(engine_pid(self.folder(machine)), signal.SIGTERM)
 
     def folder(self, machine: Machine) -> Path:
         return self.root / "machines" / machine.id
@@ -40,6 +47,28 @@ class TestHome:
         with self.open() as vmm:
             for machine in vmm.list():
                 machine.delete(force=True)
+
+
+class VmHome(TestHome):
+    """One home whose machines are virtual: image, kit and ice are those of `template`."""
+
+    image = "debian"
+
+    def open(self, engine: FakeEngine | None = None) -> VMM:
+        assert engine is None
+        return VMM(self.root)
+
+    def power_off(self, machine: Machine) -> None:
+        machine.spawn(["kill", "-TERM", "1"], detach=True)
+
+
+def _copy(source: str, target: str) -> None:
+    """Link what is never written in place, so that a home of gigabytes is copied at once."""
+    if "/blobs/" in source or "/ice/" in source or "/kits/" in source:
+        with suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copy2(source, target)
 
 
 def make_template(root: Path, source: Path) -> Path:
