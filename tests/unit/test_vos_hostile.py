@@ -168,7 +168,9 @@ def test_endless_output_after_a_kill(monkeypatch: pytest.MonkeyPatch) -> None:
         peer.processes.exec(["x"], timeout=0.2, on_stdout=lambda b: None, max_output=1000)
 
 
-def test_a_guest_that_reads_nothing() -> None:
+def test_a_guest_that_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trivisor.vos.capture.KILL_WAIT", 0.3)
+
     def script(peer: Scripted) -> None:
         peer.line.wait_closed(20)
 

@@ -127,6 +127,28 @@ def test_a_forked_child_leaves_its_parents_line_alone() -> None:
         guest_verbs.ping(peer.line)
 
 
+def test_a_forked_child_may_leave_what_its_parent_began() -> None:
+    """Even if the reading thread held the command's lock at the fork."""
+    with real_guest() as guest, within(20), guest.processes.spawn(["cat"]) as process:
+        process._command.changed.acquire()
+        child = os.fork()
+        if child == 0:
+            try:
+                for use in (process.wait, process.stdout.read, lambda: process.stdin.write(b"x"), process.kill):
+                    with pytest.raises(GuestGone):
+                        use()
+                process.close()
+                guest.line.close()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        process._command.changed.release()
+        assert os.waitpid(child, 0)[1] == 0
+        process.stdin.write(b"still ours")
+        process.stdin.close()
+        assert process.stdout.read() == b"still ours"
+
+
 def test_a_forked_child_does_not_keep_its_parents_line_open() -> None:
     ours, theirs = socket.socketpair()
     line = Line(ours, "m")

@@ -41,7 +41,6 @@ class User(threading.Thread):
     def __init__(self, fd: int, *script: tuple[bytes, bytes]) -> None:
         super().__init__(daemon=True)
         self.fd, self.script, self.seen = fd, script, b""
-        self.hook = lambda: None
         self.start()
 
     def run(self) -> None:
@@ -69,9 +68,9 @@ def test_a_session(guest: RealGuest, terminal: tuple[int, int]) -> None:
         (b"ready> ", b"stty size; echo A$((1+1))A\n"),
         (b"A2A", b"(resize)"),
         (b"", b"sleep 0.2; stty size; echo B$((1+1))B\n"),
-        (b"B2B", b"sleep 60\n"),
-        (b"sleep 60\r\n", b"\x03"),
-        (b"ready> ", b"exit 7\n"),
+        (b"B2B", b"sh -c 'echo C$((1+2))C; exec sleep 60'\n"),
+        (b"C3C", b"\x03"),
+        (b"^C", b"exit 7\n"),
     )
     with within(15):
         assert attach(process, fd, fd) == 7

@@ -137,6 +137,7 @@ class Command:
 
     def wait(self, ready: Callable[[], bool], deadline: float | None) -> bool:
         """Wait until `ready()` or the end; False once `deadline` (monotonic) has passed, even for one who is always ready."""
+        self._check_process()
         with self.changed:
             while not self.over:
                 left = None if deadline is None else deadline - time.monotonic()
@@ -169,6 +170,7 @@ class Command:
 
     def take(self, channel: int, most: int | None = None) -> list[bytes | memoryview]:
         """Return what is unread on `channel`, at most `most` bytes, and let the command send as much more."""
+        self._check_process()
         output = self._outputs[channel]
         with self.changed:
             if output.size == 0:
@@ -190,6 +192,7 @@ class Command:
 
     def take_line(self, channel: int, most: int) -> bytes:
         """Return what is unread up to and with the first newline, at most `most` bytes; without a newline, all of it."""
+        self._check_process()
         with self.changed:
             size = 0
             for chunk in self._outputs[channel].chunks:
@@ -206,6 +209,7 @@ class Command:
 
     def feed(self, data: memoryview, deadline: float | None) -> int:
         """Send the beginning of `data` to stdin, as much as the window allows; return how much."""
+        self._check_process()
         with self.changed:
             size = min(len(data), self._credit, _BATCH)
             self._credit -= size
@@ -269,11 +273,17 @@ class Command:
 
     def abandon(self) -> None:
         """Keep nothing of what may still come. The stream's number stays taken until the command ends."""
+        if self._line.foreign:
+            return
         with self.changed:
             self._abandoned = True
             for output in self._outputs.values():
                 output.chunks.clear()
                 output.size = 0
+
+    def _check_process(self) -> None:
+        if self._line.foreign:
+            self._line.check()
 
 
 def _split(chunks: deque[bytes | memoryview], most: int) -> list[bytes | memoryview]:

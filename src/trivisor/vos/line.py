@@ -90,11 +90,16 @@ class Line:
     @property
     def closed(self) -> bool:
         """True if this process cannot use the line (any more)."""
-        return self._failure is not None or self._pid != os.getpid()
+        return self._failure is not None or self.foreign
+
+    @property
+    def foreign(self) -> bool:
+        """True in a forked child: no lock of the line or its streams may be touched, a thread that is not here may hold it."""
+        return self._pid != os.getpid()
 
     def close(self) -> None:
         """Close it; what is under way ends with GuestGone. The peer kills this client's commands."""
-        if self._pid != os.getpid():
+        if self.foreign:
             return
         self._fail(GuestGone("the line was closed", machine=self.machine, hint="open the machine again"))
         if threading.current_thread() is not self._reader:
@@ -108,7 +113,7 @@ class Line:
         """Raise the line's failure, if it has one."""
         if self._failure is not None:
             raise _copy(self._failure)
-        if self._pid != os.getpid():
+        if self.foreign:
             raise GuestGone("this line belongs to the parent process", machine=self.machine, hint="open the machine again after a fork")
 
     # -- streams ----------------------------------------------------------------------------------
