@@ -127,7 +127,8 @@ class VmEngine:
     def _setup(self, spec: Spec, progress: Progress) -> tuple[Setup, str]:
         found = self._found()
         verdict = probe.verdict(found, self._home)
-        shape = argv.Shape(verdict.accel, spec.cpus, spec.memory, spec.disk != "ram", spec.network == "nat")
+        fixed = verdict.accel == "tcg" and found.translates_by_address
+        shape = argv.Shape(verdict.accel, spec.cpus, spec.memory, spec.disk != "ram", spec.network == "nat", fixed)
         return Setup(found, shape, kit.get(self._home, spec.kernel, progress), jail.probe()), verdict.why
 
     def _run(self, box: Box, setup: Setup, progress: Progress) -> str:

@@ -100,6 +100,8 @@ def _make_image(home: Home, setup: Setup, image: Image, name: str, blank: Ice) -
             disk = place.disk
             disks.create(home, image.disk, disk)
         steps = [("seed", os.urandom(32).hex()), ("clock", str(time.time_ns())), *mount_steps(disk is not None)]
+        # Files that each clone writes over: making them is dearer, and would be done in every clone.
+        steps += [("hostname", "trivisor"), ("machine-id", "0" * 32)]
         steps += [("warm", *words) for words in _WARM]
         steps.append(("sync",))
         work = Work(place, _slot(), "image ice", "file", ram=ram, state=blank.state, root=image.rootfs, disk=disk, owner=os.getpid())
@@ -141,7 +143,7 @@ def _argv(setup: Setup) -> list[str]:
 
 def _needs(setup: Setup) -> dict[str, str]:
     kernel = setup.kit.kernel
-    return {setup.qemu.path: ice.identity(Path(setup.qemu.path)), str(kernel): ice.identity(kernel)}
+    return {str(path): ice.identity(path) for path in (Path(setup.qemu.path), kernel, tvinit.path())}
 
 
 def _slot() -> int:

@@ -37,6 +37,11 @@ class Qemu:
     data: tuple[str, ...]
     """Its firmware and option ROMs: the folders that it looks in."""
 
+    @property
+    def translates_by_address(self) -> bool:
+        """Before 8.0, TCG knows a piece of code by its virtual address, not only by where it lies in a page."""
+        return int(self.version.partition(".")[0]) < 8
+
     def modules(self) -> list[Path]:
         """The folders of the parts that distributions build apart, accelerators among them."""
         prefix = Path(self.path).parent.parent
