@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from trivisor.core.errors import NotFound, UnsupportedByWall
 from trivisor.core.paths import Home, MachineDir
 from trivisor.core.spec import Wall
 from trivisor.images.catalog import Images
 from trivisor.vmm.engine import Box, Engine
+from trivisor.vmm.guestline import Lines
 from trivisor.vmm.records import Records, Row
 
 
@@ -21,6 +22,7 @@ class Context:
     records: Records
     images: Images
     engines: Mapping[Wall, Engine]
+    lines: Lines = field(default_factory=Lines)
 
     def engine(self, wall: Wall, machine: str = "") -> Engine:
         """Return the engine of `wall`. Raises UnsupportedByWall where this version has none."""

@@ -1,6 +1,7 @@
-"""One process's line to one machine: opened when first needed, opened again when it closed.
+"""One process's lines to its machines: each opened when first needed, opened again when it closed.
 
-A line belongs to the process that opened it (vos/line.py), so a forked child opens its own.
+All Machines of one VMM that mean the same machine share a line, so that getting one a thousand times opens one
+socket and one thread. A line belongs to the process that opened it (vos/line.py): a forked child opens its own.
 """
 
 from __future__ import annotations
@@ -43,3 +44,23 @@ class GuestLine:
             self._lock = threading.Lock()
             self._line = None
             self._pid = os.getpid()
+
+
+class Lines:
+    """The lines of one VMM, by machine. No lock of its own: a forked child could find it held."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, GuestLine] = {}
+
+    def of(self, machine: str, path: Path, name: str) -> GuestLine:
+        return self._lines.setdefault(machine, GuestLine(path, name))
+
+    def drop(self, machine: str) -> None:
+        """Close the line to a machine that stopped or is gone. What is under way on it ends with GuestGone."""
+        line = self._lines.pop(machine, None)
+        if line is not None:
+            line.close()
+
+    def close(self) -> None:
+        for machine in list(self._lines):
+            self.drop(machine)

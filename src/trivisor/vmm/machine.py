@@ -1,12 +1,13 @@
 """Machine: one virtual computer, as a caller holds it.
 
-It keeps nothing but the id and a line to the guest: every question is answered from the records, put right
-first, so two Machines of one machine, in one process or in many, agree.
+It keeps nothing but what never changes: every question is answered from the records, put right first, so two
+Machines of one machine, in one process or in many, agree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,7 +19,6 @@ from trivisor.core.state import State, check
 from trivisor.vmm import life, logs, reconcile, watch
 from trivisor.vmm.context import Context
 from trivisor.vmm.engine import Progress
-from trivisor.vmm.guestline import GuestLine
 from trivisor.vmm.records import Row
 from trivisor.vos import guest
 from trivisor.vos.capture import Sink, Stdin
@@ -48,7 +48,6 @@ class Machine:
         self._context = context
         self._first = row
         self._folder = context.folder(row)
-        self._line = GuestLine(self._folder.line, row.name)
         self._deleted_at_exit = False
 
     # -- what it is -------------------------------------------------------------------------------
@@ -109,14 +108,14 @@ class Machine:
         try:
             life.stop(self._context, self.id, timeout)
         finally:
-            self._line.close()
+            self._context.lines.drop(self.id)
 
     def delete(self, *, force: bool = False) -> None:
         """Remove it with its disk. With `force` in any state, whatever it is doing. Raises InvalidState, Busy, StorageError."""
         try:
             life.delete(self._context, self.id, force=force)
         finally:
-            self._line.close()
+            self._context.lines.drop(self.id)
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait until it neither runs nor is paused, and return the exit status that its guest gave, if it did.
@@ -176,7 +175,7 @@ class Machine:
     ) -> Process:
         """Start a command and return it running: with pipes, or with `pty` a terminal of `size` (rows, columns).
 
-        It is killed when this process ends or lets go of the machine, unless `detach`. Raises InvalidState, GuestGone.
+        It is killed when this process ends or closes the VMM, unless `detach`. Raises InvalidState, GuestGone.
         """
         return self._processes("spawn").spawn(argv, env=env, cwd=cwd or "", user=user or "", pty=pty, size=size, stdin=stdin, detach=detach)
 
@@ -214,21 +213,14 @@ class Machine:
         self._deleted_at_exit = True
         return self
 
-    def close(self) -> None:
-        """Let go of it: commands of this object that do not outlive it are killed. The machine goes on."""
-        self._line.close()
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if not self._deleted_at_exit:
-            self.close()
-            return
-        try:
-            self.delete(force=True)
-        except NotFound:
-            self.close()  # deleted inside the `with`, which is as good
+        if self._deleted_at_exit:
+            # Deleted inside the `with` is as good.
+            with suppress(NotFound):
+                self.delete(force=True)
 
     def __repr__(self) -> str:
         return f"<Machine {self.name} ({self.id})>"
@@ -258,6 +250,6 @@ class Machine:
     def _line_for(self, verb: str) -> Callable[[], Line]:
         def line() -> Line:
             self._check(verb)
-            return self._line.get()
+            return self._context.lines.of(self.id, self._folder.line, self.name).get()
 
         return line

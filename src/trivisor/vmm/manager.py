@@ -24,6 +24,7 @@ from trivisor.vmm import sweep as sweeping
 from trivisor.vmm.context import Context
 from trivisor.vmm.engine import Engine, Progress, WallReport
 from trivisor.vmm.engines.vm.engine import VmEngine
+from trivisor.vmm.imports import NotedImages
 from trivisor.vmm.machine import Machine
 from trivisor.vmm.records import Records, Row
 
@@ -42,10 +43,11 @@ class VMM:
         place = Home(Path(home).absolute() if home is not None else default_home())
         place.open()
         chosen = list(engines) if engines is not None else [VmEngine(place)]
+        records = Records(place.database)
         self._context = Context(
             home=place,
-            records=Records(place.database),
-            images=Images(place),
+            records=records,
+            images=NotedImages(place, records),
             engines={engine.wall: engine for engine in chosen},
         )
         sweeping.sweep(self._context)
@@ -63,11 +65,14 @@ class VMM:
 
         Raises InvalidSpec, NotFound (image), AlreadyExists (name), UnsupportedByWall, HostLacks, StorageError.
         """
+        chosen = self._wall(wall)
+        wishes = Spec.make(image=image, name=names.readable() if name is None else name, wall=chosen, **spec)
+        found = self._context.images.get(image)
+        self._context.engine(chosen).check(wishes)
+        # What the image wants in the environment lies under what the caller wants.
+        spec["env"] = {**found.config.get("env", {}), **wishes.env}
         for attempt in range(_NAME_TRIES):
-            wishes = Spec.make(image=image, name=name or names.readable(attempt), wall=self._wall(wall), **spec)
-            if attempt == 0:
-                self._context.engine(wishes.wall).check(wishes)
-                found = self._context.images.get(image)
+            wishes = Spec.make(image=image, name=names.readable(attempt) if name is None else name, wall=chosen, **spec)
             try:
                 return Machine(self._context, life.create(self._context, wishes, found))
             except AlreadyExists:
@@ -128,7 +133,8 @@ class VMM:
         return sweeping.sweep(self._context, deep=True)
 
     def close(self) -> None:
-        """Let go of the home. Machines go on as they are."""
+        """Let go of the home: commands that do not outlive it (spawn's `detach`) are killed, machines go on as they are."""
+        self._context.lines.close()
         self._context.records.close()
 
     def __enter__(self) -> Self:

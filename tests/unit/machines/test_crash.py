@@ -203,7 +203,7 @@ def test_folders_and_files_that_nobody_names(home: TestHome) -> None:
     (home.root / "tmp" / f"{dead.pid}-{dead.start}-half").mkdir()
     (home.root / "tmp" / f"{Who.me().pid}-{Who.me().start}-mine").write_text("x")
     with home.open() as vmm:
-        assert [event.kind for event in vmm.events()] == ["swept"] * 4, list(vmm.events())
+        assert [event.kind for event in vmm.events()][1:] == ["swept"] * 4
     assert list((home.root / "machines").iterdir()) == []
     (mine,) = (home.root / "tmp").iterdir()
     assert mine.name.endswith("-mine")

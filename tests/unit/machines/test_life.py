@@ -53,7 +53,7 @@ def test_a_whole_life(home: TestHome, vmm: VMM) -> None:
         _ = machine.state
     assert vmm.list() == []
     kinds = [event.kind for event in vmm.events()]
-    assert kinds == ["created", "started", "paused", "resumed", "stopped", "started", "stopped", "deleted"]
+    assert kinds == ["image-imported", "created", "started", "paused", "resumed", "stopped", "started", "stopped", "deleted"]
     assert_nothing_left(home.root, set())
 
 
@@ -79,6 +79,19 @@ def test_getting(vmm: VMM) -> None:
         vmm.get("nothing")
     assert [machine.name for machine in vmm.list()] == ["web", "db"]
     assert [machine.name for machine in vmm.list(labels={"tier": "data"})] == ["db"]
+
+
+def test_machines_of_one_manager_share_a_line(vmm: VMM, running: Machine) -> None:
+    assert running.exec(["true"]).exit_code == 0
+    before = threading.active_count()
+    for _ in range(20):
+        assert vmm.get(running.name).exec(["true"]).exit_code == 0
+    assert threading.active_count() == before
+    process = running.spawn(["cat"])
+    vmm.close()
+    with pytest.raises(GuestGone):
+        process.wait(10)
+    assert running.exec(["true"]).exit_code == 0  # opened again
 
 
 def test_names_are_made_up_and_unique(vmm: VMM) -> None:
@@ -378,7 +391,8 @@ def test_walls(vmm: VMM) -> None:
 
 def test_events_follow(vmm: VMM) -> None:
     threading.Timer(0.3, vmm.create, (IMAGE,)).start()
-    event = next(vmm.events(follow=True, timeout=10))
+    last = list(vmm.events())[-1].id
+    event = next(vmm.events(since=last, follow=True, timeout=10))
     assert event.kind == "created"
     began = time.monotonic()
     assert list(vmm.events(since=event.id, follow=True, timeout=0.2)) == []
