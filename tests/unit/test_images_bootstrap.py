@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import select
+import shutil
+import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -87,3 +91,33 @@ def test_none_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(HostLacks, match="mmdebstrap is not installed") as caught:
         Images(make_home(tmp_path)).bootstrap()
     assert "apt-get install mmdebstrap" in caught.value.hint
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv (util-linux)")
+def test_it_ends_with_us(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kill -9 of the importing process takes mmdebstrap along, and the next collect what it had made."""
+    images = program(
+        tmp_path, monkeypatch, 'echo $$ > "${ROOT_TAR%/*}/pid.new"; mv "${ROOT_TAR%/*}/pid.new" "${ROOT_TAR%/*}/pid"; exec sleep 100'
+    )
+    importer = os.fork()
+    if importer == 0:
+        try:
+            images.bootstrap()
+        finally:
+            os._exit(1)
+    written = tmp_path / "pid"
+    wait_until(written.exists)
+    fd = os.pidfd_open(int(written.read_text()))
+    os.kill(importer, signal.SIGKILL)
+    os.waitpid(importer, 0)
+    assert select.select([fd], [], [], 10)[0]
+    os.close(fd)
+    images.collect()
+    assert left(make_home(tmp_path)) == []
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)  # a file that another process makes: inotify would be more than this needs
