@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,3 +60,24 @@ class Cli:
             status = main.run(words)
         out, err = self._capture.readouterr()
         return Done(status, out, err)
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = {path!r}
+from fake_engine import FakeEngine
+from trivisor.cli import main, options
+from trivisor.vmm.manager import VMM
+options.Settings.vmm = lambda settings: VMM(settings.home, engines=[FakeEngine()])
+main.main()
+"""
+
+
+def argv(home: TestHome, *words: str) -> list[str]:
+    """Return what runs the command line as a process of its own."""
+    return [sys.executable, "-c", SCRIPT.format(path=sys.path), "--home", str(home.root), *words]
+
+
+def process(home: TestHome, *words: str) -> subprocess.Popen[str]:
+    """Start the command line as a process of its own."""
+    return subprocess.Popen(argv(home, *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

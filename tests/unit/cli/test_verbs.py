@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -252,59 +248,3 @@ def test_names_are_completed(cli: Cli, web: str, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("COMP_WORDS", words)
         monkeypatch.setenv("COMP_CWORD", "2")
         assert sorted(line.split(",")[1] for line in cli().out.splitlines()) == found
-
-
-SCRIPT = """
-import sys
-sys.path[:0] = {path!r}
-from fake_engine import FakeEngine
-from trivisor.cli import main, options
-from trivisor.vmm.manager import VMM
-options.Settings.vmm = lambda settings: VMM(settings.home, engines=[FakeEngine()])
-main.main()
-"""
-
-
-def process(home: TestHome, *words: str) -> subprocess.Popen[str]:
-    """Start the command line as a process of its own."""
-    argv = [sys.executable, "-c", SCRIPT.format(path=sys.path), "--home", str(home.root), *words]
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_run_that_is_ended_leaves_nothing(cli: Cli, home: TestHome, number: int, status: int) -> None:
-    with process(home, "run", IMAGE, "sh", "-c", "echo ready; exec sleep 100") as running:
-        assert running.stdout is not None
-        assert running.stdout.readline() == "ready\n"
-        running.send_signal(number)
-        _, err = running.communicate(timeout=30)
-    assert (running.returncode, err) == (status, "")
-    assert states(cli) == {}
-
-
-def test_exec_whose_reader_goes_away_ends(cli: Cli, home: TestHome, web: str) -> None:
-    with process(home, "exec", web, "yes") as running:
-        assert running.stdout is not None and running.stderr is not None
-        assert running.stdout.readline() == "y\n"
-        running.stdout.close()
-        assert running.wait(30) == 128 + signal.SIGPIPE
-        assert running.stderr.read() == ""
-
-
-def test_forward(cli: Cli, home: TestHome, web: str, tmp_path: Path) -> None:
-    (tmp_path / "page").write_text("hello")
-    serve = "import functools, http.server as h; handler = functools.partial(h.SimpleHTTPRequestHandler, directory={!r});"
-    serve += " s = h.HTTPServer(('127.0.0.1', 0), handler); print(s.server_port, flush=True); s.serve_forever()"
-    with subprocess.Popen(
-        [sys.executable, "-c", serve.format(str(tmp_path))], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as server:
-        assert server.stdout is not None
-        try:
-            with process(home, "forward", web, server.stdout.readline().strip()) as forwarding:
-                assert forwarding.stdout is not None
-                address = forwarding.stdout.readline().split()[0]
-                assert urllib.request.urlopen(f"http://{address}/page", timeout=20).read() == b"hello"
-                forwarding.send_signal(signal.SIGINT)
-                assert forwarding.wait(20) == 0
-        finally:
-            server.kill()
