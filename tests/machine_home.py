@@ -59,7 +59,7 @@ class VmHome(TestHome):
         return VMM(self.root)
 
     def power_off(self, machine: Machine) -> None:
-        machine.spawn(["kill", "-TERM", "1"], detach=True)
+        machine.spawn("kill -TERM 1", detach=True)
 
 
 def _copy(source: str, target: str) -> None:

@@ -29,7 +29,7 @@ def home(tmp_path: Path, image_home: Path) -> Iterator[VmHome]:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_verb_in_every_state(image_home: Path) -> None:
-    drive(lambda place: VmHome(place, image_home), None, examples=5, steps=20)
+    drive(lambda place: VmHome(place, image_home), None, examples=8, steps=30)
 
 
 def die_at(number: int) -> None:
