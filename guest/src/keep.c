@@ -25,7 +25,7 @@ enum { REAP_MS = 5000, MAX_FD = 65535, DRAIN_READS = 256 };
 static struct keeper keeper = {
     .line = {.fd = -1}, .listener = {.fd = -1}, .signals = {.fd = -1}, .owner = {.fd = -1}, .ready = {.fd = -1},
     .folder = -1, .alive = -1, .init_log = {.file = -1},
-    .ttl = INT64_MAX, .idle = INT64_MAX, .grace = 10000, .kill_at = INT64_MAX, .sync_at = INT64_MAX,
+    .ttl = INT64_MAX, .idle = INT64_MAX, .grace = 10000, .kill_at = INT64_MAX, .sync_at = INT64_MAX, .lose_at = INT64_MAX,
 };
 
 pid_t keep_engine(const struct keeper *k) { return k->processes[k->process_count - 1].pid; }
@@ -359,7 +359,7 @@ int keep_main(int argc, char **argv) {
     }
     umask(077);
     const char *why = plan_read((int)fd, &plan) ? configure(k, &plan) : strerror(errno);
-    if (!why && listen(k->listener.fd, 128) < 0)
+    if (!why && listen(k->listener.fd, SOMAXCONN) < 0)
         why = strerror(errno);
     if (why) {
         fprintf(stderr, "tvinit keep: %s\n", why);

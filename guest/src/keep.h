@@ -54,6 +54,7 @@ struct keeper {
     int64_t kill_at;                   /* INT64_MAX: not stopping */
     bool tell_shutdown;                /* SHUTDOWN is still to be sent */
     int64_t sync_at;                   /* when the line is to be begun again, INT64_MAX: not broken */
+    int64_t lose_at;                   /* when the clients are told that the line ended, INT64_MAX: it has not */
     int64_t backoff, synced_at;
     int64_t throttled;                 /* the line is not read before this */
     int64_t budget;                    /* bytes of noise until it is throttled */

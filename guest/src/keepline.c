@@ -19,6 +19,7 @@ enum {
     BACKOFF_MOST_MS = 1000,
     SETTLED_MS = 10000,          /* ... and is forgotten after this long without one */
     DRAIN_CHUNKS = 64,
+    LINGER_MS = 1000,            /* from the line's end until the engine's, which is to come first for the clients */
 };
 
 static uint8_t chunk[MUX_CHUNK];
@@ -53,10 +54,12 @@ static void note_synced(struct keeper *k) {
     keep_report(k, "synced\n", true);
 }
 
+/* The line ended. Most often its engine has, and the clients learn that when the machine is no longer alive. */
 static void lose_line(struct keeper *k) {
     loop_close(&k->line);
-    mux_lose(&k->mux);
+    bytes_clear(&k->mux.line);
     k->sync_at = INT64_MAX;
+    k->lose_at = now_ms() + LINGER_MS;
 }
 
 static void throttle(struct keeper *k) {
@@ -183,7 +186,7 @@ static void serve_clients(struct keeper *k, bool line_waits) {
 /* Whether another pass would find something to do: edges that came are not told again. */
 static bool unfinished(const struct keeper *k) {
     const struct mux *m = &k->mux;
-    if (m->state == MUX_BROKEN && k->sync_at == INT64_MAX)
+    if (k->line.fd >= 0 && m->state == MUX_BROKEN && k->sync_at == INT64_MAX)
         return true;
     if (k->line.fd >= 0 && k->line_readable && mux_line_wants(m) && now_ms() >= k->throttled)
         return true;
@@ -200,10 +203,14 @@ static bool unfinished(const struct keeper *k) {
 bool keepline_serve(struct keeper *k) {
     int64_t now = now_ms();
     struct mux *m = &k->mux;
-    if (m->state == MUX_BROKEN && k->sync_at == INT64_MAX)
+    if (k->line.fd >= 0 && m->state == MUX_BROKEN && k->sync_at == INT64_MAX)
         plan_sync(k);
     if (now >= k->sync_at)
         begin(k);
+    if (now >= k->lose_at) {
+        k->lose_at = INT64_MAX;
+        mux_lose(m);
+    }
     accept_clients(k);
     bool wants = mux_line_wants(m);
     if (wants && now >= k->throttled)
@@ -226,7 +233,7 @@ bool keepline_serve(struct keeper *k) {
 }
 
 int64_t keepline_deadline(const struct keeper *k) {
-    int64_t at = k->sync_at;
+    int64_t at = k->sync_at < k->lose_at ? k->sync_at : k->lose_at;
     if (k->line.fd >= 0 && k->line_readable && mux_line_wants(&k->mux) && k->throttled < at)
         at = k->throttled;
     if (!mux_line_wants(&k->mux))
