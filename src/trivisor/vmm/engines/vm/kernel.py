@@ -62,7 +62,10 @@ def _payload(data: bytes) -> bytes:
         raise ValueError("it is cut short")
     for magic, unpack in _UNPACK:
         if packed.startswith(magic):
-            return unpack(packed)
+            vmlinux = unpack(packed)
+            if vmlinux[:5] != b"\x7fELF\x02":
+                raise ValueError("what it unpacks to is not a 64-bit kernel")
+            return vmlinux
     raise ValueError("its compression is unknown")
 
 
