@@ -7,7 +7,6 @@ started, and passes to it with the descriptor: there is no moment in which the m
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import select
 import signal
@@ -15,20 +14,21 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trivisor.core.errors import Busy, EngineError, StorageError
+from trivisor.core.errors import EngineError, StorageError
 from trivisor.core.paths import MachineDir
 from trivisor.core.process import TAIL, start_time
 from trivisor.core.units import MIB
 from trivisor.launch import tvinit
+from trivisor.launch.alive import LOOK, alive, lock_alive, open_alive
 from trivisor.launch.plan import Op, Plan, encode
 
+__all__ = ["Exit", "Kept", "Process", "alive", "ended", "kill", "spawn", "stop"]
+
 _KEEPER_STOP = 0x43
-_LOOK = 0.05
-"""Seconds for which another process may hold the lock just to look at it."""
 _KEEP_TIMEOUT = 10.0
 
 
@@ -62,44 +62,6 @@ class Exit:
     """The status of the guest's orderly power-off; None if there was none."""
     ended: float
     """Seconds since the epoch."""
-
-
-_guarded: set[int] = set()
-"""Open alive files: a child that is forked meanwhile must not keep the lock, which goes with the open file."""
-_hooked: list[bool] = []
-
-
-def _close_guarded() -> None:
-    for fd in _guarded:
-        with contextlib.suppress(OSError):
-            os.close(fd)
-    _guarded.clear()
-
-
-@contextlib.contextmanager
-def _open_alive(machine: MachineDir, flags: int) -> Iterator[int]:
-    if not _hooked:
-        _hooked.append(True)
-        os.register_at_fork(after_in_child=_close_guarded)
-    fd = os.open(machine.alive, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    _guarded.add(fd)
-    try:
-        yield fd
-    finally:
-        _guarded.discard(fd)
-        os.close(fd)
-
-
-def _lock_alive(machine: MachineDir, fd: int) -> None:
-    """Lock the alive file. Raises Busy if a keeper holds it."""
-    deadline = time.monotonic() + _LOOK
-    while True:
-        try:
-            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise Busy(machine.root.name, "its keeper runs") from None
-        time.sleep(_LOOK / 10)  # flock(2) has no timeout, and `alive` holds the lock for a moment
 
 
 def _bind_line(folder: int) -> socket.socket:
@@ -227,8 +189,8 @@ def _identity(machine: MachineDir) -> tuple[int, int]:
 
 def _start(stack: contextlib.ExitStack, machine: MachineDir, line_fd: int, owner: int | None) -> tuple[int, dict[str, int]]:
     """Lock, bind and open all that the keeper is given. Returns our end of the ready pipe, and the rest by name."""
-    alive_fd = stack.enter_context(_open_alive(machine, os.O_RDWR | os.O_CREAT))
-    _lock_alive(machine, alive_fd)
+    alive_fd = stack.enter_context(open_alive(machine, os.O_RDWR | os.O_CREAT))
+    lock_alive(machine, alive_fd)
     for record in (machine.exit, machine.keeper):
         record.unlink(missing_ok=True)
     folder = os.open(machine.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -294,18 +256,6 @@ def spawn(
             raise EngineError(fault, output=_log_tail(machine, log_start), machine=name, hint=f"the whole log is {log}") from error
 
 
-def alive(machine: MachineDir) -> bool:
-    """Say whether the machine's keeper runs: whether its lock is held."""
-    try:
-        with _open_alive(machine, os.O_RDONLY) as fd:
-            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-
-
 def _children(pid: int) -> list[int]:
     """Return the processes that the keeper runs (proc(5), "children")."""
     try:
@@ -349,7 +299,7 @@ def kill(machine: MachineDir, timeout: float = 5.0) -> None:
     while alive(machine):
         if time.monotonic() > deadline:
             raise EngineError(f"the keeper (process {pid}) does not end", machine=machine.root.name, hint="see what it waits for in /proc")
-        time.sleep(_LOOK / 10)  # a keeper that was starting had not written who it is yet
+        time.sleep(LOOK / 10)  # a keeper that was starting had not written who it is yet
         pid, start = _identity(machine)
         if pid and start_time(pid) == start:
             with contextlib.suppress(ProcessLookupError):
