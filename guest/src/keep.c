@@ -2,7 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/close_range.h>
+#include <malloc.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -20,7 +20,7 @@
 #include "launch.h"
 #include "modes.h"
 
-enum { REAP_MS = 5000, MAX_FD = 65535, DRAIN_READS = 256 };
+enum { REAP_MS = 5000, MAX_FD = 65535, DRAIN_READS = 256, TRIM_BYTES = 128 * 1024 };
 
 static struct keeper keeper = {
     .line = {.fd = -1}, .listener = {.fd = -1}, .signals = {.fd = -1}, .owner = {.fd = -1}, .ready = {.fd = -1},
@@ -159,6 +159,7 @@ static void detach(void) {
         _exit(1);
     umask(077);
     prctl(PR_SET_NAME, "tvinit-keep");
+    mallopt(M_TRIM_THRESHOLD, TRIM_BYTES); /* a burst is not to leave us big: we may run for months */
 }
 
 static int by_number(const void *a, const void *b) { return *(const int *)a - *(const int *)b; }
