@@ -107,8 +107,20 @@ def using(home: Home, name: str, progress: Progress) -> Iterator[Ice | None]:
 @contextlib.contextmanager
 def making(home: Home, name: str, progress: Progress) -> Iterator[bool]:
     """Hold the right to make an ice; False if another process made it while we waited."""
+    lock = _lock(home, name)
     said = "waiting for another process that prepares the same machine"
-    with files.locked(_lock(home, name), lambda: progress(said), timeout=_MAKING):
+    deadline = time.monotonic() + _MAKING
+    with contextlib.ExitStack() as stack:
+        while True:
+            with contextlib.suppress(files.Held):
+                stack.enter_context(files.locked(lock, lambda: None, timeout=0))
+                break
+            # Shared, so that the wait ends with the making and not with the clones that begin right after it.
+            with files.locked(lock, lambda: progress(said), timeout=deadline - time.monotonic(), shared=True):
+                made = find(home, name) is not None
+            if made:
+                yield False
+                return
         yield find(home, name) is None
 
 

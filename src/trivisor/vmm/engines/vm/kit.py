@@ -2,8 +2,8 @@
 
 A flavour (micro, full) is Debian's kernel package, fetched with the package manager, which checks the signatures,
 and unpacked: nothing is installed on the host. It needs no root, and where the system has no package lists it
-makes lists of its own from the system's sources. Any other kernel is a path; its modules are those of
-/lib/modules/RELEASE, or else it must have everything built in.
+makes lists of its own from the system's sources. Any other kernel is a path; its modules are those of lib/modules/RELEASE
+beside its folder (as in an unpacked package) or of /lib/modules/RELEASE, or else it must have everything built in.
 
 A kit is made once, under a lock, aside, and renamed. It holds `kernel` (what QEMU boots), `modules/`, `kit.json`,
 and an initramfs for each tvinit that has used it.
@@ -15,6 +15,7 @@ import hashlib
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,7 +122,7 @@ def get(home: Home, name: str, progress: Progress) -> Kit:
             else:
                 image = Path(name).resolve()
                 progress(f"preparing kernel {image.name}")
-                _make(work, folder, image, Path("/lib/modules"), str(image))
+                _make(work, folder, image, (image.parent.parent / "lib/modules", Path("/lib/modules")), str(image))
         made = _load(folder)
         if made is None:
             raise EngineError(f"the kit {folder.name} was made and cannot be read")
@@ -146,14 +147,18 @@ def _make_flavour(work: Path, folder: Path, name: str, progress: Progress) -> No
     images = sorted((root / "boot").glob("vmlinuz-*"))
     if len(images) != 1:
         raise EngineError(f"{package} holds {len(images)} kernels, not one")
-    trees = [path for path in (root / "lib/modules", root / "usr/lib/modules") if path.is_dir()]
-    _make(work, folder, images[0], trees[0] if trees else root, deb.name)
+    _make(work, folder, images[0], (root / "lib/modules", root / "usr/lib/modules"), deb.name)
 
 
-def _make(work: Path, folder: Path, image: Path, trees: Path, origin: str) -> None:
-    data = image.read_bytes()
+def _make(work: Path, folder: Path, image: Path, trees: Sequence[Path], origin: str) -> None:
+    """Make the kit of one kernel image; `trees` are where its modules may be, by release."""
+    try:
+        data = image.read_bytes()
+    except OSError as error:
+        raise InvalidSpec(f"kernel {image} cannot be read: {error.strerror}") from error
     parsed = kernel.parse(data, image.name)
-    loaded = modules.load_order(trees / parsed.release)
+    found = [tree / parsed.release for tree in trees if (tree / parsed.release).is_dir()]
+    loaded = modules.load_order(found[0]) if found else []
     digest = hashlib.sha256(parsed.image)
     made = work / "kit"
     (made / "modules").mkdir(parents=True, mode=0o755)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from trivisor.core.errors import GuestError
+from trivisor.core.errors import EngineError, GuestError
 from trivisor.core.paths import Home, MachineDir
 from trivisor.launch import keeper, tvinit
 from trivisor.vmm.engine import Progress
@@ -121,7 +121,12 @@ def _place(folder: Path) -> tuple[MachineDir, Path]:
 def _running(setup: Setup, work: Work, steps: Sequence[Sequence[str]]) -> Iterator[Qmp]:
     """Run a machine, have it carry out `steps`, and hand over its QMP with no client on its line."""
     try:
-        runner.run(setup, work)
+        try:
+            runner.run(setup, work)
+        except EngineError as error:
+            if not setup.kit.modules:
+                error.hint = f"{setup.kit.origin} has no modules here: it must have virtio, squashfs, overlayfs and ext4 built in"
+            raise
         line = Line.connect(work.place.line, work.name)
         try:
             guest.configure(line, steps, timeout=_STEPS)

@@ -26,10 +26,8 @@ OPTIONAL = frozenset({"virtio_rng", "crc32c_generic"})
 def load_order(tree: Path, wanted: tuple[str, ...] = WANTED) -> list[tuple[str, bytes]]:
     """Return (name, .ko bytes) in load order for `tree` (/lib/modules/RELEASE). Built-in ones are left out.
 
-    A tree that does not exist is a kernel with everything built in. Raises InvalidSpec for a missing module.
+    Raises InvalidSpec for one that is neither there nor built in.
     """
-    if not tree.is_dir():
-        return []
     files = {_name(path): path for path in sorted(tree.rglob("*.ko*"))}
     builtin = _builtin(tree)
     done: dict[str, bytes] = {}
