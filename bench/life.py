@@ -45,7 +45,7 @@ def _peer(home: Home, rounds: int) -> Series:
     initramfs = kernel.initramfs(tvinit.path(), tvinit.digest())
     series = Series()
     for _ in range(rounds):
-        with series.timed(), peer.plain_qemu(found, kernel.kernel, initramfs) as (_process, line):
+        with series.timed(), peer.plain_qemu(found, kernel.original, initramfs) as (_process, line):
             peer.first_command(line)
     return series
 

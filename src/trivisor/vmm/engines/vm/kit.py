@@ -5,8 +5,8 @@ and unpacked: nothing is installed on the host. It needs no root, and where the 
 makes lists of its own from the system's sources. Any other kernel is a path; its modules are those of lib/modules/RELEASE
 beside its folder (as in an unpacked package) or of /lib/modules/RELEASE, or else it must have everything built in.
 
-A kit is made once, under a lock, aside, and renamed. It holds `kernel` (what QEMU boots), `modules/`, `kit.json`,
-and an initramfs for each tvinit that has used it.
+A kit is made once, under a lock, aside, and renamed. It holds `kernel` (what QEMU boots), `original` (what that was made
+from), `modules/`, `kit.json`, and an initramfs for each tvinit that has used it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from trivisor.vmm.engine import Progress
 from trivisor.vmm.engines.vm import files, initramfs, kernel, modules
 
 FLAVOURS = {"micro": "linux-image-cloud-amd64", "full": "linux-image-amd64"}
-_FORMAT = 2
+_FORMAT = 3
 _FETCH = 900.0
 
 
@@ -54,6 +54,11 @@ class Kit:
     @property
     def kernel(self) -> Path:
         return self.folder / "kernel"
+
+    @property
+    def original(self) -> Path:
+        """The kernel file as it came, which any QEMU boots."""
+        return self.folder / "original"
 
     def initramfs(self, tvinit: Path, digest: str) -> Path:
         """Return the initramfs that holds this tvinit (`digest` is its SHA-256), made at the first call."""
@@ -164,6 +169,7 @@ def _make(work: Path, folder: Path, image: Path, trees: Sequence[Path], origin: 
     (made / "modules").mkdir(parents=True, mode=0o755)
     (made / "kernel").write_bytes(parsed.image)
     (made / "kernel").chmod(0o644)
+    (made / "original").write_bytes(data)
     for name, content in loaded:
         (made / "modules" / f"{name}.ko").write_bytes(content)
         digest.update(name.encode() + b"\0" + content)
