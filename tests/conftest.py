@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from host_state import Leftovers, assert_nothing_left
+from images_for_tests import mini_image
+from machine_home import VmHome
+
+from trivisor import VMM, Machine
+from trivisor.core.paths import Home
 
 ROOT = Path(__file__).parents[1]
+Make = Callable[..., Machine]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """After the last test: no process, mount, cgroup, interface, socket or folder of the session is left on the host."""
+    before = Leftovers(tmp_path_factory.getbasetemp())
+    yield
+    assert before.since() == []
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +37,67 @@ def image_home() -> Path:
     if not (home / "trivisor.db").exists():
         pytest.skip(f"needs the image that `make test` makes in {home}")
     return home
+
+
+@pytest.fixture(scope="session")
+def iced_home(image_home: Path) -> Path:
+    """The same once it has ice for its image, so that no copy of it boots."""
+    with VMM(image_home) as vmm:
+        for _ in range(2):  # an image's own ice is made at its second start
+            with vmm.run("debian", disk="8G"):
+                pass
+    return image_home
+
+
+@pytest.fixture(scope="session")
+def wall_home(tmp_path_factory: pytest.TempPathFactory, iced_home: Path) -> Iterator[VmHome]:
+    """A copy of it that tests may fill with machines; it has the image "mini" too."""
+    home = VmHome(tmp_path_factory.mktemp("wall") / "home", iced_home)
+    mini_image(Home(home.root))
+    yield home
+    home.clear()
+    assert_nothing_left(home.root, set())
+    shutil.rmtree(home.root.parent)
+
+
+@pytest.fixture
+def own_home(tmp_path: Path, iced_home: Path) -> Iterator[VmHome]:
+    """A copy for one test, which may harm it."""
+    home = VmHome(tmp_path / "home", iced_home)
+    yield home
+    home.clear()
+    assert_nothing_left(home.root, set())
+    shutil.rmtree(home.root)
+
+
+@pytest.fixture
+def wall_vmm(wall_home: VmHome) -> Iterator[VMM]:
+    """The shared home, opened for one test; the machines that it makes are deleted after it."""
+    with VMM(wall_home.root) as vmm:
+        before = {machine.id for machine in vmm.list()}
+        yield vmm
+        for machine in vmm.list():
+            if machine.id not in before:
+                machine.delete(force=True)
+
+
+@pytest.fixture
+def make(wall_vmm: VMM) -> Make:
+    """Make and start a machine for one test, of the image "debian" unless told otherwise."""
+
+    def started(image: str = "debian", **spec: object) -> Machine:
+        machine = wall_vmm.create(image, wall="vm", **spec)
+        machine.start()
+        return machine
+
+    return started
+
+
+@pytest.fixture(scope="module")
+def running(wall_home: VmHome) -> Iterator[Machine]:
+    """One running machine for all tests of a module that do it no harm."""
+    with VMM(wall_home.root) as vmm:
+        machine = vmm.create("debian", wall="vm", env={"FROM_SPEC": "spec"})
+        machine.start()
+        yield machine
+        machine.delete(force=True)

@@ -29,6 +29,69 @@ def folders(home: Path) -> set[str]:
     return {entry.name for entry in (home / "machines").iterdir()}
 
 
+class Leftovers:
+    """What was on the host at one time; `since` says what came after that and is of these tests.
+
+    Other programs run at the same time, so: what lies under `base`, the session's folder, in any form; what Trivisor names
+    as its own; and a QEMU, passt or keeper that came since and belongs to no keeper or test any more.
+    """
+
+    def __init__(self, base: Path) -> None:
+        self._base = base
+        self._began = _clock()
+        self._named = _named()
+
+    def since(self, within: float = 5.0) -> list[str]:
+        deadline = time.monotonic() + within
+        # A killed process is gone when it has been reaped by its parent, which nobody tells us of.
+        while (left := self._processes()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        left += [f"mount {line}" for line in mounts(self._base)]
+        left += [f"socket {line.split()[-1]}" for line in Path("/proc/net/unix").read_text().splitlines() if str(self._base) in line]
+        return left + sorted(_named() - self._named)
+
+    def _processes(self) -> list[str]:
+        found = {pid: command for pid, command in processes(self._base).items() if not _inherits(pid, os.getpid())}
+        for pid, (parent, started, command) in _table().items():
+            if parent == 1 and started > self._began and command.startswith(_OURS):
+                found[pid] = command
+        return [f"process {pid}: {command}" for pid, command in found.items()]
+
+
+_OURS = ("qemu-system", "passt", "tvinit")
+
+
+def _table() -> dict[int, tuple[int, int, str]]:
+    """Return {pid: (parent, start in ticks since boot, program)} of all processes that are not dead."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and (fields := (entry / "stat").read_text().rpartition(")")[2].split())[0] not in "ZX":
+                found[int(entry.name)] = (int(fields[1]), int(fields[19]), _command(entry).split(" ")[0].rpartition("/")[2])
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def _inherits(pid: int, ancestor: int) -> bool:
+    """Whether it is a child that a test's own process still has, which the test answers for."""
+    table = _table()
+    while pid in table and pid != ancestor:
+        pid = table[pid][0]
+    return pid == ancestor
+
+
+def _clock() -> int:
+    return int(float(Path("/proc/uptime").read_text().split()[0]) * os.sysconf("SC_CLK_TCK"))
+
+
+def _named() -> set[str]:
+    """Return what bears Trivisor's name, and every network interface."""
+    found = {f"interface {entry.name}" for entry in Path("/sys/class/net").iterdir()}
+    found |= {f"cgroup {path}" for path in Path("/sys/fs/cgroup").glob("**/*trivisor*")}
+    return found
+
+
 def assert_nothing_left(home: Path, machines: set[str], *, within: float = 5.0) -> None:
     """Assert that the machines with these ids, none of them running, have their folders, and that there is nothing more."""
     deadline = time.monotonic() + within
@@ -48,9 +111,21 @@ def _holds(process: Path, home: str) -> bool:
             return "pytest" not in _command(process)
         if (process / "stat").read_text().rpartition(")")[2].split()[0] == "Z":
             return False
-        return any(os.readlink(fd).startswith(home) for fd in (process / "fd").iterdir())
+        if any(os.readlink(fd).startswith(home) for fd in (process / "fd").iterdir()):
+            return True
+        # A jailed engine sees none of these paths; its mounts tell where they come from.
+        jailed = os.readlink(process / "ns/mnt") != os.readlink("/proc/self/ns/mnt")
+        return jailed and f" {_within(home)}/" in (process / "mountinfo").read_text()
     except (FileNotFoundError, PermissionError, ProcessLookupError):
         return False
+
+
+def _within(home: str) -> str:
+    """Return the path of `home` in its own file system, as mountinfo has it."""
+    at = Path(home)
+    while not at.is_mount():
+        at = at.parent
+    return home if at == Path("/") else home.removeprefix(str(at))
 
 
 def _command(process: Path) -> str:
