@@ -124,14 +124,33 @@ def ports(values: Sequence[str]) -> dict[int, int]:
     return found
 
 
+def volumes(values: Sequence[str]) -> dict[str, str]:
+    """Return {path in the machine: source} for texts "SOURCE:PATH[:ro]"; a source that begins with . is taken from here."""
+    found: dict[str, str] = {}
+    for value in values:
+        text, mode = (value[:-3], value[-3:]) if value.endswith((":ro", ":rw")) else (value, "")
+        source, colon, place = text.rpartition(":")
+        if not colon or not source or not place:
+            raise click.UsageError(f"volume {value!r} is not SOURCE:PATH[:ro]", click.get_current_context(silent=True))
+        if place in found:
+            raise click.UsageError(f"two volumes are to lie at {place}", click.get_current_context(silent=True))
+        found[place] = (str(Path(source).absolute()) if source.startswith(".") else source) + mode
+    return found
+
+
 _SPEC_OPTIONS: tuple[Callable[[Callable[..., object]], Callable[..., object]], ...] = (
     click.option("--name", help="A DNS label, unique in the home.  [default: one is made up]"),
     click.option("--wall", default="auto", show_default=True, type=click.Choice(["auto", "vm", "gvisor", "container"])),
-    click.option("--cpus", type=int, help="Virtual processors.  [default: 1]"),
+    click.option("--cpus", type=float, help="Virtual processors; on container and gvisor also parts of one.  [default: 1]"),
     click.option("-m", "--memory", metavar="SIZE", help="Such as 512M or 2G.  [default: 256M]"),
     click.option("--disk", metavar="SIZE|ram", help="The writable layer; ram: kept in memory, gone at stop.  [default: 8G]"),
     click.option("--kernel", metavar="micro|full|PATH", help="The kernel it boots.  [default: micro]"),
-    click.option("--network", type=click.Choice(["none", "nat"]), help="[default: none; nat with -p]"),
+    click.option("--swap", metavar="SIZE", help="Of the host's swap beyond the memory; 0: none."),
+    click.option("--cpuset", metavar="LIST", help="The host's processors that it may run on, such as 0-1."),
+    click.option("--pids", type=int, help="How many processes and threads there may be."),
+    click.option("--io", multiple=True, metavar="LIMIT=N", help="read-bps, write-bps, read-iops or write-iops, such as write-bps=10M."),
+    click.option("--network", metavar="none|nat|host|NAME", help="NAME: one that machines share.  [default: none; nat with -p]"),
+    click.option("-v", "--volume", multiple=True, metavar="SOURCE:PATH[:ro]", help="A host folder (/..., ./...) or volume, at PATH in it."),
     click.option("-p", "--publish", multiple=True, metavar="HOST:GUEST", help="Publish a TCP port on this host's loopback."),
     click.option("-e", "--env", multiple=True, metavar="KEY[=VALUE]", help="Environment of every command; KEY alone: from ours."),
     click.option("--ttl", metavar="TIME", help="Stop it after this long, such as 90s or 10m."),
@@ -152,6 +171,8 @@ def wishes(options: dict[str, Any]) -> dict[str, Any]:
     published = ports(options.pop("publish"))
     made = {
         "ports": published or None,
+        "volumes": volumes(options.pop("volume")) or None,
+        "io": {key.replace("-", "_"): value for key, value in pairs(options.pop("io"), "io limit").items()} or None,
         "env": pairs(options.pop("env"), "environment", inherit=True) or None,
         "labels": pairs(options.pop("label"), "label") or None,
     }

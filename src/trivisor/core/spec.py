@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from typing import Any, Literal, Self
 
 import msgspec
 
 from trivisor.core.errors import InvalidSpec
 from trivisor.core.units import GIB, MIB, TIB, parse_duration, parse_size
+from trivisor.core.wishes import IoLimits, Volume, cpuset, io_limits, volumes
 
 Wall = Literal["vm", "gvisor", "container"]
 WALLS: tuple[Wall, ...] = ("vm", "gvisor", "container")
 Lifetime = Literal["persistent", "process"]
-Network = Literal["none", "nat"]
-
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-MIN_MEMORY = 96 * MIB
-MAX_CPUS = 64
+HOST_IMAGE = "host"
+"""The image that is the host's own root (images/host.py): container and gvisor."""
+MIN_MEMORY: dict[Wall, int] = {"vm": 96 * MIB, "gvisor": 32 * MIB, "container": 6 * MIB}
+MIN_CPUS, MAX_CPUS = 0.01, 64
+MAX_PIDS = 1 << 22
+LIMITS = ("cpus", "memory", "swap", "cpuset", "pids", "io")
 MIN_DISK = 16 * MIB
 MAX_DISK = 16 * TIB
 """As much as ext4 holds with blocks of 4 KiB."""
@@ -36,15 +40,27 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     name: str
     """A DNS label, unique in the home; also the machine's hostname."""
     wall: Wall
-    cpus: int = 1
+    cpus: int | float = 1
+    """Whole on the vm wall; elsewhere a share of the host's processor time, such as 0.5."""
     memory: int = 256 * MIB
+    swap: int | None = None
+    """Bytes of the host's swap beyond `memory` (container, gvisor); None: as the host has it."""
+    cpuset: str | None = None
+    """The host's processors that it may run on, such as "0-1,3"."""
+    pids: int | None = None
+    """How many processes and threads there may be; None: the wall's default."""
+    io: IoLimits | None = None
     disk: int | Literal["ram"] = 8 * GIB
     """Size of the writable layer; "ram" keeps it in the machine's memory, gone at stop."""
     kernel: str = "micro"
     """vm wall: "micro", "full", or the path of a bzImage or vmlinux."""
-    network: Network = "none"
+    network: str = "none"
+    """ "none", "nat", "host" (container: the host's own), or the name of a network of the home, which is made with its
+    first machine: like nat, and its machines reach each other as NAME and NAME.trivisor."""
     ports: dict[int, int] = {}
-    """Published ports, host to guest (TCP, on the host's loopback). Needs network "nat"."""
+    """Published ports, host to guest (TCP, on the host's loopback). Needs "nat" or a named network."""
+    volumes: dict[str, Volume] = {}
+    """Path in the machine to what lies there."""
     env: dict[str, str] = {}
     """Environment of every exec, under what the exec itself gives."""
     lifetime: Lifetime = "persistent"
@@ -54,25 +70,21 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     idle: float | None = None
     """Seconds without traffic from any host client until the keeper stops the machine."""
     labels: dict[str, str] = {}
+    asked: tuple[str, ...] = ()
+    """Which of LIMITS were given rather than left to their defaults: if one cannot be enforced, that is an error. Set by make."""
 
     @classmethod
     def make(cls, **wishes: Any) -> Self:
         """Return a checked Spec from what a person wrote; None means the default."""
         given = {key: value for key, value in wishes.items() if value is not None}
-        unknown = given.keys() - set(cls.__struct_fields__)
+        fields = [field for field in cls.__struct_fields__ if field != "asked"]
+        unknown = given.keys() - set(fields)
         if unknown:
-            raise InvalidSpec(f"a machine has no {', '.join(sorted(unknown))}", hint=f"it has {', '.join(cls.__struct_fields__)}")
-        if "memory" in given:
-            given["memory"] = parse_size(given["memory"], "memory")
-        if given.get("disk", "ram") != "ram":
-            given["disk"] = parse_size(given["disk"], "disk")
-        for field in ("ttl", "idle"):
+            raise InvalidSpec(f"a machine has no {', '.join(sorted(unknown))}", hint=f"it has {', '.join(fields)}")
+        for field, read in _READERS.items():
             if field in given:
-                given[field] = parse_duration(given[field], field)
-        if isinstance(given.get("kernel"), os.PathLike):
-            given["kernel"] = os.fspath(given["kernel"])
-        if "ports" in given:
-            given["ports"] = _ports(given["ports"])
+                given[field] = read(given[field])
+        given["asked"] = tuple(field for field in LIMITS if field in given)
         try:
             spec = msgspec.convert(given, cls)
         except msgspec.ValidationError as error:
@@ -86,29 +98,50 @@ def _check(spec: Spec) -> None:
         raise InvalidSpec(
             f"name {spec.name!r} is not a DNS label", hint="use a-z, 0-9 and -, at most 63, starting and ending with a letter or digit"
         )
-    if not 1 <= spec.cpus <= MAX_CPUS:
-        raise InvalidSpec(f"cpus must be 1 to {MAX_CPUS}, not {spec.cpus}")
-    if spec.memory < MIN_MEMORY:
-        raise InvalidSpec(f"memory must be at least {MIN_MEMORY // MIB}M, not {spec.memory} bytes")
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if spec.memory > total:
-        raise InvalidSpec(f"memory of {spec.memory // MIB}M is more than the host's {total // MIB}M")
-    if spec.disk != "ram" and spec.disk < MIN_DISK:
-        raise InvalidSpec(f"disk must be at least {MIN_DISK // MIB}M, not {spec.disk} bytes")
-    if spec.disk != "ram" and spec.disk > MAX_DISK:
-        raise InvalidSpec(f"disk must be at most {MAX_DISK // TIB}T, not {spec.disk} bytes")
     if not spec.image or not spec.kernel:
         raise InvalidSpec("image and kernel must not be empty")
-    if spec.ports and spec.network != "nat":
-        raise InvalidSpec("published ports need a network", hint='give network="nat"')
+    _check_sizes(spec)
+    _check_network(spec)
     for key, value in spec.env.items():
         if not key or "=" in key:
             raise InvalidSpec(f"env {key!r} is not the name of a variable")
         _text(f"env {key!r}", key + value)
     for key, value in spec.labels.items():
         _text(f"label {key!r}", key + value)
+    for key, volume in spec.volumes.items():
+        _text(f"volume {key!r}", key + volume.source)
     _text("image", spec.image)
     _text("kernel", spec.kernel)
+
+
+def _check_sizes(spec: Spec) -> None:
+    least = 1 if spec.wall == "vm" else MIN_CPUS
+    if not least <= spec.cpus <= MAX_CPUS:
+        raise InvalidSpec(f"cpus must be {least:g} to {MAX_CPUS}, not {spec.cpus}")
+    if spec.wall == "vm" and not isinstance(spec.cpus, int):
+        raise InvalidSpec(f"cpus must be a whole number on the vm wall, not {spec.cpus}")
+    if spec.memory < MIN_MEMORY[spec.wall]:
+        raise InvalidSpec(f"memory must be at least {MIN_MEMORY[spec.wall] // MIB}M on the {spec.wall} wall, not {spec.memory} bytes")
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if spec.memory > total:
+        raise InvalidSpec(f"memory of {spec.memory // MIB}M is more than the host's {total // MIB}M")
+    if spec.pids is not None and not 1 <= spec.pids <= MAX_PIDS:
+        raise InvalidSpec(f"pids must be 1 to {MAX_PIDS}, not {spec.pids}")
+    if spec.disk != "ram" and spec.disk < MIN_DISK:
+        raise InvalidSpec(f"disk must be at least {MIN_DISK // MIB}M, not {spec.disk} bytes")
+    if spec.disk != "ram" and spec.disk > MAX_DISK:
+        raise InvalidSpec(f"disk must be at most {MAX_DISK // TIB}T, not {spec.disk} bytes")
+
+
+def _check_network(spec: Spec) -> None:
+    if not NAME.fullmatch(spec.network):
+        raise InvalidSpec(f"network {spec.network!r} is not a DNS label", hint="none, nat, host, or a name of your own such as backend")
+    if spec.network == "host" and spec.wall != "container":
+        raise InvalidSpec(f"the {spec.wall} wall cannot share the host's network", hint='give network="nat", or wall="container"')
+    if spec.ports and spec.network == "none":
+        raise InvalidSpec("published ports need a network", hint='give network="nat"')
+    if spec.ports and spec.network == "host":
+        raise InvalidSpec("a machine on the host's network has the host's ports as they are", hint="leave out ports")
 
 
 def _text(what: str, text: str) -> None:
@@ -125,6 +158,32 @@ def _ports(ports: Any) -> dict[int, int]:
             if isinstance(port, bool) or not isinstance(port, int) or not 1 <= port <= 65535:
                 raise InvalidSpec(f"port {port!r} is not 1 to 65535")
     return dict(ports)
+
+
+def _cpus(wish: Any) -> Any:
+    # 2.0 and 2 are one wish, and so one record.
+    return int(wish) if isinstance(wish, float) and wish.is_integer() else wish
+
+
+def _swap(wish: Any) -> int:
+    none = wish == 0 and not isinstance(wish, bool)
+    return 0 if none or wish == "0" else parse_size(wish, "swap")
+
+
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "cpus": _cpus,
+    "memory": lambda wish: parse_size(wish, "memory"),
+    "swap": _swap,
+    "cpuset": cpuset,
+    "io": io_limits,
+    "disk": lambda wish: wish if wish == "ram" else parse_size(wish, "disk"),
+    "kernel": lambda wish: os.fspath(wish) if isinstance(wish, os.PathLike) else wish,
+    "ports": _ports,
+    "volumes": volumes,
+    "ttl": lambda wish: parse_duration(wish, "ttl"),
+    "idle": lambda wish: parse_duration(wish, "idle"),
+}
+"""What people write, to what the field holds."""
 
 
 def encode(spec: Spec) -> bytes:

@@ -56,6 +56,9 @@ def test_the_first_failure_ends_the_verb(cli: Cli, web: str) -> None:
         (["--ttl", "soon"], "not a duration"),
         (["--wall", "container"], "cannot"),
         (["--network", "none", "-p", "8080:80"], "need a network"),
+        (["--network", "host"], "cannot share the host's network"),
+        (["--cpus", "1.5"], "whole number"),
+        (["--io", "speed=1"], "io has no speed"),
     ],
 )
 def test_wishes_that_cannot_be(cli: Cli, wish: list[str], message: str) -> None:
@@ -68,12 +71,17 @@ def test_wishes_that_cannot_be(cli: Cli, wish: list[str], message: str) -> None:
 def test_wishes_reach_the_spec(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FROM_US", "yes")
     words = "create --name a --cpus 2 -m 1G --disk ram -p 8080:80 -e A=1=2 -e FROM_US -e NOT_SET --ttl 2h --idle 90s -l a=b"
+    words += " -v cache:/c:ro -v ./here:/h --pids 99 --swap 0 --cpuset 0 --io write-bps=1M --io read-iops=9"
     assert cli(*words.split(), IMAGE).status == 0
     (machine,) = cli("inspect", "a").json
     spec = machine["spec"]
     assert spec["cpus"] == 2 and spec["memory"] == 1 << 30 and spec["disk"] == "ram"
     assert spec["network"] == "nat" and spec["ports"] in ({"8080": 80}, {8080: 80})
     assert spec["env"] == {"A": "1=2", "FROM_US": "yes"}
+    here = str(Path.cwd() / "here")
+    assert spec["volumes"] == {"/c": {"source": "cache", "readonly": True}, "/h": {"source": here, "readonly": False}}
+    assert (spec["pids"], spec["swap"], spec["cpuset"]) == (99, 0, "0")
+    assert spec["io"] == {"read_bps": None, "write_bps": 1 << 20, "read_iops": 9, "write_iops": None}
     assert (spec["ttl"], spec["idle"], spec["labels"]) == (7200, 90, {"a": "b"})
 
 
@@ -248,3 +256,12 @@ def test_names_are_completed(cli: Cli, web: str, monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv("COMP_WORDS", words)
         monkeypatch.setenv("COMP_CWORD", "2")
         assert sorted(line.split(",")[1] for line in cli().out.splitlines()) == found
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [("-v /data", "not SOURCE:PATH"), ("-v a:/x -v b:/x", "two volumes"), ("--io fast", "not KEY=VALUE")]
+)
+def test_options_that_cannot_be_read(cli: Cli, words: str, message: str) -> None:
+    done = cli("create", *words.split(), IMAGE)
+    assert done.status == 2
+    assert message in done.err

@@ -128,7 +128,7 @@ class VmEngine:
         found = self._found()
         verdict = probe.verdict(found, self._home)
         fixed = verdict.accel == "tcg" and found.translates_by_address
-        shape = argv.Shape(verdict.accel, spec.cpus, spec.memory, spec.disk != "ram", spec.network == "nat", fixed)
+        shape = argv.Shape(verdict.accel, int(spec.cpus), spec.memory, spec.disk != "ram", spec.network == "nat", fixed)
         return Setup(found, shape, kit.get(self._home, spec.kernel, progress), jail.probe()), verdict.why
 
     def _run(self, box: Box, setup: Setup, progress: Progress) -> str:
