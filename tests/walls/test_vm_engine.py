@@ -117,7 +117,7 @@ def test_ram_disk_is_gone_after_a_stop(running: Make) -> None:
 
 
 def test_cold_boot(vm_home: Home) -> None:
-    with VMM(vm_home.root, engines=[VmEngine(vm_home, use_ice=False)]) as vmm:
+    with VMM(vm_home.root, engines=[VmEngine(vm_home, ice="off")]) as vmm:
         machine = vmm.create("mini", wall="vm", cpus=2, disk="64M", env={"COLOUR": "blue sky"})
         try:
             machine.start()

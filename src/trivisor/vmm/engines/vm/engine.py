@@ -36,15 +36,18 @@ _FEATURES = {"pause": True, "disk": True, "own_kernel": True, "ice": True}
 class VmEngine:
     """Drives QEMU for the machines of `home`. `qemu` is its path (default: $TRIVISOR_QEMU, else the one in PATH).
 
-    `use_ice=False` (default: unless $TRIVISOR_ICE is "off") boots every machine.
+    `ice` (default: $TRIVISOR_ICE, else "image") is how far starts are prepared: "image" keeps ice of each image in use,
+    "blank" one for all images, "off" boots every machine.
     """
 
     wall: Wall = "vm"
 
-    def __init__(self, home: Home, qemu: str | None = None, *, use_ice: bool | None = None) -> None:
+    def __init__(self, home: Home, qemu: str | None = None, *, ice: str | None = None) -> None:
         self._home = home
         self._qemu = qemu
-        self._use_ice = os.environ.get("TRIVISOR_ICE") != "off" if use_ice is None else use_ice
+        self._ice = ice if ice is not None else os.environ.get("TRIVISOR_ICE", "image")
+        if self._ice not in ("image", "blank", "off"):
+            raise InvalidSpec(f"ice must be image, blank or off, not {self._ice!r}", hint="unset TRIVISOR_ICE")
 
     def report(self) -> WallReport:
         details: dict[str, str] = {}
@@ -133,9 +136,9 @@ class VmEngine:
 
     def _run(self, box: Box, setup: Setup, progress: Progress) -> str:
         """Start the machine in the quickest way; say in words which it was."""
-        fresh = box.spec.disk == "ram" or _fresh(box.dir).exists()
+        fresh = self._ice == "image" and (box.spec.disk == "ram" or _fresh(box.dir).exists())
         mount = making.mount_steps(setup.shape.upper)
-        if not self._use_ice:
+        if self._ice == "off":
             _used(box.dir)
             self._boot(box, setup, mount)
             return "booted"
