@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,11 @@ from trivisor.core.paths import Home
 
 ROOT = Path(__file__).parents[1]
 Make = Callable[..., Machine]
+
+
+def pytest_configure() -> None:
+    """Take Ctrl-C even where a shell in the background had it ignored: what the tests start would inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
