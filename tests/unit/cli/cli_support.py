@@ -78,6 +78,11 @@ def argv(home: TestHome, *words: str) -> list[str]:
     return [sys.executable, "-c", SCRIPT.format(path=sys.path), "--home", str(home.root), *words]
 
 
-def process(home: TestHome, *words: str) -> subprocess.Popen[str]:
-    """Start the command line as a process of its own."""
-    return subprocess.Popen(argv(home, *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@contextmanager
+def process(home: TestHome, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """Run the command line as a process of its own. It is killed if it still runs when a test is done with it."""
+    with subprocess.Popen(argv(home, *words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        try:
+            yield running
+        finally:
+            running.kill()
