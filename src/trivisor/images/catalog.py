@@ -8,18 +8,20 @@ created from, and keeps it when the name moves on.
 
 from __future__ import annotations
 
+import builtins
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trivisor.core.errors import NotFound, StorageError
+from trivisor.core.errors import InvalidSpec, NotFound, StorageError
 from trivisor.core.paths import Home
-from trivisor.images import bootstrap
+from trivisor.images import bootstrap, host
 from trivisor.images.build import Progress, build
 from trivisor.images.limits import DEFAULT, Limits
 from trivisor.images.reference import normalise
+from trivisor.images.trees import Trees
 from trivisor.store.store import Ref, Store
 
 _PREFIX = "image:"
@@ -46,9 +48,15 @@ class Images:
 
     def __init__(self, home: Home) -> None:
         self._store = Store(home.store)
+        self._trees = Trees(home)
 
     def get(self, ref: str) -> Image:
-        """Return the image called `ref` (name[:tag]). Raises NotFound, InvalidSpec, StorageError if it is damaged."""
+        """Return the image called `ref` (name[:tag]); "host" is the host's own root (host.py).
+
+        Raises NotFound, InvalidSpec, StorageError if it is damaged.
+        """
+        if ref == host.NAME:
+            return Image(host.NAME, host.digest(), Path("/"), 0, 0.0, "this host")
         image = self._find(ref)
         while not _whole(image):
             # The name may have moved on, and the old root with it, since it was looked up.
@@ -63,15 +71,40 @@ class Images:
         return [self._image(ref) for ref in self._store.refs(_PREFIX)]
 
     def rootfs(self, digest: str) -> Path:
-        """Return the squashfs with this digest, whatever it is called now. Raises NotFound."""
-        return self._store.path(digest)
+        """Return the squashfs with this digest, whatever it is called now; of the host's own root the host's. Raises NotFound."""
+        return Path("/") if digest.startswith(host.PREFIX) else self._store.path(digest)
+
+    def tree(self, digest: str, progress: Progress = lambda _: None) -> Path:
+        """Return the unpacked root of an image, read-only and shared; made when first asked for, in a second or so.
+
+        It stays for as long as the image, and for a host's root the machines that have it. Raises NotFound, HostLacks,
+        EngineError, StorageError.
+        """
+        return self._trees.get(digest, lambda: self._store.path(digest), progress)
+
+    def tree_path(self, digest: str) -> Path:
+        """Return where `tree` puts it, without making it."""
+        return self._trees.path(digest)
+
+    def tree_lacks(self, digest: str) -> str:
+        """Say what the unpacked root lacks of the image, "" if nothing."""
+        return self._trees.lost(digest)
+
+    def sweep(self, needed: Callable[[], Iterable[str]]) -> builtins.list[str]:
+        """Remove unpacked roots of images that are gone, and of the host as it was but for those `needed`; say what."""
+
+        def all_needed() -> set[str]:
+            pinned = (digest for digest, _ in self._store.pins())
+            return {*needed(), host.digest(), *pinned, *(ref.digest for ref in self._store.refs(_PREFIX))}
+
+        return self._trees.keep(all_needed)
 
     def import_(self, source: Path, name: str, *, progress: Progress = lambda _: None, limits: Limits = DEFAULT) -> Image:
         """Make an image of a folder, a tar (plain, gzip, zstd, bzip2, xz), a `docker save` archive or an OCI layout.
 
         Raises ImageError for what cannot be read or is not safe, StorageError, HostLacks, InvalidSpec.
         """
-        return self._import(Path(source), normalise(name), str(source), progress, limits)
+        return self._import(Path(source), _free(name), str(source), progress, limits)
 
     def bootstrap(
         self,
@@ -86,7 +119,7 @@ class Images:
 
         Raises HostLacks, EngineError with mmdebstrap's last output, and what `import_` raises.
         """
-        name = normalise(name)
+        name = _free(name)
         with self._store.workspace() as work:
             archive = work.path / "bootstrap.tar"
             bootstrap.debian(archive, suite, packages, limits, progress)
@@ -95,12 +128,16 @@ class Images:
 
     def remove(self, ref: str) -> None:
         """Forget the name, and the image with its last name. Raises NotFound, CallerError if a machine needs it."""
-        self._store.drop_ref(_PREFIX + self._find(ref).name)
+        image = self._find(ref)
+        self._store.drop_ref(_PREFIX + image.name)
         self._store.collect()
+        if not self._store.exists(image.digest):
+            self._trees.drop(image.digest)
 
     def pin(self, image: Image, owner: str) -> None:
         """Keep the image's root until `owner` unpins it. Raises NotFound if it went in the meantime."""
-        self._store.pin(image.digest, owner)
+        if not image.digest.startswith(host.PREFIX):
+            self._store.pin(image.digest, owner)
 
     def unpin(self, owner: str) -> None:
         """Drop the owner's pins. Roots that nobody needs any more go at the next collection."""
@@ -133,6 +170,13 @@ class Images:
 
     def _image(self, ref: Ref) -> Image:
         return Image(name=ref.name.removeprefix(_PREFIX), digest=ref.digest, rootfs=self._store.locate(ref.digest), **ref.value)
+
+
+def _free(name: str) -> str:
+    """Return the name that an image is kept under. Raises InvalidSpec for the one that is taken for good."""
+    if (whole := normalise(name)) == normalise(host.NAME):
+        raise InvalidSpec('the image "host" is the host\'s own root', hint="choose another name")
+    return whole
 
 
 def _whole(image: Image) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from trivisor.core.errors import NotFound, UnsupportedByWall
 from trivisor.core.paths import Home, MachineDir
 from trivisor.core.spec import Wall
+from trivisor.images import host
 from trivisor.images.catalog import Images
 from trivisor.vmm.engine import Box, Engine
 from trivisor.vmm.guestline import Lines
@@ -51,6 +52,8 @@ class Context:
             rootfs=self.images.rootfs(row.digest),
             rootfs_digest=row.digest,
             slot=row.slot,
+            tree=self.images.tree_path(row.digest),
+            host_folders=host.folders() if row.digest.startswith(host.PREFIX) else (),
             owner=row.owner.pid if row.owner else None,
         )
 

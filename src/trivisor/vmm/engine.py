@@ -32,8 +32,17 @@ class Box:
     rootfs_digest: str
     slot: int
     """Small number that no other machine of this home has: the source of its own host uid."""
+    tree: Path
+    """The image's root unpacked (container, gvisor); there when `start` is called. Read-only, shared by all machines of the image."""
+    host_folders: tuple[Path, ...] = ()
+    """With image "host": the host's folders that lie in the root at the same place, each under a writable layer of its own."""
     owner: int | None = None
     """With lifetime="process": the pid that the keeper watches. It need not be the process that starts."""
+
+    @property
+    def host_root(self) -> bool:
+        """Whether its root is the host's own (images/host.py)."""
+        return bool(self.host_folders)
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,8 @@ def start(context: Context, machine: str, progress: Progress) -> Row:
     with operation(context, machine, "start") as row, Undo() as undo:
         box = context.box(row)
         engine = context.engine(row.spec.wall, row.name)
+        if row.spec.wall != "vm":
+            context.images.tree(row.digest, progress)
         undo.add("record", lambda: context.records.update(row.id, state=row.state, **_IDLE))
         _clear(context, row)
         undo.add("keeper", lambda: keeper.kill(box.dir))

@@ -17,7 +17,7 @@ from typing import Any, Self
 from trivisor.core.errors import AlreadyExists, HostLacks, InvalidSpec, NotFound, UnsupportedByWall
 from trivisor.core.events import Event
 from trivisor.core.paths import Home, default_home
-from trivisor.core.spec import WALLS, Spec, Wall
+from trivisor.core.spec import HOST_IMAGE, WALLS, Spec, Wall
 from trivisor.images.catalog import Images
 from trivisor.vmm import life, names, reconcile
 from trivisor.vmm import sweep as sweeping
@@ -67,6 +67,8 @@ class VMM:
         """
         chosen = self._wall(wall)
         wishes = Spec.make(image=image, name=names.readable() if name is None else name, wall=chosen, **spec)
+        if image == HOST_IMAGE and chosen == "vm":
+            raise UnsupportedByWall("run on the host's own root", chosen, [wall for wall in self._context.engines if wall != "vm"])
         found = self._context.images.get(image)
         self._context.engine(chosen).check(wishes)
         # What the image wants in the environment lies under what the caller wants.

@@ -37,6 +37,8 @@ def sweep(context: Context, *, deep: bool = False) -> list[str]:
     ids = {row.id for row in rows}
     for engine in context.engines.values():
         _try(said, f"{engine.wall} engine", partial(engine.sweep, context.home, ids))
+    if deep:
+        _try(said, "trees", partial(context.images.sweep, lambda: {row.digest for row in context.records.rows()}))
     _try(said, "store", partial(_store, context.home.store / "tmp"))
     for words in said:
         context.records.note("swept", words)
