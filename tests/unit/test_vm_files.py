@@ -16,7 +16,7 @@ import pytest
 
 from trivisor.core.errors import StorageError
 from trivisor.core.paths import Home
-from trivisor.vmm.engines.vm import disks, files, ice
+from trivisor.vmm.engines.vm import disks, files, ice, kit
 
 MIB = 1 << 20
 
@@ -174,3 +174,12 @@ def test_a_home_that_cannot_be_written(home: Home) -> None:
     shutil.rmtree(home.tmp)
     with pytest.raises(StorageError, match="making disk"):
         disks.template(home, 32 * MIB)
+
+
+def test_kits_of_an_earlier_form_are_swept(home: Home) -> None:
+    for name, text in (("micro-1", '{"format": 1}'), ("full-3", "{")):
+        (home.kits / name).mkdir()
+        (home.kits / name / "kit.json").write_text(text)
+    with files.locked(home.kits / "full-3.lock", lambda: None, timeout=0):
+        assert kit.sweep(home) == ["kit micro-1: removed, this version cannot use it"]
+    assert sorted(path.name for path in home.kits.iterdir()) == ["full-3", "full-3.lock"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -183,6 +185,27 @@ def test_where_the_host_forbids_namespaces(vm_home: Home, monkeypatch: pytest.Mo
             assert not (vm_home.machine(machine.id).root / "ram").exists()
         finally:
             machine.delete(force=True)
+
+
+def test_ice_that_qemu_refuses_is_thrown_away(vm_home: Home, vmm: VMM) -> None:
+    """Its digest is right and QEMU still cannot take it: the start fails clearly, the next one succeeds."""
+    running = vmm.create("mini", wall="vm", memory="128M", disk="ram")
+    before = {path for path in vm_home.ice.iterdir() if path.is_dir()}
+    running.start()
+    running.stop()
+    (folder,) = {path for path in vm_home.ice.iterdir() if path.is_dir()} - before
+    facts = json.loads((folder / "ice.json").read_text())
+    state = (folder / "state").read_bytes()[:2000]
+    (folder / "state").write_bytes(state)
+    (folder / "ice.json").write_text(json.dumps({**facts, "state_digest": hashlib.sha256(state).hexdigest()}))
+    for ran in vm_home.cache.glob("ran-*"):
+        ran.unlink()
+    with pytest.raises(EngineError) as caught:
+        running.start()
+    assert "thrown away" in caught.value.hint
+    assert running.state in ("failed", "stopped")
+    running.start()
+    assert text(running, "echo well") == "well"
 
 
 def test_two_first_starts_make_one_ice(vm_home: Home) -> None:

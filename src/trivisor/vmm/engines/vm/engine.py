@@ -14,18 +14,17 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from trivisor.core.errors import HostLacks, InvalidSpec, StorageError, TrivisorError
+from trivisor.core.errors import EngineError, HostLacks, InvalidSpec, StorageError, TrivisorError
 from trivisor.core.paths import Home, MachineDir
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.undo import Undo
 from trivisor.launch import jail, keeper
 from trivisor.vmm.engine import Box, Progress, Usage, WallReport
 from trivisor.vmm.engines.vm import argv, disks, ice, kit, making, net, probe, proc, qemu, ram, runner
-from trivisor.vmm.engines.vm.argv import Memory
 from trivisor.vmm.engines.vm.ice import Ice
 from trivisor.vmm.engines.vm.making import Image
-from trivisor.vmm.engines.vm.qmp import Qmp
-from trivisor.vmm.engines.vm.runner import Setup, Work
+from trivisor.vmm.engines.vm.qmp import Qmp, StateRefused
+from trivisor.vmm.engines.vm.runner import Ram, Setup, Work
 from trivisor.vos import guest
 from trivisor.vos.line import Line
 
@@ -122,7 +121,7 @@ class VmEngine:
         return proc.usage([pid for pid in (runner.engine(box.dir), proc.keeper_pid(box.dir)) if pid is not None])
 
     def sweep(self, home: Home, machines: set[str]) -> list[str]:
-        return ice.sweep(home)
+        return kit.sweep(home) + ice.sweep(home)
 
     def _found(self) -> qemu.Qemu:
         return qemu.inspect(qemu.locate(self._qemu), self._home)
@@ -167,7 +166,7 @@ class VmEngine:
         return "from blank ice"
 
     def _boot(self, box: Box, setup: Setup, mount: Sequence[Sequence[str]]) -> None:
-        runner.run(setup, _work(box, setup, "anonymous"))
+        runner.run(setup, _work(box, setup, Ram("anonymous")))
         disks_there = [("wait", making.ROOT_DISK), *([("wait", making.UPPER_DISK)] if setup.shape.upper else [])]
         self._configure(box, [*disks_there, *mount])
 
@@ -175,7 +174,13 @@ class VmEngine:
         """Run the machine on from `frozen`, whose use the caller holds."""
         with ExitStack() as stack:
             given = ram.provide(stack, self._home, setup, box.dir, frozen)
-            runner.run(setup, _work(box, setup, given.memory, ram=given.file, ram_fd=given.fd, state=frozen.state))
+            try:
+                runner.run(setup, _work(box, setup, given, state=frozen.state))
+            except EngineError as error:
+                if isinstance(error.__cause__, StateRefused):
+                    ice.drop(self._home, frozen.facts.key)
+                    error.hint = f"that ice was thrown away: start again; {error.hint}"
+                raise
         self._configure(box, mount)
 
     def _configure(self, box: Box, mount: Sequence[Sequence[str]]) -> None:
@@ -187,14 +192,12 @@ class VmEngine:
             line.close()
 
 
-def _work(box: Box, setup: Setup, memory: Memory, *, ram: Path | None = None, ram_fd: int | None = None, state: Path | None = None) -> Work:
+def _work(box: Box, setup: Setup, memory: Ram, *, state: Path | None = None) -> Work:
     return Work(
         box.dir,
         box.slot,
         box.spec.name,
         memory,
-        ram=ram,
-        ram_fd=ram_fd,
         state=state,
         root=box.rootfs,
         disk=box.dir.disk if setup.shape.upper else None,

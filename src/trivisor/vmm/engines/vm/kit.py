@@ -134,6 +134,22 @@ def get(home: Home, name: str, progress: Progress) -> Kit:
         return made
 
 
+def sweep(home: Home) -> list[str]:
+    """Remove kits of an earlier form, unless someone is making them; say what."""
+    said = []
+    for folder in sorted(path for path in home.kits.iterdir() if path.is_dir()):
+        try:
+            with files.locked(home.kits / f"{folder.name}.lock", lambda: None, timeout=0):
+                if _load(folder) is not None:
+                    continue
+                shutil.rmtree(folder, ignore_errors=True)
+                (home.kits / f"{folder.name}.lock").unlink(missing_ok=True)
+        except files.Held:
+            continue
+        said.append(f"kit {folder.name}: removed, this version cannot use it")
+    return said
+
+
 def _load(folder: Path) -> Kit | None:
     try:
         facts = msgspec.json.decode((folder / "kit.json").read_bytes(), type=_Facts)

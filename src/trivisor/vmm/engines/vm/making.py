@@ -24,14 +24,15 @@ from trivisor.vmm.engine import Progress
 from trivisor.vmm.engines.vm import argv, disks, files, ice, runner
 from trivisor.vmm.engines.vm.ice import Ice
 from trivisor.vmm.engines.vm.qmp import Qmp
-from trivisor.vmm.engines.vm.runner import Setup, Work
+from trivisor.vmm.engines.vm.runner import Ram, Setup, Work
 from trivisor.vos import guest
 from trivisor.vos.line import Line
 
 ROOT_DISK, UPPER_DISK = "/dev/vda", "/dev/vdb"
 _SLOT = 99_000_000
 """Above every machine's slot; each maker adds its pid, so that two of them do not share an id either."""
-_WARM = (("/bin/sh", "-c", ":"), ("python3", "-c", "pass"))
+_WARM = (("/bin/true",), ("/bin/sh", "-c", ":"), ("python3", "-c", "pass"), ("/bin/ls", "/etc/trivisor/after-clone.d"))
+"""What is likely to be run first, and the look-up that each clone begins with."""
 _STEPS = 60.0
 
 
@@ -87,7 +88,7 @@ def _make_blank(home: Home, setup: Setup, name: str) -> None:
         steps: list[Sequence[str]] = [("wait", ROOT_DISK), ("flush", ROOT_DISK)]
         if setup.shape.upper:
             steps += [("wait", UPPER_DISK), ("flush", UPPER_DISK)]
-        with _running(setup, Work(place, _slot(), "blank ice", "file", ram=ram, owner=os.getpid()), steps) as qmp:
+        with _running(setup, Work(place, _slot(), "blank ice", Ram("file", ram), owner=os.getpid()), steps) as qmp:
             ice.freeze(home, name, qmp, folder / "ice", ram, None, argv=_argv(setup), needs=_needs(setup))
 
 
@@ -100,11 +101,12 @@ def _make_image(home: Home, setup: Setup, image: Image, name: str, blank: Ice) -
             disk = place.disk
             disks.create(home, image.disk, disk)
         steps = [("seed", os.urandom(32).hex()), ("clock", str(time.time_ns())), *mount_steps(disk is not None)]
-        # Files that each clone writes over: making them is dearer, and would be done in every clone.
-        steps += [("hostname", "trivisor"), ("machine-id", "0" * 32)]
+        # Files that each clone writes over: making them is dearer, and would be done in every clone. The shortest name: to make a
+        # file longer is cheap, to cut it is not.
+        steps += [("hostname", "t"), ("machine-id", "0" * 32)]
         steps += [("warm", *words) for words in _WARM]
         steps.append(("sync",))
-        work = Work(place, _slot(), "image ice", "file", ram=ram, state=blank.state, root=image.rootfs, disk=disk, owner=os.getpid())
+        work = Work(place, _slot(), "image ice", Ram("file", ram), state=blank.state, root=image.rootfs, disk=disk, owner=os.getpid())
         needs = {**_needs(setup), str(image.rootfs): ice.identity(image.rootfs)}
         with _running(setup, work, steps) as qmp:
             ice.freeze(home, name, qmp, folder / "ice", ram, disk, argv=_argv(setup), needs=needs)

@@ -22,6 +22,10 @@ MAX_REPLY = 4 << 20
 TIMEOUT = 10.0
 
 
+class StateRefused(EngineError):
+    """QEMU did not take a frozen state: it said so, or it ended."""
+
+
 class Qmp:
     """One connection to one machine's QEMU. Not thread-safe; a context manager."""
 
@@ -87,20 +91,20 @@ class Qmp:
             self.ask("remove-fd", {"fdset-id": 7, "fd": int(added["fd"])})
 
     def state_from(self, fd: int, *, timeout: float = 30.0) -> None:
-        """Load device state from `fd` into a QEMU that waits for it. The machine is stopped after."""
-        self.ask("getfd", {"fdname": "state"}, fd=fd)
-        self.ask("migrate-incoming", {"uri": "fd:state"})
-        deadline = time.monotonic() + timeout
-        # QEMU has an event for this, but only with a capability that 7.2 sets per migration: ask, shortly.
-        while True:
-            status = self.ask("query-status")["status"]
-            if status not in ("inmigrate", "finish-migrate"):
-                break
-            if time.monotonic() > deadline:
-                raise EngineError(f"QEMU took over {timeout:g} s to take its state", machine=self._machine)
-            time.sleep(0.0005)
+        """Load device state from `fd` into a QEMU that waits for it. The machine is stopped after. Raises StateRefused."""
+        try:
+            self.ask("getfd", {"fdname": "state"}, fd=fd)
+            self.ask("migrate-incoming", {"uri": "fd:state"})
+            deadline = time.monotonic() + timeout
+            # QEMU has an event for this, but only with a capability that must be set first: asking is as quick.
+            while (status := self.ask("query-status")["status"]) in ("inmigrate", "finish-migrate"):
+                if time.monotonic() > deadline:
+                    raise StateRefused(f"QEMU took over {timeout:g} s to take its state", machine=self._machine)
+                time.sleep(0.0005)
+        except EngineError as error:
+            raise StateRefused("QEMU did not take the frozen state", output=str(error), machine=self._machine) from error
         if status not in ("paused", "prelaunch", "running", "postmigrate"):
-            raise EngineError(f"QEMU did not take its state: it is {status}", machine=self._machine)
+            raise StateRefused(f"QEMU did not take the frozen state: it is {status}", machine=self._machine)
 
     def close(self) -> None:
         self._socket.close()

@@ -3,8 +3,9 @@
 A QEMU with rom= maps the ice's file, which it can only read, privately: nothing to do. An older one opens its RAM file
 for writing whatever it is told, and a file that a machine could write to must not be the ice. It gets a memfd instead that
 is sealed against writing, which opens for writing and refuses to be written: filled from the ice once, and found again in
-the descriptors of any machine that has it, so machines of one ice share it as they would share the file. Where the jail
-has no /proc to open a descriptor by, the machine gets a file of its own.
+the descriptors of any machine that has it, so machines of one ice share it as they would share the file. It is filled while
+QEMU comes up, which does not look at its RAM before it is given a state, and sealed before that. Where the jail has no /proc
+to open a descriptor by, the machine gets a file of its own.
 """
 
 from __future__ import annotations
@@ -12,26 +13,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import threading
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from trivisor.core.paths import Home, MachineDir
 from trivisor.vmm.engines.vm import files, runner
-from trivisor.vmm.engines.vm.argv import Memory
 from trivisor.vmm.engines.vm.ice import Ice
-from trivisor.vmm.engines.vm.runner import Setup
+from trivisor.vmm.engines.vm.runner import Ram, Setup
 
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-
-
-@dataclass(frozen=True)
-class Ram:
-    """What a Work is given: the kind, and its file or descriptor."""
-
-    memory: Memory
-    file: Path | None = None
-    fd: int | None = None
 
 
 def provide(stack: ExitStack, home: Home, setup: Setup, place: MachineDir, frozen: Ice) -> Ram:
@@ -41,10 +32,12 @@ def provide(stack: ExitStack, home: Home, setup: Setup, place: MachineDir, froze
     if "pid" in setup.jail.namespaces:
         name = f"trivisor-ice-{frozen.facts.key}"
         fd = _shared(home, name, frozen)
-        if fd is None:
-            fd = _sealed(name, frozen)
-        stack.callback(os.close, fd)
-        return Ram("sealed", fd=fd)
+        if fd is not None:
+            stack.callback(os.close, fd)
+            return Ram("sealed", fd=fd)
+        filling = _Filling(name, frozen)
+        stack.callback(filling.close)
+        return Ram("sealed", fd=filling.fd, finish=filling.finish)
     own = place.root / "ram"
     own.unlink(missing_ok=True)
     files.copy_file(frozen.ram, own)
@@ -53,16 +46,37 @@ def provide(stack: ExitStack, home: Home, setup: Setup, place: MachineDir, froze
     return Ram("copy", file=own)
 
 
-def _sealed(name: str, frozen: Ice) -> int:
-    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    try:
-        with frozen.ram.open("rb") as source:
-            files.copy_sparse(source.fileno(), fd)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-    except OSError as error:
-        os.close(fd)
-        raise files.storage(error, "loading the ice") from error
-    return fd
+class _Filling:
+    """A memfd that a thread fills from the ice; `finish` waits for that and seals it."""
+
+    def __init__(self, name: str, frozen: Ice) -> None:
+        self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self._failure: OSError | None = None
+        # QEMU compares the size when it opens it, which may be before the thread has run.
+        os.ftruncate(self.fd, frozen.facts.memory)
+        self._thread = threading.Thread(target=self._fill, args=(frozen.ram,), name="filling RAM", daemon=True)
+        self._thread.start()
+
+    def _fill(self, ram: Path) -> None:
+        try:
+            with ram.open("rb") as source:
+                files.copy_sparse(source.fileno(), self.fd)
+        except OSError as error:
+            self._failure = error
+
+    def finish(self) -> None:
+        """Raises StorageError if it could not be filled."""
+        self._thread.join()
+        try:
+            if self._failure is not None:
+                raise self._failure
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+        except OSError as error:
+            raise files.storage(error, "loading the ice") from error
+
+    def close(self) -> None:
+        self._thread.join()
+        os.close(self.fd)
 
 
 def _shared(home: Home, name: str, frozen: Ice) -> int | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,17 +39,23 @@ class Setup:
 
 
 @dataclass(frozen=True)
+class Ram:
+    """Guest memory: the kind, its file (file, ice, copy) or descriptor (sealed), and what must be done before QEMU is given a state."""
+
+    memory: Memory
+    file: Path | None = None
+    fd: int | None = None
+    finish: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True)
 class Work:
     """One run. Without `state` QEMU boots the kit's kernel; with it, it takes the frozen device state from there."""
 
     place: MachineDir
     slot: int
     name: str
-    memory: Memory
-    ram: Path | None = None
-    """The RAM file, of kinds file, ice and copy."""
-    ram_fd: int | None = None
-    """The sealed memfd."""
+    ram: Ram
     state: Path | None = None
     root: Path | None = None
     """The image's squashfs; without it both disks are dummies."""
@@ -80,13 +86,12 @@ def run(setup: Setup, work: Work) -> keeper.Kept:
             end = _pair(stack, fds, argv.NET)
             processes.append(keeper.Process("passt", net.plan(net.check(), work.ports, end, log)))
             named += [*fds, end]
-        if work.memory == "sealed":
-            assert work.ram_fd is not None
-            fds[work.ram_fd] = argv.RAM_FD
+        if work.ram.fd is not None:
+            fds[work.ram.fd] = argv.RAM_FD
         command = argv.command(
             setup.qemu.path,
             setup.shape,
-            work.memory,
+            work.ram.memory,
             boot=work.state is None,
             blank=work.root is None,
             places=places,
@@ -129,6 +134,8 @@ def _thaw(work: Work) -> None:
     """Give a waiting QEMU its state and let it run. Called when it has been started."""
     if work.state is None:
         return
+    if work.ram.finish is not None:
+        work.ram.finish()
     with Qmp.connect(work.place.qmp, work.name) as qmp, work.state.open("rb") as state:
         qmp.state_from(state.fileno())
         qmp.ask("cont")
@@ -139,7 +146,7 @@ def _places(setup: Setup, work: Work) -> Places:
         return Places()
     kernel, initramfs = _kernel(setup)
     return Places(
-        root=str(work.root or ""), disk=str(work.disk or ""), ram=str(work.ram or ""), kernel=str(kernel), initramfs=str(initramfs)
+        root=str(work.root or ""), disk=str(work.disk or ""), ram=str(work.ram.file or ""), kernel=str(kernel), initramfs=str(initramfs)
     )
 
 
@@ -159,8 +166,8 @@ def _binds(setup: Setup, work: Work, places: Places) -> Iterator[Bind]:
         kernel, initramfs = _kernel(setup)
         yield Bind(kernel, places.kernel, "ro")
         yield Bind(initramfs, places.initramfs, "ro")
-    if work.ram is not None:
-        yield Bind(work.ram, places.ram, "ro" if work.memory == "ice" else "rw")
+    if work.ram.file is not None:
+        yield Bind(work.ram.file, places.ram, "ro" if work.ram.memory == "ice" else "rw")
     if work.root is not None:
         yield Bind(work.root, places.root, "ro")
     if work.disk is not None:
@@ -181,7 +188,7 @@ def _plan(setup: Setup, work: Work, places: Places, command: list[str], fds: Map
         groups=_groups(setup),
         report=setup.jail,
     )
-    if work.memory != "sealed":
+    if work.ram.memory != "sealed":
         return plan
     # The one name by which a descriptor can be opened again is in /proc; QEMU's own pid namespace holds nothing else.
     proc: Op = ("mount", "proc", "proc", "/proc", "ro", "")
@@ -200,8 +207,8 @@ def _own(setup: Setup, work: Work) -> None:
     try:
         if work.disk is not None:
             os.chown(work.disk, owner, owner)
-        if work.ram is not None and work.memory in ("file", "copy"):
-            os.chown(work.ram, owner, owner)
+        if work.ram.file is not None and work.ram.memory != "ice":
+            os.chown(work.ram.file, owner, owner)
     except OSError as error:
         raise files.storage(error, "giving the machine its files") from error
 
