@@ -115,7 +115,7 @@ def test_templates_made_at_once(home: Home) -> None:
     for maker in makers:
         maker.join(60)
         assert maker.exitcode == 0
-    assert [path.name for path in home.cache.iterdir()] == [f"disk-{64 * MIB}-1.qcow2"]
+    assert [path.name for path in home.cache.iterdir()] == [f"disk-{64 * MIB}-2.qcow2"]
     assert list(home.tmp.iterdir()) == []
 
 
