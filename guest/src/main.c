@@ -1,9 +1,10 @@
 /* tvinit: one static binary, three modes.
  *
- *   tvinit [guest] [--fd N]   PID 1 and agent inside a machine (guest.c); the mode when run as PID 1
- *   tvinit launch FD          execute the launch plan read from FD (launch.c)
- *   tvinit keep FD            keep one machine as the plan read from FD says (keep.c)
+ *   tvinit [guest] [--fd N | --connect PATH]   PID 1 and agent inside a machine (guest.c); the mode when run as PID 1
+ *   tvinit launch FD                           execute the launch plan read from FD (launch.c)
+ *   tvinit keep FD                             keep one machine as the plan read from FD says (keep.c)
  */
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
@@ -11,6 +12,10 @@
 #include "modes.h"
 
 int main(int argc, char **argv) {
+    /* Whoever started us may ignore signals, as a shell does for what it runs in the background: a command in a
+     * machine would inherit it, and not feel Ctrl-C. */
+    for (int s = 1; s < NSIG; s++)
+        signal(s, SIG_DFL);
     const char *mode = argc > 1 ? argv[1] : "";
     if (!strcmp(mode, "launch"))
         return launch_main(argc - 2, argv + 2);
@@ -21,6 +26,6 @@ int main(int argc, char **argv) {
     /* A kernel hands options that it does not know to init as arguments: as PID 1 they mean nothing. */
     if (getpid() == 1)
         return guest_main(0, argv);
-    fprintf(stderr, "usage: tvinit guest [--fd N] | launch FD | keep FD\n");
+    fprintf(stderr, "usage: tvinit guest [--fd N | --connect PATH] | launch FD | keep FD\n");
     return 2;
 }

@@ -105,7 +105,7 @@ def test_nothing_is_left_of_a_closed_line() -> None:
     for _ in range(20):
         with scripted(answer_pings) as peer:
             guest_verbs.ping(peer.line)
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads  # one of an earlier test may have been on its way out
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
