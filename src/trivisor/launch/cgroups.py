@@ -133,6 +133,12 @@ class Cgroup:
         """Let it go on. Raises HostLacks, EngineError."""
         self._set_frozen(False, timeout)
 
+    def make_killable(self) -> None:
+        """See to it that what is killed dies: in v1 it does so only when it is not frozen."""
+        place = self._of("freezer")
+        if place is not None and not place.unified:
+            self._set_frozen(False, TIMEOUT)
+
     @property
     def frozen(self) -> bool:
         place = self._of("freezer")

@@ -22,7 +22,7 @@ from trivisor.core.state import State, check
 from trivisor.core.undo import Undo
 from trivisor.images.catalog import Image
 from trivisor.launch import keeper
-from trivisor.vmm import locks, reconcile
+from trivisor.vmm import limits, locks, reconcile
 from trivisor.vmm.context import Context, pin_owner
 from trivisor.vmm.engine import Progress
 from trivisor.vmm.records import Row
@@ -70,9 +70,11 @@ def start(context: Context, machine: str, progress: Progress) -> Row:
             context.images.tree(row.digest, progress)
         undo.add("record", lambda: context.records.update(row.id, state=row.state, **_IDLE))
         _clear(context, row)
+        limits.clear(context, row)
+        undo.add("cgroup", lambda: limits.clear(context, row))
         undo.add("keeper", lambda: keeper.kill(box.dir))
         facts = engine.start(box, undo, progress)
-        life: dict[str, Any] = {"started": time.time(), "ended": None, "status": None, "reason": "", "facts": facts}
+        life: dict[str, Any] = {"started": time.time(), "ended": None, "status": None, "reason": "", "facts": facts, "oom_kills": 0}
         done = context.records.update(row.id, state=State.RUNNING, boot_id=process.boot_id(), event=("started", ""), **life, **_IDLE)
         undo.keep()
         return done or row
@@ -97,7 +99,9 @@ def stop(context: Context, machine: str, timeout: float) -> Row:
         raise InvalidSpec(f"timeout must be seconds, 0 or more, not {timeout!r}", machine=machine)
     with operation(context, machine, "stop") as row:
         grace = timeout
-        if row.state is State.PAUSED and grace:
+        if row.state is State.PAUSED and not grace:
+            limits.killable(context, row)
+        elif row.state is State.PAUSED:
             try:
                 # A frozen guest cannot power itself off.
                 context.engine(row.spec.wall, row.name).resume(context.box(row))

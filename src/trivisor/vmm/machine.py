@@ -16,7 +16,7 @@ import msgspec
 from trivisor.core.errors import NotFound, WaitTimeout
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.state import State, check
-from trivisor.vmm import life, logs, reconcile, watch
+from trivisor.vmm import life, limits, logs, reconcile, watch
 from trivisor.vmm.context import Context
 from trivisor.vmm.engine import Progress
 from trivisor.vmm.records import Row
@@ -75,7 +75,7 @@ class Machine:
 
     def info(self) -> dict[str, Any]:
         """Return all that is known of it, as JSON would hold it. Times are seconds since the epoch."""
-        row = self._row()
+        row = limits.note(self._context, self._row())
         known = msgspec.to_builtins(row)
         known["wall"] = row.spec.wall
         known["folder"] = str(self._folder.root)

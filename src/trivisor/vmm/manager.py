@@ -19,7 +19,7 @@ from trivisor.core.events import Event
 from trivisor.core.paths import Home, default_home
 from trivisor.core.spec import HOST_IMAGE, WALLS, Spec, Wall
 from trivisor.images.catalog import Images
-from trivisor.vmm import life, names, reconcile
+from trivisor.vmm import life, limits, names, reconcile
 from trivisor.vmm import sweep as sweeping
 from trivisor.vmm.context import Context
 from trivisor.vmm.engine import Engine, Progress, WallReport
@@ -29,6 +29,8 @@ from trivisor.vmm.machine import Machine
 from trivisor.vmm.records import Records, Row
 
 _EVENT_POLL = 0.1
+_LOOK = 1.0
+"""Seconds between two looks at what the kernel killed."""
 _NAME_TRIES = 8
 
 
@@ -119,7 +121,11 @@ class VMM:
     def events(self, since: int = 0, *, follow: bool = False, timeout: float | None = None) -> Iterator[Event]:
         """Return what happened after the event with the id `since`; with `follow` what happens, for `timeout` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
+        looked = 0.0
         while True:
+            if time.monotonic() >= looked + _LOOK:
+                limits.note_all(self._context)
+                looked = time.monotonic()
             batch = self._context.records.events(since)
             yield from batch
             if batch:

@@ -23,7 +23,7 @@ from trivisor.core.errors import Busy, HostError, StorageError
 from trivisor.core.paths import MachineDir
 from trivisor.core.state import State
 from trivisor.launch import keeper
-from trivisor.vmm import locks
+from trivisor.vmm import limits, locks
 from trivisor.vmm.context import Context, pin_owner
 from trivisor.vmm.records import Row
 
@@ -70,6 +70,7 @@ def erase(context: Context, row: Row, kind: str = "deleted", detail: str = "") -
     """Remove a machine with all it has: processes, folder, pin, row, in that order. May be done again."""
     folder = context.folder(row)
     keeper.kill(folder)
+    limits.clear(context, row)
     remove_tree(folder.root)
     context.images.unpin(pin_owner(row.id))
     context.records.remove(row, (kind, detail))
@@ -81,6 +82,7 @@ def ended(context: Context, row: Row) -> Row | None:
     rebooted = bool(row.boot_id) and row.boot_id != process.boot_id()
     verdict = judge(keeper.ended(folder), rebooted=rebooted, panic=_panic(folder))
     clear_sockets(folder)
+    limits.close(context, row)
     return context.records.update(
         row.id,
         state=verdict.state,
@@ -168,6 +170,7 @@ def _recover(context: Context, row: Row) -> Row | None:
     if row.operation == "start":
         # The record of a start is its last step, so whatever runs now was never reported as running.
         keeper.kill(folder)
+        limits.close(context, row)
         clear_sockets(folder)
     elif keeper.alive(folder):
         state = standing(context, row)

@@ -47,6 +47,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, kind TEXT NOT NULL, machine TEXT NOT NULL,
             name TEXT NOT NULL, detail TEXT NOT NULL) STRICT""",
     ),
+    ("ALTER TABLE machines ADD COLUMN oom_kills INTEGER NOT NULL DEFAULT 0",),
 )
 
 
@@ -75,6 +76,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     facts: dict[str, str] = {}
     """What the engine said of its last start."""
+    oom_kills: int = 0
+    """Processes that the host's kernel killed in its current or last life, because its memory limit was met."""
 
 
 _COLUMNS = Row.__struct_fields__
@@ -156,6 +159,17 @@ class Records:
             if row is not None and event is not None:
                 _add_event(connection, event[0], row.id, row.name, event[1])
             return row
+
+    def count_oom(self, machine: str, killed: int) -> Row | None:
+        """Raise the count of kills for want of memory, with an event, unless somebody else did; return the row, None if it is gone."""
+        with self._writing() as connection:
+            known = connection.execute("SELECT oom_kills, name FROM machines WHERE id = ?", (machine,)).fetchone()
+            if known is not None and known[0] < killed:
+                connection.execute("UPDATE machines SET oom_kills = ? WHERE id = ?", (killed, machine))
+                detail = f"out of memory: the kernel killed {_processes(killed - known[0])}"
+                _add_event(connection, "oom", machine, known[1], detail)
+            found = connection.execute(f"{_SELECT} WHERE id = ?", (machine,)).fetchone()
+            return _row(found) if found else None
 
     def remove(self, row: Row, event: tuple[str, str] | None = None) -> None:
         """Strike a machine out. That it is gone already is no error."""
@@ -256,6 +270,10 @@ def _add_event(connection: sqlite3.Connection, kind: str, machine: str, name: st
     new = connection.execute("INSERT INTO events (time, kind, machine, name, detail) VALUES (?, ?, ?, ?, ?)", values).lastrowid
     if new is not None and new % 100 == 0:
         connection.execute("DELETE FROM events WHERE id <= ?", (new - KEPT_EVENTS,))
+
+
+def _processes(number: int) -> str:
+    return "a process in it" if number == 1 else f"{number} processes in it"
 
 
 def _stored(name: str, value: Any) -> Any:

@@ -15,7 +15,7 @@ from trivisor.core.errors import StorageError, TrivisorError
 from trivisor.core.process import Who
 from trivisor.launch import keeper
 from trivisor.store import workspace
-from trivisor.vmm import locks, reconcile
+from trivisor.vmm import limits, locks, reconcile
 from trivisor.vmm.context import Context
 from trivisor.vmm.records import Row
 
@@ -28,13 +28,16 @@ def sweep(context: Context, *, deep: bool = False) -> list[str]:
     """
     said: list[str] = []
     folders = _names(context.home.machines)
+    grouped = limits.stray(context)
     rows = context.records.rows()
     for row in rows:
         _try(said, f"machine {row.name}", partial(_row, context, row, deep=deep))
     for name in sorted(folders - {row.id for row in rows}):
         _try(said, f"folder {name}", partial(_folder, context, name))
-    _try(said, "tmp", partial(_tmp, context.home.tmp))
     ids = {row.id for row in rows}
+    for name in sorted(grouped - ids):
+        _try(said, f"cgroup {name}", partial(limits.sweep, context, name))
+    _try(said, "tmp", partial(_tmp, context.home.tmp))
     for engine in context.engines.values():
         _try(said, f"{engine.wall} engine", partial(engine.sweep, context.home, ids))
     if deep:
