@@ -19,6 +19,7 @@
 #include <unistd.h>
 
 #include "command.h"
+#include "dial.h"
 #include "exec.h"
 #include "line.h"
 #include "log.h"
@@ -112,7 +113,7 @@ static void handle(const struct frame *f) {
 static int run(void) {
     bool more = false;
     for (;;) {
-        loop_wait(more || line_pending() ? 0 : power_wait());
+        loop_wait(more || line_pending() ? 0 : power_wait() >= 0 ? power_wait() : dial_wait());
         struct frame f;
         for (int i = 0; i < FRAMES_A_TURN && line_next(&f); i++)
             handle(&f);
@@ -125,6 +126,8 @@ static int run(void) {
         command_bury();
         line_flush();
         if (line_lost() && power_wait() < 0) {
+            if (dial_again())
+                continue;
             power_begin(POWER_OFF);
             more = true; /* see at once whether there is any child to wait for */
         } else if (power_turn(children)) {
@@ -181,8 +184,12 @@ int guest_main(int argc, char **argv) {
     int fd = -1;
     if (argc == 2 && !strcmp(argv[0], "--fd"))
         fd = atoi(argv[1]);
+    if (argc == 2 && !strcmp(argv[0], "--connect") && (fd = dial(argv[1])) < 0) {
+        fprintf(stderr, "tvinit guest: %s: %s\n", argv[1], strerror(errno));
+        return 1;
+    }
     if (fd < 0 && getpid() != 1) {
-        fprintf(stderr, "tvinit guest: needs --fd N unless it is PID 1\n");
+        fprintf(stderr, "tvinit guest: needs --fd N or --connect PATH unless it is PID 1\n");
         return 2;
     }
     int status = begin(fd) == 0 ? run() : 1;

@@ -24,6 +24,7 @@ enum { REAP_MS = 5000, MAX_FD = 65535, DRAIN_READS = 256, TRIM_BYTES = 128 * 102
 
 static struct keeper keeper = {
     .line = {.fd = -1}, .listener = {.fd = -1}, .signals = {.fd = -1}, .owner = {.fd = -1}, .ready = {.fd = -1},
+    .dialled = {.fd = -1},
     .folder = -1, .alive = -1, .init_log = {.file = -1},
     .ttl = INT64_MAX, .idle = INT64_MAX, .grace = 10000, .kill_at = INT64_MAX, .sync_at = INT64_MAX, .lose_at = INT64_MAX,
 };
@@ -96,6 +97,7 @@ static bool take(struct keeper *k, const struct op *op) {
         {"folder", &k->folder, NULL},  {"alive", &k->alive, NULL},    {"listen", &k->listener.fd, NULL},
         {"line", &k->line.fd, NULL},   {"ready", &k->ready.fd, NULL}, {"owner", &k->owner.fd, NULL},
         {"ttl", NULL, &k->ttl},        {"idle", NULL, &k->idle},      {"grace", NULL, &k->grace},
+        {"line-listen", &k->dialled.fd, NULL},
     };
     if (!strcmp(op->words[0], "log"))
         return take_log(k, op);
@@ -127,8 +129,8 @@ static const char *configure(struct keeper *k, const struct plan *plan) {
         if (fault)
             return fault;
     }
-    if (k->folder < 0 || k->alive < 0 || k->listener.fd < 0 || k->line.fd < 0 || k->process_count == 0)
-        return "the plan lacks folder, alive, listen, line or process";
+    if (k->folder < 0 || k->alive < 0 || k->listener.fd < 0 || (k->line.fd < 0) == (k->dialled.fd < 0) || k->process_count == 0)
+        return "the plan lacks folder, alive, listen, line (or line-listen, not both) or process";
     return NULL;
 }
 
@@ -168,7 +170,8 @@ static int by_number(const void *a, const void *b) { return *(const int *)a - *(
  * without which we would never see their end. */
 static void close_others(const struct keeper *k) {
     int mine[KEEP_LOGS * 2 + 16], n = 0;
-    const int fixed[] = {0, 1, 2, k->folder, k->alive, k->listener.fd, k->line.fd, k->ready.fd, k->owner.fd, k->init_log.file};
+    const int fixed[] = {0, 1, 2, k->folder, k->alive, k->listener.fd, k->line.fd, k->ready.fd, k->owner.fd, k->dialled.fd,
+                         k->init_log.file};
     for (size_t i = 0; i < sizeof fixed / sizeof *fixed; i++)
         if (fixed[i] >= 0)
             mine[n++] = fixed[i];
@@ -273,7 +276,7 @@ static bool open_loop(struct keeper *k) {
     k->signals.on = signal_event;
     k->owner.on = owner_event;
     k->ready.on = ready_event;
-    set_nonblocking(k->line.fd);
+    set_nonblocking(k->line.fd >= 0 ? k->line.fd : k->dialled.fd);
     set_nonblocking(k->listener.fd);
     loop_add(&k->signals, EPOLLIN);
     if (k->owner.fd >= 0)
@@ -360,7 +363,7 @@ int keep_main(int argc, char **argv) {
     }
     umask(077);
     const char *why = plan_read((int)fd, &plan) ? configure(k, &plan) : strerror(errno);
-    if (!why && listen(k->listener.fd, SOMAXCONN) < 0)
+    if (!why && (listen(k->listener.fd, SOMAXCONN) < 0 || (k->dialled.fd >= 0 && listen(k->dialled.fd, 1) < 0)))
         why = strerror(errno);
     if (why) {
         fprintf(stderr, "tvinit keep: %s\n", why);

@@ -42,7 +42,8 @@ struct process {
 struct keeper {
     struct mux mux;
     struct watch line, listener, signals, owner, ready;
-    bool line_readable, line_writable, listener_ready;
+    struct watch dialled; /* the socket that the guest calls to make the line, again when it has ended; fd -1: the line was given */
+    bool line_readable, line_writable, listener_ready, dialled_ready;
     int folder, alive;
     struct logfile logs[KEEP_LOGS], init_log;
     size_t log_count;

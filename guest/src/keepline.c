@@ -62,6 +62,26 @@ static void lose_line(struct keeper *k) {
     k->lose_at = now_ms() + LINGER_MS;
 }
 
+/* Take the guest's call once the line before has ended. What clients had on that one is gone. */
+static void accept_line(struct keeper *k) {
+    while (k->dialled_ready && k->line.fd < 0) {
+        int fd = accept4(k->dialled.fd, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+        if (fd < 0) {
+            k->dialled_ready = errno == EINTR || errno == ECONNABORTED;
+            continue;
+        }
+        k->line.fd = fd;
+        k->line_readable = k->line_writable = false;
+        k->lose_at = INT64_MAX;
+        if (loop_add(&k->line, EPOLLIN | EPOLLOUT) < 0) {
+            lose_line(k);
+            return;
+        }
+        mux_break(&k->mux);
+        begin(k);
+    }
+}
+
 static void throttle(struct keeper *k) {
     k->budget -= (int64_t)(k->mux.noise - k->noise);
     k->noise = k->mux.noise;
@@ -190,6 +210,8 @@ static bool unfinished(const struct keeper *k) {
         return true;
     if (k->line.fd >= 0 && k->line_readable && mux_line_wants(m) && now_ms() >= k->throttled)
         return true;
+    if (k->line.fd < 0 && k->dialled_ready)
+        return true;
     for (size_t i = 0; i < m->client_count; i++) {
         const struct connection *c = m->clients[i]->driver;
         if (c->client->closing || (c->readable && mux_wants(c->client)) || (c->writable && c->client->out.used > 0))
@@ -211,6 +233,7 @@ bool keepline_serve(struct keeper *k) {
         k->lose_at = INT64_MAX;
         mux_lose(m);
     }
+    accept_line(k);
     accept_clients(k);
     bool wants = mux_line_wants(m);
     if (wants && now >= k->throttled)
@@ -256,6 +279,11 @@ static void listener_event(struct watch *w, uint32_t events) {
     ((struct keeper *)((char *)w - offsetof(struct keeper, listener)))->listener_ready = true;
 }
 
+static void dialled_event(struct watch *w, uint32_t events) {
+    (void)events;
+    ((struct keeper *)((char *)w - offsetof(struct keeper, dialled)))->dialled_ready = true;
+}
+
 static void on_log(void *context, const uint8_t *data, size_t size) {
     struct keeper *k = context;
     if (k->init_log.cap)
@@ -292,8 +320,13 @@ void keepline_open(struct keeper *k) {
     k->listener.on = listener_event;
     k->budget = BUDGET_FIRST;
     k->backoff = BACKOFF_MS;
-    loop_add(&k->line, EPOLLIN | EPOLLOUT);
+    k->dialled.on = dialled_event;
     loop_add(&k->listener, EPOLLIN);
+    if (k->line.fd < 0) {
+        loop_add(&k->dialled, EPOLLIN);
+        return; /* the line begins with the guest's call */
+    }
+    loop_add(&k->line, EPOLLIN | EPOLLOUT);
     begin(k);
 }
 
@@ -307,6 +340,7 @@ void keepline_drain(struct keeper *k) {
 
 void keepline_close(struct keeper *k) {
     loop_close(&k->listener);
+    loop_close(&k->dialled);
     while (k->mux.client_count) {
         struct connection *c = k->mux.clients[0]->driver;
         write_client(k, c);

@@ -94,6 +94,12 @@ int line_open(int fd) {
     struct stat st;
     if (fstat(fd, &st) < 0 || fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK) < 0 || fcntl(fd, F_SETFD, FD_CLOEXEC) < 0)
         return -1;
+    if (line.watch.fd >= 0)
+        loop_close(&line.watch);
+    bytes_clear(&line.out);
+    line.intake = (struct intake){0};
+    line.left = 0;
+    line.lost = line.blocked = line.synced = line.out_watched = false;
     line.device = S_ISCHR(st.st_mode);
     line.watch = (struct watch){.fd = fd, .on = line_news};
     line.readable = true;

@@ -34,7 +34,8 @@ struct intake {
 };
 bool intake_feed(struct intake *in, const uint8_t **data, size_t *size, struct frame *out);
 
-/* Take the descriptor over: it becomes non-blocking and is watched. */
+/* Take the descriptor over: it becomes non-blocking and is watched. One that was the line before is closed, and what
+ * was queued for it dropped. */
 int line_open(int fd);
 
 /* The next frame, valid until the next call. False: none now. */

@@ -72,7 +72,7 @@ static void drop_clients(struct mux *m) {
             m->clients[i]->closing = true;
 }
 
-static void break_line(struct mux *m) {
+void mux_break(struct mux *m) {
     m->state = MUX_BROKEN;
     bytes_clear(&m->line);
     drop_clients(m);
@@ -106,7 +106,7 @@ void mux_sync(struct mux *m, const uint8_t nonce[NONCE_SIZE]) {
         bytes_added(&m->line, FRAME_RESYNC);
     }
     if (!zeros || !mux_tell_guest(m, F_SYNC, 0, payload, sizeof payload))
-        break_line(m);
+        mux_break(m);
 }
 
 /* Look for SYNCED with our nonce in whatever comes; returns how many bytes that took. */
@@ -123,7 +123,7 @@ static size_t scan(struct mux *m, const uint8_t *data, size_t size) {
         m->guest_version = get_u32(m->version);
         m->state = MUX_SYNCED;
         if (m->guest_version != PROTOCOL_VERSION)
-            break_line(m);
+            mux_break(m);
     }
     m->noise += i;
     return i;
@@ -181,7 +181,7 @@ void mux_guest_feed(struct mux *m, const uint8_t *data, size_t size) {
         struct frame f;
         enum parse p = parser_feed(&m->guest, &data, &size, &f);
         if (p == PARSE_BAD || (p == PARSE_FRAME && !guest_frame(m, &f)))
-            break_line(m);
+            mux_break(m);
     }
 }
 
@@ -208,7 +208,7 @@ struct mux_client *mux_join(struct mux *m) {
 
 void mux_leave(struct mux *m, struct mux_client *c) {
     if (c->spoke && m->state == MUX_SYNCED && !mux_tell_guest(m, F_GONE, (uint32_t)c->slot << 16, NULL, 0))
-        break_line(m); /* rather all clients than one whose commands never end */
+        mux_break(m); /* rather all clients than one whose commands never end */
     for (size_t i = 0; i < m->client_count; i++)
         if (m->clients[i] == c) {
             m->clients[i] = m->clients[--m->client_count];

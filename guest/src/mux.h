@@ -70,6 +70,9 @@ struct mux {
 /* Begin with a new nonce: what was queued for the guest is dropped; zeros and SYNC are queued. */
 void mux_sync(struct mux *m, const uint8_t nonce[NONCE_SIZE]);
 
+/* The line must be begun again: clients that the guest knows of are let go, the others wait for mux_sync. */
+void mux_break(struct mux *m);
+
 /* The line has closed: nothing can reach the guest any more. */
 void mux_lose(struct mux *m);
 

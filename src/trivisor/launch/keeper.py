@@ -187,7 +187,7 @@ def _identity(machine: MachineDir) -> tuple[int, int]:
         return 0, 0
 
 
-def _start(stack: contextlib.ExitStack, machine: MachineDir, line_fd: int, owner: int | None) -> tuple[int, dict[str, int]]:
+def _start(stack: contextlib.ExitStack, machine: MachineDir, line: tuple[str, int], owner: int | None) -> tuple[int, dict[str, int]]:
     """Lock, bind and open all that the keeper is given. Returns our end of the ready pipe, and the rest by name."""
     alive_fd = stack.enter_context(open_alive(machine, os.O_RDWR | os.O_CREAT))
     lock_alive(machine, alive_fd)
@@ -196,7 +196,7 @@ def _start(stack: contextlib.ExitStack, machine: MachineDir, line_fd: int, owner
     folder = os.open(machine.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     stack.callback(os.close, folder)
     listener = stack.enter_context(_bind_line(folder))
-    given = {"folder": folder, "alive": alive_fd, "listen": listener.fileno(), "line": line_fd}
+    given = {"folder": folder, "alive": alive_fd, "listen": listener.fileno(), line[0]: line[1]}
     if owner is not None:
         try:
             given["owner"] = os.pidfd_open(owner)
@@ -213,6 +213,7 @@ def spawn(
     *,
     processes: Sequence[Process],
     line_fd: int,
+    dialled: bool = False,
     logs: Mapping[str, int],
     fds: Sequence[int],
     log_cap: int = 4 * MIB,
@@ -225,8 +226,8 @@ def spawn(
 ) -> Kept:
     """Start the keeper of the machine in this folder, with its processes, and return when the guest has answered.
 
-    `line_fd` is the host's end of the line, `logs` maps a log's name to the pipe that it is read from, `fds` are all
-    descriptors that the plans name; the caller closes its own copies afterwards. `owner` is the pid whose end ends the
+    `line_fd` is the host's end of the line or, if `dialled`, a bound socket that the guest calls. `logs` maps a log's name
+    to the pipe that it is read from, `fds` are all descriptors that the plans name; the caller closes its own copies afterwards. `owner` is the pid whose end ends the
     machine. `ttl`, `idle`, `grace` and `wait` are seconds. `begin` is called when the engine runs, before the guest can
     have answered: to let it go on from a frozen state. Raises Busy if the machine is alive, StorageError if its folder
     cannot be written, and EngineError, with the end of the engine's log, if it does not come up: nothing runs then.
@@ -235,7 +236,7 @@ def spawn(
     with contextlib.ExitStack() as ours:
         try:
             with contextlib.ExitStack() as given:
-                ready, fixed = _start(given, machine, line_fd, owner)
+                ready, fixed = _start(given, machine, ("line-listen" if dialled else "line", line_fd), owner)
                 ours.callback(os.close, ready)
                 plan = encode(_plan(processes, fixed, logs, log_cap, {"ttl": ttl, "idle": idle, "grace": grace}))
                 _run_keeper(plan, [*fixed.values(), *logs.values(), *fds])
