@@ -132,14 +132,13 @@ while True:
 
 
 def test_clients_of_the_line_before_are_let_go(tmp_path: Path) -> None:
-    with life(tmp_path, TWICE) as one:
-        with one.connect() as first, one.connect() as second:
-            first.sendall(frame(0x0C, 1, b"x"))
-            began = time.monotonic()
-            assert first.recv(1) == b""  # its streams were the old line's
-            assert time.monotonic() - began < 0.9  # at the new call, not when the time is up
-            second.sendall(frame(0x0C, 7, b"x"))
-            assert read_frame(second) == (0x0D, 7, b"again")
+    with life(tmp_path, TWICE) as one, one.connect() as first, one.connect() as second:
+        first.sendall(frame(0x0C, 1, b"x"))
+        began = time.monotonic()
+        assert first.recv(1) == b""  # its streams were the old line's
+        assert time.monotonic() - began < 0.9  # at the new call, not when the time is up
+        second.sendall(frame(0x0C, 7, b"x"))
+        assert read_frame(second) == (0x0D, 7, b"again")
 
 
 AWAY = """
