@@ -72,6 +72,7 @@ def start(context: Context, machine: str, progress: Progress) -> Row:
         _clear(context, row)
         limits.clear(context, row)
         undo.add("cgroup", lambda: limits.clear(context, row))
+        undo.add("sockets", lambda: reconcile.clear_sockets(box.dir))
         undo.add("keeper", lambda: keeper.kill(box.dir))
         facts = engine.start(box, undo, progress)
         life: dict[str, Any] = {"started": time.time(), "ended": None, "status": None, "reason": "", "facts": facts, "oom_kills": 0}

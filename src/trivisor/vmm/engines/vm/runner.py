@@ -98,6 +98,12 @@ def run(setup: Setup, work: Work) -> keeper.Kept:
             name=work.name,
         )
         processes.append(keeper.Process("qemu", _plan(setup, work, places, command, fds)))
+
+        def begin() -> None:
+            # From here on QEMU alone listens: if it dies, who connects is refused instead of waiting for a greeting.
+            listener.close()
+            _thaw(work)
+
         kept = keeper.spawn(
             work.place,
             processes=processes,
@@ -108,7 +114,7 @@ def run(setup: Setup, work: Work) -> keeper.Kept:
             ttl=work.ttl,
             idle=work.idle,
             wait=BOOT_WAIT if work.state is None else CLONE_WAIT,
-            begin=lambda: _thaw(work),
+            begin=begin,
         )
     _note(work.place, kept.engine_pid)
     return kept
