@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILE_LINES = 440
+FILE_LINES = 420
 """About 400: what is a little over need not be torn apart at once."""
 FUNCTION_LINES = 60
 PYTHON = sorted(path for folder in ("src", "bench", "scripts", "examples", "tests") for path in (ROOT / folder).rglob("*.py"))
