@@ -1,0 +1,322 @@
+"""Whoever dies, with kill -9 and at any moment: what is left can be said, used and cleared away."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Make
+from machine_home import KILLED, VmHome, in_child
+
+from trivisor import VMM, Busy, EngineError, ExecTimeout, GuestGone, InvalidState, Machine, NotFound, State
+from trivisor.core.paths import MachineDir
+from trivisor.vmm.engines.vm import proc, runner
+from trivisor.vmm.engines.vm.qmp import Qmp
+
+BOUND = 60.0
+
+
+def place(machine: Machine) -> MachineDir:
+    return MachineDir(Path(machine.info()["folder"]))
+
+
+def qemu(machine: Machine) -> int:
+    pid = runner.engine(place(machine))
+    assert pid is not None
+    return pid
+
+
+def keeper(machine: Machine) -> int:
+    pid = proc.keeper_pid(place(machine))
+    assert pid is not None
+    return pid
+
+
+def ends(pid: int) -> None:
+    """Wait until the process is gone, or a zombie that only its new parent can take away."""
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def under_way(machine: Machine) -> tuple[threading.Thread, list[BaseException]]:
+    """A long exec in another thread, and what it raises."""
+    raised: list[BaseException] = []
+    begun = threading.Event()
+
+    def work() -> None:
+        try:
+            machine.exec("echo begun; sleep 1000", on_stdout=lambda _: begun.set())
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert begun.wait(BOUND)
+    return thread, raised
+
+
+@pytest.mark.parametrize(
+    ("victim", "reason"), [(qemu, "its engine was killed by signal 9"), (keeper, "its keeper was killed")], ids=["qemu", "keeper"]
+)
+@pytest.mark.parametrize("paused", [False, True], ids=["running", "paused"])
+def test_killed(make: Make, victim: Callable[[Machine], int], reason: str, paused: bool) -> None:
+    machine = make()
+    machine.exec("echo kept >/root/file; sync", check=True)
+    thread, raised = under_way(machine)
+    pids = [qemu(machine), keeper(machine)]
+    if paused:
+        machine.pause()
+    os.kill(victim(machine), signal.SIGKILL)
+    machine.wait(BOUND)
+    assert (machine.state, machine.info()["reason"]) == (State.FAILED, reason)
+    thread.join(BOUND)
+    assert [type(error) for error in raised] == [GuestGone]
+    for pid in pids:
+        ends(pid)
+    for call in (lambda: machine.exec(["true"]), machine.pause, machine.resume, machine.stop):
+        with pytest.raises(InvalidState):
+            call()
+    machine.start()
+    assert machine.files.read_text("/root/file") == "kept\n"
+    assert machine.info()["reason"] == ""
+
+
+def killed_while_starting(machine: Machine, find: Callable[[], int | None]) -> BaseException | None:
+    """Kill the process that `find` returns, as soon as it does, while the machine starts; return what the start raised."""
+    raised: list[BaseException] = []
+
+    def start() -> None:
+        try:
+            machine.start()
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    deadline = time.monotonic() + BOUND
+    while (pid := find()) is None:
+        assert time.monotonic() < deadline
+        assert thread.is_alive()
+    os.kill(pid, signal.SIGKILL)
+    thread.join(BOUND)
+    assert not thread.is_alive()
+    ends(pid)
+    return raised[0] if raised else None
+
+
+def child_of_keeper(folder: MachineDir) -> int | None:
+    pid = proc.keeper_pid(folder)
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    try:
+        return next((int(child) for child in children.read_text().split()), None)
+    except OSError:
+        return None
+
+
+@pytest.mark.parametrize("whom", ["qemu", "keeper"])
+def test_killed_while_starting(wall_vmm: VMM, whom: str) -> None:
+    machine = wall_vmm.create("debian")
+    folder = place(machine)
+    find = (lambda: child_of_keeper(folder)) if whom == "qemu" else (lambda: proc.keeper_pid(folder))
+    error = killed_while_starting(machine, find)
+    # GuestGone where it died after its first answer.
+    assert isinstance(error, EngineError | GuestGone), error
+    assert error.machine == machine.name or machine.name in str(error) or machine.id in str(error)
+    assert machine.state is State.CREATED
+    assert machine.info()["operation"] == ""
+    assert not list(folder.root.glob("*.sock"))
+    machine.start()
+    assert machine.exec(["echo", "here"]).text == "here\n"
+
+
+def test_qemu_killed_while_it_makes_ice(own_home: VmHome) -> None:
+    with VMM(own_home.root) as vmm:
+        machine = vmm.create("debian", memory="144M", disk="ram")
+
+        def find() -> int | None:
+            places = own_home.root.glob("tmp/*-ice-*/machine")
+            return next((pid for folder in places if (pid := child_of_keeper(MachineDir(folder))) is not None), None)
+
+        error = killed_while_starting(machine, find)
+        assert isinstance(error, EngineError | GuestGone), error
+        assert list((own_home.root / "tmp").iterdir()) == []
+        assert machine.state is State.CREATED
+        machine.start()
+        assert machine.exec(["echo", "here"]).text == "here\n"
+
+
+def test_its_keeper_takes_the_machine_down_when_its_owner_dies(wall_home: VmHome, tmp_path: Path) -> None:
+    """Before anybody opens the home again."""
+    said = tmp_path / "said"
+
+    def work() -> None:
+        machine = VMM(wall_home.root).run("debian")
+        said.write_text(f"{qemu(machine)} {keeper(machine)} {machine.id}")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(work) == KILLED
+    qemu_pid, keeper_pid, machine_id = said.read_text().split()
+    ends(int(qemu_pid))
+    ends(int(keeper_pid))
+    with VMM(wall_home.root) as vmm:
+        with pytest.raises(NotFound):
+            vmm.get(machine_id)
+
+
+def test_a_persistent_machine_outlives_its_process(wall_home: VmHome) -> None:
+    def work() -> None:
+        VMM(wall_home.root).create("debian", name="heir").start()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(work) == KILLED
+    with VMM(wall_home.root) as vmm:
+        machine = vmm.get("heir")
+        assert machine.exec(["echo", "here"]).text == "here\n"
+        machine.delete(force=True)
+
+
+def test_a_forked_child_goes_on_when_its_parent_dies(wall_home: VmHome, tmp_path: Path) -> None:
+    """multiprocessing: the parent made the machine and has its line open; the child uses it after the parent's death."""
+    said = tmp_path / "said"
+
+    def child(machine: Machine, parent: int) -> None:
+        os.setsid()
+        assert machine.exec(["echo", "both"]).text == "both\n"
+        os.kill(parent, signal.SIGKILL)
+        for _ in range(3):
+            assert machine.exec(["echo", "alone"]).text == "alone\n"
+        machine.stop()
+        machine.delete()
+        said.write_text("done")
+
+    def parent() -> None:
+        with VMM(wall_home.root) as vmm:
+            machine = vmm.create("debian", name="inherited")
+            machine.start()
+            assert machine.exec(["true"]).ok
+            process = multiprocessing.get_context("fork").Process(target=child, args=(machine, os.getpid()))
+            process.start()
+            process.join(BOUND)
+
+    assert in_child(parent) == KILLED
+    deadline = time.monotonic() + BOUND
+    while not said.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_two_processes_drive_one_machine(wall_home: VmHome, make: Make) -> None:
+    """They pause and resume it as they like: each call works or says who is at it; then it is as the last of them left it."""
+    machine = make()
+
+    def work() -> None:
+        with VMM(wall_home.root) as vmm:
+            mine = vmm.get(machine.id)
+            for _ in range(30):
+                for call in (mine.pause, mine.resume, lambda: mine.exec(["true"], timeout=BOUND)):
+                    try:
+                        call()
+                    except (Busy, InvalidState, ExecTimeout):
+                        continue
+
+    statuses: list[int] = []
+    threads = [threading.Thread(target=lambda: statuses.append(in_child(work))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert statuses == [0, 0]
+    if machine.state is State.PAUSED:
+        machine.resume()
+    assert machine.exec(["echo", "here"]).text == "here\n"
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounds of a second, so that tests of what hangs do not wait for the real ones."""
+    monkeypatch.setattr("trivisor.vos.capture.KILL_WAIT", 1.0)
+    monkeypatch.setattr(Qmp.connect.__func__, "__defaults__", ("", 1.0))  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("impatient")
+def test_an_engine_that_hangs(make: Make) -> None:
+    """QEMU stopped by SIGSTOP: every call comes back within its bound, and the machine can be stopped and used again."""
+    machine = make()
+    machine.exec("echo kept >/root/file; sync", check=True)
+    os.kill(qemu(machine), signal.SIGSTOP)
+    with pytest.raises(ExecTimeout):
+        machine.exec(["true"], timeout=1)
+    with pytest.raises(EngineError) as caught:
+        machine.pause()
+    assert caught.value.machine == machine.name
+    assert machine.state is State.RUNNING
+    machine.stop(timeout=1)
+    assert machine.state is State.STOPPED
+    machine.start()
+    assert machine.files.read_text("/root/file") == "kept\n"
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_keeper_that_hangs(make: Make) -> None:
+    machine = make()
+    os.kill(keeper(machine), signal.SIGSTOP)
+    with pytest.raises((ExecTimeout, GuestGone)):
+        machine.exec(["true"], timeout=1)
+    machine.stop(timeout=0.5)
+    assert machine.state in (State.STOPPED, State.FAILED)
+    machine.start()
+    assert machine.exec(["echo", "here"]).text == "here\n"
+
+
+def test_the_host_rebooted(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulated: no process is there any more, and the boot id is another."""
+    machine = make()
+    machine.exec("echo kept >/root/file; sync", check=True)
+    os.kill(keeper(machine), signal.SIGKILL)
+    ends(qemu(machine)) if runner.engine(place(machine)) else None
+    monkeypatch.setattr("trivisor.core.process.boot_id", lambda: "another boot")
+    assert (machine.state, machine.info()["reason"]) == (State.FAILED, "the host rebooted")
+    machine.start()
+    assert machine.files.read_text("/root/file") == "kept\n"
+
+
+def test_interrupted_while_starting(wall_home: VmHome, tmp_path: Path) -> None:
+    """Ctrl-C takes a start back, whenever it comes; the machine can be started after it."""
+    with VMM(wall_home.root) as vmm:
+        machine = vmm.create("debian", name="interrupted")
+        folder = place(machine)
+        for wait in ("keeper", "engine"):
+
+            def work() -> None:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                with VMM(wall_home.root) as mine:
+                    mine.get("interrupted").start()
+
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    work()
+                except KeyboardInterrupt:
+                    os._exit(7)
+                finally:
+                    os._exit(1)
+            deadline = time.monotonic() + BOUND
+            while not (folder.root / wait).exists():
+                assert time.monotonic() < deadline
+            os.kill(pid, signal.SIGINT)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+            assert machine.state is State.CREATED
+            if (left := proc.keeper_pid(folder)) is not None:
+                ends(left)
+            (folder.root / wait).unlink(missing_ok=True)
+        machine.start()
+        assert machine.exec(["echo", "here"]).text == "here\n"
+        machine.delete(force=True)
