@@ -52,6 +52,15 @@ class InvalidSpec(CallerError, ValueError):
     """A value that no machine can have."""
 
 
+_ON_A_MACHINE = {
+    "exec": "run a command in",
+    "spawn": "run a command in",
+    "files": "reach the files of",
+    "forward": "forward a port of",
+    "stats": "read the figures of",
+}
+
+
 class InvalidState(CallerError):
     """`verb` is not legal in `state`; `legal` lists the states in which it is."""
 
@@ -60,7 +69,7 @@ class InvalidState(CallerError):
         self.verb = verb
         self.legal = tuple(legal)
         super().__init__(
-            f"cannot {verb} machine {machine}: it is {state}",
+            f"cannot {_ON_A_MACHINE.get(verb, verb)} machine {machine}: it is {state}",
             machine=machine,
             hint=f"{verb} is legal when the machine is {' or '.join(self.legal)}",
         )

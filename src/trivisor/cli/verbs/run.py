@@ -41,6 +41,8 @@ def command(
         raise click.UsageError(
             "-d goes with none of -i, -t and --rm: nobody waits for the end (--ttl bounds its life)", click.get_current_context()
         )
+    if argv and argv[0].startswith("-") and argv[0] != "--":
+        raise click.UsageError(f"{argv[0]} stands behind the image, where the command begins", click.get_current_context())
     words = argv[1:] if argv[:1] == ("--",) else argv
     how = Joined(interactive=interactive, tty=tty, cwd=workdir, user=user)
     vmm = open_vmm()
