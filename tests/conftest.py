@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,11 +13,10 @@ from host_state import Leftovers, assert_nothing_left
 from images_for_tests import mini_image
 from machine_home import VmHome
 
-from trivisor import VMM, Machine
+from trivisor import VMM
 from trivisor.core.paths import Home
 
 ROOT = Path(__file__).parents[1]
-Make = Callable[..., Machine]
 
 
 def pytest_configure() -> None:
@@ -47,8 +46,10 @@ def image_home() -> Path:
 
 @pytest.fixture(scope="session")
 def iced_home(image_home: Path) -> Path:
-    """The same once it has ice for its image, so that no copy of it boots."""
+    """The same once it has ice for its image, so that no copy of it boots; as it is where there is no vm wall."""
     with VMM(image_home) as vmm:
+        if not next(report for report in vmm.walls() if report.wall == "vm").available:
+            return image_home
         for _ in range(2):  # an image's own ice is made at its second start
             with vmm.run("debian", disk="8G"):
                 pass
@@ -85,25 +86,3 @@ def wall_vmm(wall_home: VmHome) -> Iterator[VMM]:
         for machine in vmm.list():
             if machine.id not in before:
                 machine.delete(force=True)
-
-
-@pytest.fixture
-def make(wall_vmm: VMM) -> Make:
-    """Make and start a machine for one test, of the image "debian" unless told otherwise."""
-
-    def started(image: str = "debian", **spec: object) -> Machine:
-        machine = wall_vmm.create(image, wall="vm", **spec)
-        machine.start()
-        return machine
-
-    return started
-
-
-@pytest.fixture(scope="module")
-def running(wall_home: VmHome) -> Iterator[Machine]:
-    """One running machine for all tests of a module that do it no harm."""
-    with VMM(wall_home.root) as vmm:
-        machine = vmm.create("debian", wall="vm", env={"FROM_SPEC": "spec"})
-        machine.start()
-        yield machine
-        machine.delete(force=True)
