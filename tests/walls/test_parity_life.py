@@ -81,6 +81,7 @@ def test_switched_off_at_once(make: Make) -> None:
     assert machine.files.read_text("/root/file") == "kept\n"
 
 
+@pytest.mark.walls("vm")
 def test_a_guest_that_cannot_stop_is_switched_off(make: Make) -> None:
     machine = make()
     # The kernel stops where it is, with its interrupts off: nobody answers any more.
@@ -90,23 +91,40 @@ def test_a_guest_that_cannot_stop_is_switched_off(make: Make) -> None:
     assert machine.state is State.STOPPED
 
 
+def test_the_guest_powers_itself_off(make: Make) -> None:
+    machine = make()
+    ends_itself(machine, "kill -TERM 1")
+    assert (machine.state, machine.info()["status"], machine.info()["reason"]) == (State.STOPPED, 0, "the guest powered off")
+    used_again(machine)
+
+
+@pytest.mark.walls("vm")
 @pytest.mark.parametrize(
     ("command", "state", "status", "reason"),
     [
-        ("kill -TERM 1", State.STOPPED, 0, "the guest powered off"),
         ("echo o >/proc/sysrq-trigger", State.STOPPED, None, "the guest powered off at once"),
         ("echo b >/proc/sysrq-trigger", State.STOPPED, None, "the guest powered off at once"),
         ("echo c >/proc/sysrq-trigger", State.FAILED, None, "Kernel panic - not syncing: sysrq triggered crash"),
     ],
-    ids=["orderly", "power off", "reset", "panic"],
+    ids=["power off", "reset", "panic"],
 )
-def test_the_guest_ends_itself(make: Make, command: str, state: State, status: int | None, reason: str) -> None:
+def test_the_guests_kernel_ends_it(make: Make, command: str, state: State, status: int | None, reason: str) -> None:
     machine = make()
-    machine.exec("echo kept >/root/file; sync; sync", check=True)
-    machine.spawn(f"sleep 0.1; {command}", detach=True)
-    assert machine.wait(BOUND) == status
+    ends_itself(machine, command)
     info = machine.info()
     assert (info["state"], info["status"], info["reason"]) == (state, status, reason)
+    used_again(machine)
+
+
+def ends_itself(machine: Machine, command: str) -> None:
+    machine.exec("echo kept >/root/file; sync; sync", check=True)
+    machine.spawn(f"sleep 0.1; {command}", detach=True)
+    assert machine.wait(BOUND) == machine.info()["status"]
+
+
+def used_again(machine: Machine) -> None:
+    """What may be done with a machine that ended, and what not."""
+    info = machine.info()
     assert info["ended"] >= info["started"]
     for call in (lambda: machine.exec(["true"]), machine.pause, machine.stop, lambda: machine.files.list("/")):
         with pytest.raises(InvalidState):
@@ -117,13 +135,14 @@ def test_the_guest_ends_itself(make: Make, command: str, state: State, status: i
 
 
 def test_memory_runs_out_in_the_guest(make: Make) -> None:
-    """Its kernel kills the program and not the machine: PID 1 lives."""
-    machine = make()
+    """The kernel kills the program and not the machine: PID 1 lives."""
+    machine = make(memory="256M")
     result = machine.exec(["python3", "-c", "a = []\nwhile True: a.append(b'x' * (1 << 20))"], timeout=BOUND)
     assert result.signal == 9 or b"MemoryError" in result.stderr
     assert machine.exec(["echo", "alive"]).text == "alive\n"
 
 
+@pytest.mark.walls("vm")
 def test_the_disk_is_as_large_as_asked_for(make: Make) -> None:
     """And full is ENOSPC in the guest, which lives on."""
     machine = make(disk="64M")
@@ -232,7 +251,7 @@ def test_two_lives_at_once_do_not_meet(make: Make) -> None:
 def test_what_no_machine_can_be(wall_vmm: VMM, wish: dict[str, object]) -> None:
     before = {path.name for path in (wall_vmm.home / "machines").iterdir()}
     with pytest.raises(InvalidSpec) as caught:
-        wall_vmm.create("debian", **wish)  # type: ignore[arg-type]
+        wall_vmm.create("debian", **{"wall": "vm", **wish})  # type: ignore[arg-type]
     assert str(caught.value)
     assert {path.name for path in (wall_vmm.home / "machines").iterdir()} == before
 
@@ -248,7 +267,7 @@ def test_a_kernel_that_only_looks_like_one(wall_vmm: VMM, tmp_path: Path) -> Non
     elf = tmp_path / "vmlinux"
     elf.write_bytes(b"\x7fELF" + bytes(5000))
     for path in (broken, elf):
-        machine = wall_vmm.create("debian", kernel=str(path))
+        machine = wall_vmm.create("debian", wall="vm", kernel=str(path))
         with pytest.raises((InvalidSpec, EngineError)) as caught:
             machine.start()
         assert path.name in str(caught.value)
