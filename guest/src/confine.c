@@ -100,7 +100,6 @@ static int get_permitted(uint64_t *out) {
 }
 
 int op_caps(struct launch *l, const struct op *op) {
-    (void)l;
     uint64_t kept = 0, have;
     for (size_t i = 1; i < op->count; i++) {
         size_t n = 0;
@@ -120,9 +119,11 @@ int op_caps(struct launch *l, const struct op *op) {
     for (int cap = 0; setpcap && cap < 64; cap++)
         if (!(kept & UINT64_C(1) << cap) && prctl(PR_CAPBSET_READ, cap) == 1 && prctl(PR_CAPBSET_DROP, cap) < 0)
             return -1;
-    if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) < 0 || set_caps(kept, kept) < 0)
+    /* A program that is not root keeps over its exec what is ambient. Root of a container has no need of it: there
+     * the bounding set decides, and inheritable capabilities would only serve files that bear them. */
+    if (prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) < 0 || set_caps(kept, l->guest ? 0 : kept) < 0)
         return -1;
-    for (int cap = 0; cap < 64; cap++)
+    for (int cap = 0; cap < 64 && !l->guest; cap++)
         if (kept & UINT64_C(1) << cap && prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, cap, 0, 0) < 0)
             return -1;
     return 0;
@@ -165,7 +166,7 @@ int descriptors_apply(struct launch *l) {
 /* Landlock, from linux/landlock.h of newer kernels than the one we may be built on. */
 enum {
     LL_EXECUTE = 1 << 0, LL_WRITE_FILE = 1 << 1, LL_READ_FILE = 1 << 2, LL_READ_DIR = 1 << 3,
-    LL_REMOVE_DIR = 1 << 4, LL_REMOVE_FILE = 1 << 5, LL_MAKE_DIR = 1 << 7, LL_MAKE_REG = 1 << 8,
+    LL_REMOVE_DIR = 1 << 4, LL_REMOVE_FILE = 1 << 5, LL_MAKE_CHAR = 1 << 6, LL_MAKE_BLOCK = 1 << 11, LL_REFER = 1 << 13, LL_MAKE_DIR = 1 << 7, LL_MAKE_REG = 1 << 8,
     LL_MAKE_SOCK = 1 << 9, LL_MAKE_SYM = 1 << 12, LL_TRUNCATE = 1 << 14, LL_IOCTL_DEV = 1 << 15,
     LL_ABI_1 = (1 << 13) - 1,
     LL_FILE = LL_EXECUTE | LL_WRITE_FILE | LL_READ_FILE | LL_TRUNCATE | LL_IOCTL_DEV,
@@ -182,6 +183,17 @@ int op_landlock(struct launch *l, const struct op *op) {
     return strspn(op->words[2], "rwx") == strlen(op->words[2]) ? 0 : invalid();
 }
 
+int op_landlock_domain(struct launch *l, const struct op *op) {
+    (void)op;
+    l->domain = true;
+    return 0;
+}
+
+static int add_rule(int ruleset, int parent, uint64_t allowed) {
+    struct ll_path rule = {.allowed = allowed, .parent = parent};
+    return allowed ? (int)syscall(SYS_landlock_add_rule, ruleset, 1, &rule, 0) : 0;
+}
+
 static int landlock_rule(int ruleset, const char *path, const char *flags, uint64_t handled) {
     uint64_t allowed = 0;
     if (strchr(flags, 'r'))
@@ -196,21 +208,47 @@ static int landlock_rule(int ruleset, const char *path, const char *flags, uint6
         return -1;
     if (!S_ISDIR(st.st_mode))
         allowed &= LL_FILE;
-    struct ll_path rule = {.allowed = allowed & handled, .parent = fd};
-    int r = rule.allowed ? (int)syscall(SYS_landlock_add_rule, ruleset, 1, &rule, 0) : 0;
+    int r = add_rule(ruleset, fd, allowed & handled);
     close(fd);
     return r;
 }
 
+static int restrict_to(int ruleset, bool ruled) {
+    int r = ruled ? (int)syscall(SYS_landlock_restrict_self, ruleset, 0) : -1;
+    int saved = errno;
+    close(ruleset);
+    errno = saved;
+    return r;
+}
+
+/* A domain that takes away nothing that a container's programs are meant to do: no mount may change, no device node be
+ * made, nobody outside be traced (and from ABI 6 on be signalled, or met at an abstract socket). Files are as they were:
+ * only renames and links between folders cost a walk. */
+static int enter_domain(long abi) {
+    struct ll_ruleset attr = {.fs = LL_MAKE_CHAR | LL_MAKE_BLOCK | LL_REFER, .scoped = abi >= 6 ? LL_SCOPES : 0};
+    if (abi < 2)
+        return 0; /* it would forbid renames between folders */
+    int ruleset = (int)syscall(SYS_landlock_create_ruleset, &attr, abi >= 6 ? sizeof attr : sizeof attr.fs, 0);
+    int root = open("/", O_PATH | O_CLOEXEC);
+    bool ruled = ruleset >= 0 && root >= 0 && add_rule(ruleset, root, LL_REFER) == 0;
+    if (root >= 0)
+        close(root);
+    return ruleset < 0 ? -1 : restrict_to(ruleset, ruled);
+}
+
 int landlock_apply(struct launch *l) {
-    if (l->rule_count == 0)
+    if (l->rule_count == 0 && !l->domain)
         return 0;
     long abi = syscall(SYS_landlock_create_ruleset, NULL, 0, 1);
     if (abi < 0)
         return errno == ENOSYS || errno == EOPNOTSUPP ? 0 : -1;
+    if (l->domain && enter_domain(abi) < 0)
+        return -1;
+    if (l->rule_count == 0)
+        return 0;
     struct ll_ruleset attr = {.fs = LL_ABI_1};
     if (abi >= 2)
-        attr.fs |= 1 << 13; /* REFER */
+        attr.fs |= LL_REFER;
     if (abi >= 3)
         attr.fs |= LL_TRUNCATE;
     if (abi >= 5)
@@ -221,12 +259,10 @@ int landlock_apply(struct launch *l) {
     int ruleset = (int)syscall(SYS_landlock_create_ruleset, &attr, size, 0);
     if (ruleset < 0)
         return -1;
-    for (size_t i = 0; i < l->rule_count; i++)
-        if (landlock_rule(ruleset, l->rules[i].path, l->rules[i].flags, attr.fs) < 0)
-            return -1;
-    int r = (int)syscall(SYS_landlock_restrict_self, ruleset, 0);
-    close(ruleset);
-    return r;
+    bool ruled = true;
+    for (size_t i = 0; ruled && i < l->rule_count; i++)
+        ruled = landlock_rule(ruleset, l->rules[i].path, l->rules[i].flags, attr.fs) == 0;
+    return restrict_to(ruleset, ruled);
 }
 
 static int hex(char c) {

@@ -149,7 +149,7 @@ static void raise_limit(void) {
     struct rlimit limit;
     if (getrlimit(RLIMIT_NOFILE, &limit) < 0)
         return;
-    if (getpid() == 1)
+    if (getpid() == 1 && !power_contained)
         limit.rlim_max = 1 << 20;
     if (limit.rlim_cur < DESCRIPTORS)
         limit.rlim_cur = limit.rlim_max < DESCRIPTORS ? limit.rlim_max : DESCRIPTORS;
@@ -157,7 +157,7 @@ static void raise_limit(void) {
 }
 
 static int begin(int fd) {
-    bool first = getpid() == 1;
+    bool first = getpid() == 1 && !power_contained;
     umask(022);
     if (fd < 0 && root_begin() < 0) {
         fprintf(stderr, "tvinit: mounts: %s\n", strerror(errno));
@@ -168,7 +168,7 @@ static int begin(int fd) {
     raise_limit();
     if (first)
         reboot(RB_DISABLE_CAD);
-    else
+    else if (!power_contained)
         prctl(PR_SET_CHILD_SUBREAPER, 1);
     if (loop_open() < 0 || watch_signals() < 0 || exec_open() < 0)
         return -1;
@@ -178,6 +178,17 @@ static int begin(int fd) {
         fd = port_open(PORT_NAME, PORT_MS);
     }
     return fd < 0 ? -1 : line_open(fd);
+}
+
+int guest_contained(int line, bool hooks) {
+    power_contained = true;
+    if (begin(line) < 0) {
+        log_line("cannot begin: %m");
+        return 1;
+    }
+    if (hooks)
+        steps_hooks();
+    return run();
 }
 
 int guest_main(int argc, char **argv) {

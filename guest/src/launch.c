@@ -4,7 +4,6 @@
 #include <fcntl.h>
 #include <net/if.h>
 #include <poll.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,8 +17,9 @@
 #include <unistd.h>
 
 #include "modes.h"
+#include "request.h"
 
-enum { LAUNCH_FAILED = 125, LAUNCH_TIMEOUT_MS = 20000 };
+enum { LAUNCH_FAILED = 125, LAUNCH_TIMEOUT_MS = 20000, GUEST_LINE = 3 };
 
 /* Tell on error_fd which operation failed, and end. */
 static _Noreturn void fail(const struct launch *l, size_t index, int error) {
@@ -59,6 +59,12 @@ static int op_oom(struct launch *l, const struct op *op) {
     return write(l->oom, op->words[1], size) == (ssize_t)size ? 0 : -1;
 }
 
+static int op_apparmor(struct launch *l, const struct op *op) {
+    char text[256];
+    int size = snprintf(text, sizeof text, "%s %s", l->guest ? "changeprofile" : "exec", op->words[1]);
+    return write(l->apparmor, text, (size_t)size) == size ? 0 : -1;
+}
+
 static int op_no_new_privs(struct launch *l, const struct op *op) {
     (void)l, (void)op;
     return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
@@ -94,6 +100,12 @@ static int op_fd(struct launch *l, const struct op *op) {
     return 0;
 }
 
+static int op_hooks(struct launch *l, const struct op *op) {
+    (void)op;
+    l->hooks = true;
+    return 0;
+}
+
 static const struct {
     const char *name;
     int (*run)(struct launch *l, const struct op *op);
@@ -104,15 +116,10 @@ static const struct {
     {"rlimit", op_rlimit},     {"groups", op_groups},     {"user", op_user},
     {"caps", op_caps},         {"oom", op_oom},           {"no-new-privs", op_no_new_privs},
     {"landlock", op_landlock}, {"seccomp", op_seccomp},   {"chdir", op_chdir},
-    {"env", op_env},           {"fd", op_fd},
+    {"env", op_env},           {"fd", op_fd},             {"overlay", op_overlay},
+    {"text", op_text},         {"mask", op_mask},         {"readonly", op_readonly},
+    {"apparmor", op_apparmor}, {"hooks", op_hooks},       {"landlock-domain", op_landlock_domain},
 };
-
-static const struct op *find(const struct op *ops, size_t count, const char *name) {
-    for (size_t i = 0; i < count; i++)
-        if (!strcmp(ops[i].words[0], name))
-            return &ops[i];
-    return NULL;
-}
 
 static void become_default(void) {
     sigset_t none;
@@ -130,14 +137,54 @@ static void tie_to_parent(int go) {
         _exit(LAUNCH_FAILED);
 }
 
+static char *arguments;
+static size_t arguments_size;
+
+/* The C library gives constructors what main gets. */
+__attribute__((constructor)) static void note_arguments(int argc, char **argv) {
+    if (argc > 0) {
+        arguments = argv[0];
+        arguments_size = (size_t)(argv[argc - 1] + strlen(argv[argc - 1]) + 1 - argv[0]);
+    }
+}
+
+/* Our name alone, where a container's /proc/1/cmdline would show paths of the host. */
+static void hide_arguments(void) {
+    memset(arguments, 0, arguments_size);
+    snprintf(arguments, arguments_size, "tvinit");
+}
+
+/* What an exec would undo is undone here: we are a copy of the keeper. */
+static _Noreturn void become_guest(struct launch *l, size_t last) {
+    long long line;
+    int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+    if (!plan_number(l->ops[last].words[1], 0, 65535, &line) || null < 0 || dup2(null, 0) < 0 || dup2(null, 1) < 0)
+        fail(l, last, errno);
+    l->fds[l->fd_count].from = (int)line;
+    l->fds[l->fd_count++].to = GUEST_LINE;
+    for (size_t i = 0; l->env && l->env[i]; i++)
+        if (env_set(l->env[i]))
+            fail(l, last, ENOMEM);
+    clearenv();
+    prctl(PR_SET_NAME, "tvinit");
+    hide_arguments();
+    /* Nobody inside may look into us or attach to us: whatever user they are, they would need power over the user
+     * namespace in which our memory was made, the host's. Changes of user have set this, unless sysctl says otherwise. */
+    if (prctl(PR_SET_DUMPABLE, 0) < 0 || descriptors_apply(l) < 0 || landlock_apply(l) < 0 || seccomp_apply(l) < 0)
+        fail(l, last, errno);
+    fcntl(GUEST_LINE, F_SETFD, FD_CLOEXEC);
+    /* The report's end is among them: the parent learns that all went well. */
+    if (syscall(SYS_close_range, GUEST_LINE + 1, ~0U, 0) < 0)
+        fail(l, last, errno);
+    _exit(guest_contained(GUEST_LINE, l->hooks));
+}
+
 /* Carry out the plan in this process. Does not return. `go` is -1 for a process that nobody is tied to. */
 static _Noreturn void launch_run(struct launch *l, int go) {
     size_t last = l->count - 1;
     umask(022); /* the keeper's is 077: folders of the new root would be closed to an id of its own */
-    l->root = l->oom = -1;
-    l->keep_caps = find(l->ops, l->count, "caps");
-    if (find(l->ops, l->count, "oom"))
-        l->oom = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
+    l->root = l->base = -1;
+    l->keep_caps = launch_find(l->ops, l->count, "caps");
     for (size_t i = 0; i < last; i++)
         for (size_t k = 0; k < sizeof OPERATIONS / sizeof *OPERATIONS; k++)
             if (!strcmp(OPERATIONS[k].name, l->ops[i].words[0]) && OPERATIONS[k].run(l, &l->ops[i]) < 0)
@@ -145,6 +192,8 @@ static _Noreturn void launch_run(struct launch *l, int go) {
     if (go >= 0)
         tie_to_parent(go);
     become_default();
+    if (l->guest)
+        become_guest(l, last);
     if (descriptors_apply(l) < 0 || landlock_apply(l) < 0 || seccomp_apply(l) < 0)
         fail(l, last, errno);
     char *nothing[] = {NULL};
@@ -152,48 +201,13 @@ static _Noreturn void launch_run(struct launch *l, int go) {
     fail(l, last, errno);
 }
 
-static bool namespace_flags(const struct op *op, unsigned long *flags) {
-    static const struct { const char *name; unsigned long flag; } NAMES[] = {
-        {"user", CLONE_NEWUSER}, {"mount", CLONE_NEWNS}, {"pid", CLONE_NEWPID},       {"net", CLONE_NEWNET},
-        {"ipc", CLONE_NEWIPC},   {"uts", CLONE_NEWUTS},  {"cgroup", CLONE_NEWCGROUP},
-    };
-    *flags = 0;
-    for (size_t i = 1; op && i < op->count; i++) {
-        size_t n = 0;
-        while (n < sizeof NAMES / sizeof *NAMES && strcmp(NAMES[n].name, op->words[i]))
-            n++;
-        if (n == sizeof NAMES / sizeof *NAMES)
-            return false;
-        *flags |= NAMES[n].flag;
-    }
-    return true;
-}
-
-static bool write_proc(pid_t pid, const char *name, const char *text, size_t size) {
-    char path[64];
-    snprintf(path, sizeof path, "/proc/%d/%s", (int)pid, name);
-    int fd = open(path, O_WRONLY | O_CLOEXEC);
-    bool good = fd >= 0 && write(fd, text, size) == (ssize_t)size;
-    int saved = errno;
-    if (fd >= 0)
-        close(fd);
-    errno = saved;
-    return good;
-}
-
-static bool write_map(pid_t pid, const char *file, const char *kind, const struct op *ops, size_t count) {
-    char text[4096];
-    size_t used = 0;
-    for (size_t i = 0; i < count && used < sizeof text - 128; i++)
-        if (!strcmp(ops[i].words[0], kind))
-            used += (size_t)snprintf(text + used, 128, "%.30s %.30s %.30s\n", ops[i].words[1], ops[i].words[2], ops[i].words[3]);
-    return used == 0 || write_proc(pid, file, text, used);
-}
-
-static bool write_maps(pid_t pid, const struct op *ops, size_t count) {
-    if (geteuid() != 0 && find(ops, count, "map-group") && !write_proc(pid, "setgroups", "deny", 4))
-        return false;
-    return write_map(pid, "uid_map", "map-user", ops, count) && write_map(pid, "gid_map", "map-group", ops, count);
+/* What is written to in /proc, which a new root may not have and which is closed to us once we have changed user. */
+static void open_early(struct launch *l) {
+    l->guest = !strcmp(l->ops[l->count - 1].words[0], "guest");
+    l->oom = launch_find(l->ops, l->count, "oom") ? open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC) : -1;
+    l->apparmor = -1;
+    if (launch_find(l->ops, l->count, "apparmor"))
+        l->apparmor = open(l->guest ? "/proc/self/attr/apparmor/current" : "/proc/self/attr/apparmor/exec", O_WRONLY | O_CLOEXEC);
 }
 
 /* Read what the child has to say until it runs the program (its end closes) or fails. */
@@ -214,34 +228,45 @@ static ssize_t read_report(int fd, char *message) {
     return size;
 }
 
-static _Noreturn void child(const struct op *ops, size_t count, int go, int report) {
-    struct launch l = {.ops = ops, .count = count, .error_fd = report};
-    char byte;
+static _Noreturn void child(struct launch *l, int go) {
+    char byte, text[LAUNCH_MESSAGE];
     ssize_t n;
     while ((n = read(go, &byte, 1)) < 0 && errno == EINTR)
         ;
     if (n != 1)
-        _exit(LAUNCH_FAILED); /* the parent died before it had written our maps */
-    launch_run(&l, go);
+        _exit(LAUNCH_FAILED); /* the parent died before it had settled us */
+    open_early(l);
+    const char *fault = namespaces_enter(l->ops, l->count);
+    if (fault) {
+        int size = snprintf(text, sizeof text, "%s: %s\n", fault, strerror(errno));
+        (void)!write(l->error_fd, text, (size_t)size);
+        _exit(LAUNCH_FAILED);
+    }
+    launch_run(l, go);
 }
 
-pid_t launch_start(const struct op *ops, size_t count, char *message) {
+/* Settle the child and wait for what it says. Returns the size of the message: 0 if all went well. */
+static ssize_t settle(pid_t pid, bool moved, struct launch *l, int go, int report, char *message) {
+    const char *fault = namespaces_settle(pid, moved, l->ops, l->count, l->prepared);
+    if (fault)
+        return snprintf(message, LAUNCH_MESSAGE, "%s: %s", fault, strerror(errno));
+    if (write(go, "g", 1) != 1)
+        return snprintf(message, LAUNCH_MESSAGE, "the process ended before it began");
+    return read_report(report, message);
+}
+
+/* fork with the plan's namespaces, with what joins us and the child. -1 with the reason in message. */
+static pid_t clone_and_settle(struct launch *l, char *message) {
     int go[2] = {-1, -1}, report[2] = {-1, -1};
-    unsigned long flags;
-    const char *why = plan_check_launch(ops, count);
-    if (!why && !namespace_flags(find(ops, count, "namespaces"), &flags))
-        why = "a namespace of the plan is not known";
-    if (why) {
-        snprintf(message, LAUNCH_MESSAGE, "%s", why);
-        return -1;
-    }
     pid_t pid = -1;
+    bool moved = false;
     if (pipe2(go, O_CLOEXEC) == 0 && pipe2(report, O_CLOEXEC) == 0)
-        pid = (pid_t)syscall(SYS_clone, flags | SIGCHLD, NULL, NULL, NULL, NULL);
+        pid = namespaces_clone(l->ops, l->count, &moved);
     if (pid == 0) {
         close(go[1]);
         close(report[0]);
-        child(ops, count, go[0], report[1]);
+        l->error_fd = report[1];
+        child(l, go[0]);
     }
     int error = errno;
     close(go[0]);
@@ -249,12 +274,8 @@ pid_t launch_start(const struct op *ops, size_t count, char *message) {
     ssize_t said = 1;
     if (pid < 0)
         snprintf(message, LAUNCH_MESSAGE, "a process in new namespaces cannot be made: %s", strerror(error));
-    else if (!write_maps(pid, ops, count))
-        snprintf(message, LAUNCH_MESSAGE, "the id maps cannot be written: %s", strerror(errno));
-    else if (write(go[1], "g", 1) != 1)
-        snprintf(message, LAUNCH_MESSAGE, "the process ended before it began");
     else
-        said = read_report(report[0], message);
+        said = settle(pid, moved, l, go[1], report[0], message);
     close(go[1]);
     close(report[0]);
     if (pid > 0 && said > 0) {
@@ -262,6 +283,29 @@ pid_t launch_start(const struct op *ops, size_t count, char *message) {
         waitpid(pid, NULL, 0);
         pid = -1;
     }
+    return pid;
+}
+
+pid_t launch_start(const struct op *ops, size_t count, char *message) {
+    const char *why = plan_check_launch(ops, count);
+    if (!why)
+        why = namespaces_check(ops, count);
+    struct prepared *prepared = why ? NULL : calloc(count, sizeof *prepared);
+    if (!why && !prepared)
+        why = strerror(ENOMEM);
+    if (why) {
+        snprintf(message, LAUNCH_MESSAGE, "%s", why);
+        return -1;
+    }
+    pid_t pid = -1;
+    if (namespaces_prepare(ops, count, prepared)) {
+        struct launch l = {.ops = ops, .count = count, .prepared = prepared};
+        pid = clone_and_settle(&l, message);
+        namespaces_release(prepared, count);
+    } else {
+        snprintf(message, LAUNCH_MESSAGE, "the sources of a mount cannot be opened: %s", strerror(errno));
+    }
+    free(prepared);
     return pid;
 }
 
@@ -306,9 +350,10 @@ int launch_main(int argc, char **argv) {
         fprintf(stderr, "tvinit launch: %s\n", why);
         return LAUNCH_FAILED;
     }
-    if (find(plan.ops, plan.count, "namespaces"))
+    if (launch_find(plan.ops, plan.count, "namespaces") || launch_find(plan.ops, plan.count, "cgroup") || launch_find(plan.ops, plan.count, "netns"))
         return run_in_child(&plan);
     int error_fd = fcntl(2, F_DUPFD_CLOEXEC, 3);
     struct launch l = {.ops = plan.ops, .count = plan.count, .error_fd = error_fd < 0 ? 2 : error_fd};
+    open_early(&l);
     launch_run(&l, -1);
 }

@@ -20,14 +20,27 @@ struct launch {
     size_t count;
     int error_fd;        /* close-on-exec; gets the message if the launch fails */
     int root;            /* O_PATH of the new root until pivot, else -1 */
+    int base;            /* the tmpfs that `root` made: the root itself unless an overlay covers it */
+    bool over_root;      /* the base is mounted on the old root itself */
+    unsigned parts;      /* files and folders in the base that the new root is made from */
+    const struct prepared *prepared; /* one an operation */
     int oom;             /* /proc/self/oom_score_adj, opened while there still is a /proc, else -1 */
     bool keep_caps;      /* a `caps` operation follows `user` */
     struct { int from, to; } fds[LAUNCH_FDS];
     size_t fd_count;
     struct { const char *path, *flags; } rules[LAUNCH_RULES];
     size_t rule_count;
+    bool domain;         /* landlock-domain */
+    int apparmor;        /* /proc/self/attr/..., opened while there still is a /proc, else -1 */
+    bool guest, hooks;
     struct sock_fprog filter;
     char **env;
+};
+
+/* Mounts that the parent made for an operation, since only it may: the child that carries the plan out may be
+ * another user, who cannot reach their sources, and in a user namespace, where no ids can be mapped. */
+struct prepared {
+    int tree[2]; /* -1: none */
 };
 
 /* Fork (into new namespaces, if the plan asks for them), carry out the plan and wait until the program
@@ -42,13 +55,35 @@ int op_file(struct launch *l, const struct op *op);
 int op_link(struct launch *l, const struct op *op);
 int op_bind(struct launch *l, const struct op *op);
 int op_mount(struct launch *l, const struct op *op);
+int op_overlay(struct launch *l, const struct op *op);
+int op_text(struct launch *l, const struct op *op);
+int op_mask(struct launch *l, const struct op *op);
+int op_readonly(struct launch *l, const struct op *op);
 int op_pivot(struct launch *l, const struct op *op);
 int op_rlimit(struct launch *l, const struct op *op);
 int op_groups(struct launch *l, const struct op *op);
 int op_user(struct launch *l, const struct op *op);
 int op_caps(struct launch *l, const struct op *op);
 int op_landlock(struct launch *l, const struct op *op);
+int op_landlock_domain(struct launch *l, const struct op *op);
 int op_seccomp(struct launch *l, const struct op *op);
+
+/* The mount that the parent prepared for an operation, else a clone of source that is made here. bind: bind_flags. */
+int launch_tree(const struct launch *l, const struct op *op, int which, const char *source, unsigned bind);
+
+/* namespaces.c: what is done around a clone. */
+const char *namespaces_check(const struct op *ops, size_t count);
+/* Open what the parent must open. False with errno, and nothing left open. */
+bool namespaces_prepare(const struct op *ops, size_t count, struct prepared *prepared);
+void namespaces_release(struct prepared *prepared, size_t count);
+/* fork into the plan's namespaces; *moved: and into its cgroup of version 2. */
+pid_t namespaces_clone(const struct op *ops, size_t count, bool *moved);
+/* In the parent: a cgroup, id maps, the prepared mounts' own ids. NULL, or what failed, with errno. */
+const char *namespaces_settle(pid_t pid, bool moved, const struct op *ops, size_t count, const struct prepared *prepared);
+/* In the child, when the parent has settled it: what is left, and becoming root where the map has one. NULL, or what failed. */
+const char *namespaces_enter(const struct op *ops, size_t count);
+
+const struct op *launch_find(const struct op *ops, size_t count, const char *name);
 
 /* Applied at exec, in this order. */
 int descriptors_apply(struct launch *l);

@@ -16,15 +16,14 @@
 #include <unistd.h>
 
 #include "launch.h"
+#include "mounts.h"
 
-static int open_in(int root, const char *path, uint64_t flags) {
+int open_in(int root, const char *path, uint64_t flags) {
     struct open_how how = {.flags = flags | O_CLOEXEC, .resolve = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS};
     return (int)syscall(SYS_openat2, root, path, &how, sizeof how);
 }
 
-/* Open the folder that holds the last component of path, making folders on the way; *name gets that
- * component, within copy. Returns -1 with errno. */
-static int open_parent(int root, const char *path, char copy[PATH_MAX], char **name) {
+int open_parent(int root, const char *path, char copy[PATH_MAX], char **name) {
     if (path[0] != '/' || strlen(path) >= PATH_MAX) {
         errno = EINVAL;
         return -1;
@@ -55,7 +54,7 @@ static int open_parent(int root, const char *path, char copy[PATH_MAX], char **n
     return at;
 }
 
-static bool parse_mode(const char *word, mode_t *mode) {
+bool parse_mode(const char *word, mode_t *mode) {
     char *end;
     unsigned long v = strtoul(word, &end, 8);
     *mode = (mode_t)v;
@@ -105,29 +104,31 @@ int op_link(struct launch *l, const struct op *op) {
     return r;
 }
 
-/* Words of FLAGS as mount attributes; false with EINVAL for a word that is not one. */
-static bool parse_flags(const char *words, uint64_t *attr) {
-    *attr = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC | MOUNT_ATTR_NOSUID;
+bool parse_flags(const char *words, uint64_t *attributes, unsigned *bind) {
+    static const struct { const char *word; uint64_t clears; unsigned bind; } FLAGS[] = {
+        {"ro", 0, 0},          {"rw", MOUNT_ATTR_RDONLY, 0},  {"nodev", 0, 0},         {"dev", MOUNT_ATTR_NODEV, 0}, {"noexec", 0, 0},
+        {"exec", MOUNT_ATTR_NOEXEC, 0}, {"nosuid", 0, 0}, {"idmap", 0, BIND_IDMAP}, {"alone", 0, BIND_ALONE},
+    };
+    *attributes = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC | MOUNT_ATTR_NOSUID;
+    if (bind)
+        *bind = 0;
     for (const char *at = words; *at;) {
-        size_t n = strcspn(at, ",");
-        if (n == 2 && !strncmp(at, "rw", n))
-            *attr &= ~(uint64_t)MOUNT_ATTR_RDONLY;
-        else if (n == 3 && !strncmp(at, "dev", n))
-            *attr &= ~(uint64_t)MOUNT_ATTR_NODEV;
-        else if (n == 4 && !strncmp(at, "exec", n))
-            *attr &= ~(uint64_t)MOUNT_ATTR_NOEXEC;
-        else if (!(n == 2 && !strncmp(at, "ro", n)) && !(n == 5 && !strncmp(at, "nodev", n)) &&
-                 !(n == 6 && (!strncmp(at, "nosuid", n) || !strncmp(at, "noexec", n)))) {
+        size_t n = strcspn(at, ","), i = 0;
+        while (i < sizeof FLAGS / sizeof *FLAGS && (strlen(FLAGS[i].word) != n || strncmp(at, FLAGS[i].word, n)))
+            i++;
+        if (i == sizeof FLAGS / sizeof *FLAGS || (FLAGS[i].bind && !bind)) {
             errno = EINVAL;
             return false;
         }
+        *attributes &= ~FLAGS[i].clears;
+        if (bind)
+            *bind |= FLAGS[i].bind;
         at += n + (at[n] == ',');
     }
     return true;
 }
 
-/* Open the place to mount on, made if it is not there: a folder or an empty file. */
-static int open_target(int root, const char *path, bool folder) {
+int open_target(int root, const char *path, bool folder) {
     if (!strcmp(path, "/"))
         return open_in(root, "/", O_PATH);
     char copy[PATH_MAX], *name;
@@ -149,11 +150,10 @@ static int open_target(int root, const char *path, bool folder) {
     return fd;
 }
 
-/* Attach a detached mount at path with these attributes; closes tree. */
-static int attach(struct launch *l, int tree, uint64_t attributes, const char *path, bool folder) {
+int attach(int root, int tree, uint64_t attributes, const char *path, bool folder) {
     struct mount_attr attr = {.attr_set = attributes};
     int r = mount_setattr(tree, "", AT_EMPTY_PATH | AT_RECURSIVE, &attr, sizeof attr);
-    int target = r < 0 ? -1 : open_target(l->root, path, folder);
+    int target = r < 0 ? -1 : open_target(root, path, folder);
     if (target < 0) {
         r = -1;
     } else {
@@ -168,13 +168,14 @@ static int attach(struct launch *l, int tree, uint64_t attributes, const char *p
 
 int op_bind(struct launch *l, const struct op *op) {
     uint64_t attributes;
+    unsigned how;
     struct stat st;
-    if (!parse_flags(op->words[3], &attributes))
+    if (!parse_flags(op->words[3], &attributes, &how))
         return -1;
-    int tree = open_tree(AT_FDCWD, op->words[1], OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | AT_RECURSIVE);
+    int tree = launch_tree(l, op, 0, op->words[1], how);
     if (tree < 0 || fstat(tree, &st) < 0)
         return -1;
-    return attach(l, tree, attributes, op->words[2], S_ISDIR(st.st_mode));
+    return attach(l->root, tree, attributes, op->words[2], S_ISDIR(st.st_mode));
 }
 
 /* Set the options of a new file system from DATA: comma-separated KEY=VALUE or KEY. */
@@ -195,7 +196,7 @@ static int configure(int fs, const char *data) {
     return r;
 }
 
-static int new_filesystem(const char *type, const char *source, const char *data) {
+int new_filesystem(const char *type, const char *source, const char *data) {
     int fs = fsopen(type, FSOPEN_CLOEXEC);
     if (fs < 0)
         return -1;
@@ -211,10 +212,10 @@ static int new_filesystem(const char *type, const char *source, const char *data
 
 int op_mount(struct launch *l, const struct op *op) {
     uint64_t attributes;
-    if (!parse_flags(op->words[4], &attributes))
+    if (!parse_flags(op->words[4], &attributes, NULL))
         return -1;
     int tree = new_filesystem(op->words[1], op->words[2], op->words[5]);
-    return tree < 0 ? -1 : attach(l, tree, attributes, op->words[3], true);
+    return tree < 0 ? -1 : attach(l->root, tree, attributes, op->words[3], true);
 }
 
 int op_root(struct launch *l, const struct op *op) {
@@ -227,8 +228,21 @@ int op_root(struct launch *l, const struct op *op) {
     if (mount_setattr(tree, "", AT_EMPTY_PATH, &attr, sizeof attr) < 0 ||
         move_mount(tree, "", AT_FDCWD, op->words[1], MOVE_MOUNT_F_EMPTY_PATH) < 0)
         return -1;
-    l->root = tree;
+    l->root = l->base = tree;
+    l->over_root = !strcmp(op->words[1], "/");
     return 0;
+}
+
+/* Whether nothing lies over our root: what did would be where its `..` leads. */
+static bool alone(void) {
+    struct statx root, up;
+    bool same = statx(AT_FDCWD, "/", AT_NO_AUTOMOUNT, STATX_BASIC_STATS | STATX_MNT_ID, &root) == 0 &&
+                statx(AT_FDCWD, "/..", AT_NO_AUTOMOUNT, STATX_BASIC_STATS | STATX_MNT_ID, &up) == 0 &&
+                root.stx_ino == up.stx_ino && root.stx_dev_major == up.stx_dev_major && root.stx_dev_minor == up.stx_dev_minor &&
+                (!(root.stx_mask & STATX_MNT_ID) || root.stx_mnt_id == up.stx_mnt_id);
+    if (!same)
+        errno = EXDEV;
+    return same;
 }
 
 int op_pivot(struct launch *l, const struct op *op) {
@@ -237,11 +251,19 @@ int op_pivot(struct launch *l, const struct op *op) {
         errno = EINVAL;
         return -1;
     }
-    /* pivot_root(2), "pivot_root(".", ".")": the old root lies over the new one until it is detached. */
-    if (fchdir(l->root) < 0 || syscall(SYS_pivot_root, ".", ".") < 0 || umount2(".", MNT_DETACH) < 0 || chdir("/") < 0)
+    /* pivot_root(2), "pivot_root(".", ".")": the old root lies over the new one until it is detached, and over the old
+     * root our base, if that is where it was mounted. */
+    if (fchdir(l->root) < 0 || syscall(SYS_pivot_root, ".", ".") < 0)
         return -1;
+    for (int layers = l->over_root && l->base != l->root ? 2 : 1; layers > 0; layers--)
+        if (umount2(".", MNT_DETACH) < 0)
+            return -1;
+    if (chdir("/") < 0 || !alone())
+        return -1;
+    if (l->base != l->root)
+        close(l->base);
     close(l->root);
-    l->root = -1;
+    l->root = l->base = -1;
     struct mount_attr attr = {.attr_set = MOUNT_ATTR_RDONLY};
     return writable ? 0 : mount_setattr(AT_FDCWD, "/", 0, &attr, sizeof attr);
 }

@@ -74,17 +74,29 @@ bool plan_number(const char *word, long long low, long long high, long long *out
     return errno == 0 && *end == 0 && end != word && *out >= low && *out <= high;
 }
 
+/* The order of kinds. */
+enum rank {
+    CGROUP, NAMESPACES, NETNS, MAPS, NAMES, ROOT, FILES, PIVOT, RLIMIT, GROUPS, USER, CAPS, OOM, APPARMOR, NO_NEW_PRIVS, LANDLOCK,
+    SECCOMP, LAST, END,
+};
+
 /* What each launch operation needs; rank is its place in the order of kinds. */
 static const struct kind {
     const char *name;
     unsigned char rank, least, most; /* words after the name; most 255: any number */
 } KINDS[] = {
-    {"namespaces", 0, 1, 7}, {"map-user", 1, 3, 3},   {"map-group", 1, 3, 3},     {"hostname", 2, 1, 1},
-    {"loopback", 2, 0, 0},   {"root", 3, 1, 1},       {"dir", 4, 2, 2},           {"file", 4, 2, 2},
-    {"link", 4, 2, 2},       {"bind", 4, 3, 3},       {"mount", 4, 5, 5},         {"pivot", 5, 0, 1},
-    {"rlimit", 6, 3, 3},     {"groups", 7, 0, 255},   {"user", 8, 2, 2},          {"caps", 9, 0, 255},
-    {"oom", 10, 1, 1},       {"no-new-privs", 11, 0, 0}, {"landlock", 12, 2, 2},  {"seccomp", 13, 1, 1},
-    {"chdir", 14, 1, 1},     {"env", 14, 0, 255},     {"fd", 14, 2, 2},           {"exec", 15, 1, 255},
+    {"cgroup", CGROUP, 1, 255},      {"namespaces", NAMESPACES, 1, 8}, {"netns", NETNS, 1, 1},
+    {"map-user", MAPS, 3, 3},        {"map-group", MAPS, 3, 3},        {"hostname", NAMES, 1, 1},
+    {"loopback", NAMES, 0, 0},       {"root", ROOT, 1, 1},             {"dir", FILES, 2, 2},
+    {"file", FILES, 2, 2},           {"link", FILES, 2, 2},            {"text", FILES, 3, 3},
+    {"bind", FILES, 3, 3},           {"mount", FILES, 5, 5},           {"overlay", FILES, 4, 4},
+    {"mask", FILES, 1, 255},         {"readonly", FILES, 1, 255},      {"pivot", PIVOT, 0, 1},
+    {"rlimit", RLIMIT, 3, 3},        {"groups", GROUPS, 0, 255},       {"user", USER, 2, 2},
+    {"caps", CAPS, 0, 255},          {"oom", OOM, 1, 1},               {"apparmor", APPARMOR, 1, 1},
+    {"no-new-privs", NO_NEW_PRIVS, 0, 0}, {"landlock", LANDLOCK, 2, 2}, {"landlock-domain", LANDLOCK, 0, 0},
+    {"seccomp", SECCOMP, 1, 1},      {"chdir", LAST, 1, 1},            {"env", LAST, 0, 255},
+    {"fd", LAST, 2, 2},              {"hooks", LAST, 0, 0},            {"exec", END, 1, 255},
+    {"guest", END, 1, 1},
 };
 
 static const struct kind *kind_of(const char *name) {
@@ -95,10 +107,31 @@ static const struct kind *kind_of(const char *name) {
 }
 
 static bool has_namespace(const struct op *ops, size_t count, const char *name) {
-    for (size_t i = 1; count > 0 && !strcmp(ops[0].words[0], "namespaces") && i < ops[0].count; i++)
-        if (!strcmp(ops[0].words[i], name))
+    size_t at = 0;
+    while (at < count && strcmp(ops[at].words[0], "namespaces"))
+        at++;
+    for (size_t i = 1; at < count && i < ops[at].count; i++)
+        if (!strcmp(ops[at].words[i], name))
             return true;
     return false;
+}
+
+/* Kinds of which a plan has at most one. */
+static bool single(int rank) {
+    return rank == CGROUP || rank == NAMESPACES || rank == NETNS || rank == ROOT || rank == PIVOT || rank == APPARMOR || rank == END;
+}
+
+/* Without its own namespace an operation would change the host. */
+static const char *lacks_namespace(const struct op *ops, size_t count, const struct kind *k) {
+    if (k->rank == ROOT && !has_namespace(ops, count, "mount"))
+        return "needs a mount namespace";
+    if (!strcmp(k->name, "hostname") && !has_namespace(ops, count, "uts"))
+        return "needs a uts namespace";
+    if (!strcmp(k->name, "netns") && has_namespace(ops, count, "net"))
+        return "goes with no new net namespace";
+    if (!strcmp(k->name, "guest") && !(has_namespace(ops, count, "pid") && has_namespace(ops, count, "mount")))
+        return "needs a pid and a mount namespace";
+    return NULL;
 }
 
 const char *plan_check_launch(const struct op *ops, size_t count) {
@@ -113,24 +146,23 @@ const char *plan_check_launch(const struct op *ops, size_t count) {
             fault = "is not known";
         else if (ops[i].count - 1 < k->least || (k->most != 255 && ops[i].count - 1 > k->most))
             fault = "has the wrong number of words";
-        else if (k->rank < rank || ((k->rank == 0 || k->rank == 3 || k->rank == 5 || k->rank == 15) && k->rank == rank))
+        else if (k->rank < rank || (single(k->rank) && k->rank == rank))
             fault = "is out of order";
-        else if ((k->rank == 4 || k->rank == 5) && !root)
+        else if ((k->rank == FILES || k->rank == PIVOT) && !root)
             fault = "comes without a root";
-        /* Without its own namespace it would change the host. */
-        else if (k->rank == 3 && !has_namespace(ops, count, "mount"))
-            fault = "needs a mount namespace";
-        else if (!strcmp(name, "hostname") && !has_namespace(ops, count, "uts"))
-            fault = "needs a uts namespace";
-        else if (k->rank > 5 && root && !pivot)
+        else if (k->rank > PIVOT && root && !pivot)
             fault = "comes before pivot";
+        else if (!strcmp(name, "guest") && !root)
+            fault = "needs a root of its own";
+        else
+            fault = lacks_namespace(ops, count, k);
         if (fault) {
             snprintf(why, sizeof why, "operation %zu (%.40s) %s", i + 1, name, fault);
             return why;
         }
         rank = k->rank;
-        root = root || rank == 3;
-        pivot = pivot || rank == 5;
+        root = root || rank == ROOT;
+        pivot = pivot || rank == PIVOT;
     }
-    return rank == 15 ? NULL : "the plan does not end in exec";
+    return rank == END ? NULL : "the plan does not end in exec or guest";
 }

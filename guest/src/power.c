@@ -18,6 +18,8 @@
 
 enum { TERM_MS = 2000, KILL_MS = 2000, BYE_MS = 1000 };
 
+bool power_contained;
+
 static enum { NONE, TERMINATING, KILLING } phase;
 static enum power end;
 static int64_t deadline;
@@ -74,7 +76,7 @@ bool power_turn(bool children) {
         signal_all(SIGKILL);
         return false;
     }
-    bool master = getpid() == 1;
+    bool master = getpid() == 1 && !power_contained;
     if (master)
         root_release();
     say_bye();

@@ -5,6 +5,9 @@
 
 #include <stdbool.h>
 
+/* PID 1 of a container: the end of the machine is its own exit, and what is mounted is not its affair. */
+extern bool power_contained;
+
 enum power { POWER_OFF = 0, POWER_REBOOT = 1 };
 
 /* Begin; a second call changes nothing. */

@@ -170,8 +170,7 @@ static int do_warm(char **w) {
 
 static int visible(const struct dirent *e) { return e->d_name[0] != '.'; }
 
-static int do_hooks(char **w) {
-    (void)w;
+int steps_hooks(void) {
     struct dirent **list;
     int count = scandir(HOOKS, &list, visible, alphasort);
     if (count < 0)
@@ -192,6 +191,11 @@ static int do_hooks(char **w) {
     }
     free(list);
     return 0;
+}
+
+static int do_hooks(char **w) {
+    (void)w;
+    return steps_hooks();
 }
 
 static int do_sync(char **w) {

@@ -26,4 +26,7 @@ size_t steps_check(const struct steps *s);
 /* Carry out a STEPS frame and queue OK or ERROR. */
 void steps_frame(const struct frame *f);
 
+/* Run the machine's hooks. 0 or errno. */
+int steps_hooks(void);
+
 #endif

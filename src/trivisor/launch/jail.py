@@ -33,7 +33,7 @@ TRIAL_TIMEOUT = 10.0
 
 _NAMESPACES = ("mount", "pid", "net", "ipc", "uts", "cgroup")
 _NR_LANDLOCK_CREATE_RULESET = 444
-_USAGE = 2
+USAGE = 2
 """What tvinit exits with when it is told nothing: it ran."""
 
 
@@ -113,7 +113,7 @@ def _try(report: JailReport) -> str:
             )
         except subprocess.TimeoutExpired:
             return f"a trial took over {TRIAL_TIMEOUT:g} s"
-    if done.returncode == _USAGE:
+    if done.returncode == USAGE:
         return ""
     return done.stderr.decode(errors="replace").strip() or f"a trial exited with {done.returncode}"
 
@@ -125,11 +125,12 @@ _SWITCHES = (
 )
 
 
-def _remedy() -> str:
-    for path, value, remedy in _SWITCHES:
+def remedy() -> str:
+    """Return what to do on a host that refuses user namespaces."""
+    for path, value, switch in _SWITCHES:
         try:
             if Path(path).read_text().strip() == value:
-                return remedy
+                return switch
         except OSError:  # this kernel has no such switch
             continue
     return "in a container: allow user namespaces (its seccomp profile and masked paths), or run it with --privileged"
@@ -143,10 +144,10 @@ def _probe(_uid: int) -> JailReport:
         if not fault:
             if shape.namespaces:
                 return shape
-            return JailReport((), False, shape.landlock, why, _remedy())
+            return JailReport((), False, shape.landlock, why, remedy())
         why = fault
     # Not even seccomp alone: nothing is tried any more, the engine's start will say what fails.
-    return JailReport((), False, 0, why, _remedy())
+    return JailReport((), False, 0, why, remedy())
 
 
 def probe() -> JailReport:

@@ -163,6 +163,8 @@ _COMMON = """
 _FILES_ONLY = "mknod mknodat fanotify_mark name_to_handle_at memfd_secret"
 """In the default profile, of no use to an engine."""
 
+_CONTAINER = "chroot ptrace process_vm_readv process_vm_writev"
+
 _CLONE: tuple[Rule, ...] = ((Arg(0, "==", 0, mask=_NEW_NAMESPACES),),)
 _PERSONALITIES: tuple[Rule, ...] = tuple((Arg(0, "==", value),) for value in (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF))
 _IOCTL: tuple[Rule, ...] = ((Arg(1, "!=", 0x5412, mask=0xFFFFFFFF), Arg(1, "!=", 0x541C, mask=0xFFFFFFFF)),)
@@ -179,6 +181,19 @@ def default_profile() -> bytes:
     """Return the filter for programs that we know nothing about: at least as tight as Docker's default without
     capabilities. What is not in it fails with EPERM, and clone3 with ENOSYS, so that libc falls back to clone."""
     allowed = always(_COMMON + _FILES_ONLY) | {
+        "clone": _CLONE,
+        "personality": _PERSONALITIES,
+        "ioctl": _IOCTL,
+        "socket": ((Arg(0, "!=", _AF_VSOCK, mask=0xFFFFFFFF),),),
+    }
+    return compile(allowed, errnos={"clone3": errno.ENOSYS})
+
+
+@functools.cache
+def container_profile() -> bytes:
+    """Return the filter of a container with Docker's default capabilities: at least as tight as Docker's for that set.
+    CAP_SYS_CHROOT brings chroot; debuggers work as they do there, which is safe since Linux 4.8."""
+    allowed = always(_COMMON + _FILES_ONLY + _CONTAINER) | {
         "clone": _CLONE,
         "personality": _PERSONALITIES,
         "ioctl": _IOCTL,

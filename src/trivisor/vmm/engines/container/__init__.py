@@ -1,0 +1,1 @@
+"""The container wall: the host's kernel, through our own launcher."""

@@ -1,0 +1,172 @@
+"""The container wall: programs on the host's own kernel, in namespaces, with nothing installed but tvinit.
+
+What is kept of a machine while it is stopped is its writable layer, a folder of what its programs changed. A start
+composes a plan (launch/container.py) and has a keeper carry it out. All mounts are in the machine's own mount
+namespace and end with it, so there is nothing to take down and nothing that a crash could leave.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import socket
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from trivisor.core.errors import EngineError, HostLacks, StorageError, TrivisorError, UnsupportedByWall
+from trivisor.core.paths import Home
+from trivisor.core.spec import Spec, Wall
+from trivisor.core.undo import Undo
+from trivisor.launch import cgroup_layout, cgroups, container, ids, keeper
+from trivisor.launch.cgroups import Cgroup, Limits
+from trivisor.launch.container import Container, Layer
+from trivisor.launch.ids import Shape
+from trivisor.vmm.engine import Box, Progress, Usage, WallReport
+from trivisor.vmm.engines.container import host
+
+_WAIT = 60.0
+
+
+class ContainerEngine:
+    """Runs the containers of `home`."""
+
+    wall: Wall = "container"
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+
+    def report(self) -> WallReport:
+        details = {"limits": str(cgroup_layout.layout()), **host.confinement()}
+        try:
+            shape = ids.probe(self._home.root)
+        except TrivisorError as error:
+            return WallReport(wall=self.wall, available=False, why=str(error), remedy=error.hint, details=details)
+        details |= {"ids": str(shape), "namespaces": ", ".join(shape.namespaces)}
+        details["disk"] = "its size is not enforced: what a machine writes is bounded by the file system of the home alone"
+        if shape.lacks:
+            details["lacks"] = ", ".join(shape.lacks)
+        freezer = cgroup_layout.layout().of("freezer") is not None
+        features = {"pause": freezer, "disk": True, "own_kernel": False, "host_image": True, "disk_size": False}
+        return WallReport(wall=self.wall, available=True, features=features, details=details)
+
+    def check(self, spec: Spec) -> None:
+        ids.probe(self._home.root)
+        cgroups.limits_possible(Limits.of(spec))
+        if spec.network not in ("none", "host"):
+            raise UnsupportedByWall(f"have the network {spec.network!r}", self.wall, ["vm"])
+        if any(volume.named for volume in spec.volumes.values()):
+            raise UnsupportedByWall("have named volumes", self.wall, ["vm"])
+
+    def create(self, box: Box, undo: Undo) -> None:
+        if box.spec.disk == "ram":
+            return
+        owner = ids.probe(box.home.root).ids(box.slot).owner
+        for layer in _layers(box):
+            assert isinstance(layer.upper, Path)
+            host.make_layer(layer.upper, layer.lower if box.host_root and layer.target != "/" else None, owner)
+
+    def start(self, box: Box, undo: Undo, progress: Progress) -> dict[str, str]:
+        shape = ids.probe(box.home.root)
+        _check_layers(box, shape)
+        begun = time.monotonic()
+        with ExitStack() as stack:
+            group = stack.enter_context(Cgroup.create(box.home, box.id, Limits.of(box.spec)))
+            undo.add("container", lambda: keeper.kill(box.dir))
+            self._run(box, shape, group, stack)
+        took = f"{(time.monotonic() - begun) * 1000:.0f} ms"
+        lacks = [*shape.lacks, *group.lacks, *host.lacks()]
+        return {"start": took, "ids": str(shape), **({"lacks": "; ".join(lacks)} if lacks else {})}
+
+    def pause(self, box: Box) -> None:
+        _group(box).freeze()
+
+    def resume(self, box: Box) -> None:
+        _group(box).thaw()
+
+    def paused(self, box: Box) -> bool:
+        return _group(box).frozen
+
+    def usage(self, box: Box) -> Usage:
+        """Its processes' and the keeper's. Private is anonymous memory; pages of files count as shared."""
+        used = _group(box).usage()
+        return Usage(private=used.anonymous, shared=max(0, used.memory - used.anonymous), cpu_seconds=used.cpu_seconds)
+
+    def sweep(self, home: Home, machines: set[str]) -> list[str]:
+        return []
+
+    def _run(self, box: Box, shape: Shape, group: Cgroup, stack: ExitStack) -> None:
+        ours, theirs = socket.socketpair()
+        stack.enter_context(ours)
+        stack.enter_context(theirs)
+        said, log = os.pipe2(os.O_CLOEXEC)
+        stack.callback(os.close, said)
+        stack.callback(os.close, log)
+        plan = container.plan(_container(box, shape, group, theirs.fileno(), log))
+        keeper.spawn(
+            box.dir,
+            processes=[keeper.Process("container", plan)],
+            line_fd=ours.fileno(),
+            logs={"engine": said},
+            fds=[theirs.fileno(), log, *group.fds],
+            owner=box.owner,
+            ttl=box.spec.ttl,
+            idle=box.spec.idle,
+            wait=_WAIT,
+        )
+
+
+def _container(box: Box, shape: Shape, group: Cgroup, line: int, log: int) -> Container:
+    spec = box.spec
+    return Container(
+        hostname=spec.name,
+        machine_id=hashlib.sha256(f"machine {box.id}".encode()).hexdigest()[:32],
+        ids=shape.ids(box.slot),
+        layers=_layers(box),
+        line=line,
+        log=log,
+        memory=spec.memory,
+        namespaces=shape.namespaces,
+        host_network=spec.network == "host",
+        cgroups=group.fds,
+        unified=cgroup_layout.layout().kind == "v2",
+        binds=host.volumes(spec),
+        env=spec.env,
+        dns=host.resolvers() if spec.network == "host" else (),
+        open_files=min(container.OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
+        apparmor=host.apparmor(),
+        volatile=spec.lifetime == "process" or spec.disk == "ram",
+        hide=host.hidden(),
+    )
+
+
+def _layers(box: Box) -> list[Layer]:
+    place = box.dir.root / "layers"
+    ram = box.spec.disk == "ram"
+    lowers = [(box.tree, "/"), *((folder, str(folder)) for folder in box.host_folders)]
+    return [Layer(lower, box.spec.memory // 2 if ram else place / (target.strip("/") or "root"), target) for lower, target in lowers]
+
+
+def _check_layers(box: Box, shape: Shape) -> None:
+    owner = shape.ids(box.slot).owner
+    for layer in _layers(box):
+        if not isinstance(layer.upper, Path):
+            continue
+        try:
+            found = (layer.upper / "upper").stat()
+        except OSError as error:
+            raise StorageError(f"the writable layer {layer.upper} is gone: {error.strerror}", machine=box.spec.name) from error
+        if (found.st_uid, found.st_gid) != owner:
+            raise EngineError(
+                f"its writable layer belongs to user {found.st_uid}, and would be run as {owner[0]}",
+                machine=box.spec.name,
+                hint="this host gives other ids than when it was made (see `trivisor doctor`); make a new machine",
+            )
+
+
+def _group(box: Box) -> Cgroup:
+    group = Cgroup.find(box.home, box.id)
+    if group is None:
+        raise HostLacks("it has no control group", machine=box.spec.name, hint="see `trivisor doctor`")
+    return group
