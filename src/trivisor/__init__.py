@@ -74,43 +74,25 @@ __all__ = [
     "WallReport",
 ]
 
-_WHERE = {
-    "AlreadyExists": "trivisor.core.errors",
-    "Busy": "trivisor.core.errors",
-    "CallerError": "trivisor.core.errors",
-    "EngineError": "trivisor.core.errors",
-    "ExecFailed": "trivisor.core.errors",
-    "ExecTimeout": "trivisor.core.errors",
-    "FileError": "trivisor.core.errors",
-    "GuestError": "trivisor.core.errors",
-    "GuestGone": "trivisor.core.errors",
-    "GuestProtocolError": "trivisor.core.errors",
-    "HostError": "trivisor.core.errors",
-    "HostLacks": "trivisor.core.errors",
-    "ImageError": "trivisor.core.errors",
-    "InvalidSpec": "trivisor.core.errors",
-    "InvalidState": "trivisor.core.errors",
-    "NotFound": "trivisor.core.errors",
-    "StorageError": "trivisor.core.errors",
-    "TrivisorError": "trivisor.core.errors",
-    "UnsupportedByWall": "trivisor.core.errors",
-    "WaitTimeout": "trivisor.core.errors",
-    "Event": "trivisor.core.events",
-    "Spec": "trivisor.core.spec",
-    "State": "trivisor.core.state",
-    "WallReport": "trivisor.vmm.engine",
-    "Machine": "trivisor.vmm.machine",
-    "Stats": "trivisor.vmm.machine",
-    "VMM": "trivisor.vmm.manager",
+_ELSEWHERE = {
+    "VMM": "vmm.manager",
+    "Event": "core.events",
+    "Machine": "vmm.machine",
+    "Spec": "core.spec",
+    "State": "core.state",
+    "Stats": "vmm.machine",
+    "WallReport": "vmm.engine",
 }
+"""Where the names are that are not errors."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(_WHERE[name]), name)
+    module = importlib.import_module(f"trivisor.{_ELSEWHERE.get(name, 'core.errors')}")
+    value = globals()[name] = getattr(module, name)
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_WHERE})
+    return sorted({*globals(), *__all__})
