@@ -13,16 +13,16 @@ import resource
 import socket
 import time
 from contextlib import ExitStack
-from pathlib import Path
 
-from trivisor.core.errors import EngineError, HostLacks, StorageError, TrivisorError, UnsupportedByWall
+from trivisor.core.errors import HostLacks, TrivisorError, UnsupportedByWall
 from trivisor.core.paths import Home
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.undo import Undo
 from trivisor.launch import cgroup_layout, cgroups, container, ids, keeper
 from trivisor.launch.cgroups import Cgroup, Limits
-from trivisor.launch.container import Container, Layer
+from trivisor.launch.container import Container
 from trivisor.launch.ids import Shape
+from trivisor.vmm import layers
 from trivisor.vmm.engine import Box, Progress, Usage, WallReport
 from trivisor.vmm.engines.container import host
 
@@ -60,16 +60,11 @@ class ContainerEngine:
             raise UnsupportedByWall("have named volumes", self.wall, ["vm"])
 
     def create(self, box: Box, undo: Undo) -> None:
-        if box.spec.disk == "ram":
-            return
-        owner = ids.probe(box.home.root).ids(box.slot).owner
-        for layer in _layers(box):
-            assert isinstance(layer.upper, Path)
-            host.make_layer(layer.upper, layer.lower if box.host_root and layer.target != "/" else None, owner)
+        layers.make(box, ids.probe(box.home.root).ids(box.slot).owner)
 
     def start(self, box: Box, undo: Undo, progress: Progress) -> dict[str, str]:
         shape = ids.probe(box.home.root)
-        _check_layers(box, shape)
+        layers.check(box, shape)
         begun = time.monotonic()
         with ExitStack() as stack:
             group = stack.enter_context(Cgroup.create(box.home, box.id, Limits.of(box.spec)))
@@ -123,7 +118,7 @@ def _container(box: Box, shape: Shape, group: Cgroup, line: int, log: int) -> Co
         hostname=spec.name,
         machine_id=hashlib.sha256(f"machine {box.id}".encode()).hexdigest()[:32],
         ids=shape.ids(box.slot),
-        layers=_layers(box),
+        layers=layers.layers(box),
         line=line,
         log=log,
         memory=spec.memory,
@@ -131,7 +126,7 @@ def _container(box: Box, shape: Shape, group: Cgroup, line: int, log: int) -> Co
         host_network=spec.network == "host",
         cgroups=group.fds,
         unified=cgroup_layout.layout().kind == "v2",
-        binds=host.volumes(spec),
+        binds=layers.volumes(spec),
         env=spec.env,
         dns=host.resolvers() if spec.network == "host" else (),
         open_files=min(container.OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
@@ -139,30 +134,6 @@ def _container(box: Box, shape: Shape, group: Cgroup, line: int, log: int) -> Co
         volatile=spec.lifetime == "process" or spec.disk == "ram",
         hide=host.hidden(),
     )
-
-
-def _layers(box: Box) -> list[Layer]:
-    place = box.dir.root / "layers"
-    ram = box.spec.disk == "ram"
-    lowers = [(box.tree, "/"), *((folder, str(folder)) for folder in box.host_folders)]
-    return [Layer(lower, box.spec.memory // 2 if ram else place / (target.strip("/") or "root"), target) for lower, target in lowers]
-
-
-def _check_layers(box: Box, shape: Shape) -> None:
-    owner = shape.ids(box.slot).owner
-    for layer in _layers(box):
-        if not isinstance(layer.upper, Path):
-            continue
-        try:
-            found = (layer.upper / "upper").stat()
-        except OSError as error:
-            raise StorageError(f"the writable layer {layer.upper} is gone: {error.strerror}", machine=box.spec.name) from error
-        if (found.st_uid, found.st_gid) != owner:
-            raise EngineError(
-                f"its writable layer belongs to user {found.st_uid}, and would be run as {owner[0]}",
-                machine=box.spec.name,
-                hint="this host gives other ids than when it was made (see `trivisor doctor`); make a new machine",
-            )
 
 
 def _group(box: Box) -> Cgroup:

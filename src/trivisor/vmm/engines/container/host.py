@@ -1,16 +1,13 @@
-"""What a container takes of the host beside its ids: layers on its disk, volumes, resolvers, what confines it."""
+"""What a container takes of the host beside its ids and layers: resolvers, what confines it."""
 
 from __future__ import annotations
 
 import functools
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from trivisor.core.errors import StorageError
-from trivisor.core.spec import Spec
-from trivisor.launch.jail import Bind, probe
+from trivisor.launch.jail import probe
 
 _PROFILE = "docker-default"
 """Docker's AppArmor profile. It is Docker's to load: a profile of our own would need root to install."""
@@ -18,25 +15,6 @@ _APPARMOR = Path("/sys/module/apparmor/parameters/enabled")
 _PROFILES = Path("/sys/kernel/security/apparmor/profiles")
 _PROCESSORS = Path("/sys/devices/system/cpu")
 _NAMESERVER = re.compile(r"nameserver\s+([0-9a-fA-F.:]+)\s*")
-
-
-def make_layer(folder: Path, like: Path | None, owner: tuple[int, int]) -> None:
-    """Make the folders of a writable layer, which root of the machine owns. Raises StorageError."""
-    try:
-        folder.mkdir(mode=0o755, parents=True)
-        for name, mode in (("upper", 0o755), ("work", 0o700)):
-            place = folder / name
-            place.mkdir(mode=mode)
-            place.chmod(like.stat().st_mode & 0o7777 if like and name == "upper" else mode)
-            if owner != (os.geteuid(), os.getegid()):
-                os.chown(place, *owner)
-    except OSError as error:
-        raise StorageError(f"{folder} cannot be made: {error.strerror}", hint="free space under the home") from error
-
-
-def volumes(spec: Spec) -> list[Bind]:
-    """Return the host's folders that the machine shares. Programs in them can be run; no device in them works."""
-    return [Bind(Path(volume.source), target, "ro,exec" if volume.readonly else "rw,exec") for target, volume in spec.volumes.items()]
 
 
 def resolvers() -> list[str]:
