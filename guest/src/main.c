@@ -1,8 +1,9 @@
-/* tvinit: one static binary, three modes.
+/* tvinit: one static binary, four modes.
  *
  *   tvinit [guest] [--fd N | --connect PATH]   PID 1 and agent inside a machine (guest.c); the mode when run as PID 1
  *   tvinit launch FD                           execute the launch plan read from FD (launch.c)
  *   tvinit keep FD                             keep one machine as the plan read from FD says (keep.c)
+ *   tvinit relay WORD...                       a machine's published ports and names, on the host (relay.c)
  */
 #include <signal.h>
 #include <stdio.h>
@@ -21,11 +22,13 @@ int main(int argc, char **argv) {
         return launch_main(argc - 2, argv + 2);
     if (!strcmp(mode, "keep"))
         return keep_main(argc - 2, argv + 2);
+    if (!strcmp(mode, "relay"))
+        return relay_main(argc - 2, argv + 2);
     if (!strcmp(mode, "guest"))
         return guest_main(argc - 2, argv + 2);
     /* A kernel hands options that it does not know to init as arguments: as PID 1 they mean nothing. */
     if (getpid() == 1)
         return guest_main(0, argv);
-    fprintf(stderr, "usage: tvinit guest [--fd N | --connect PATH] | launch FD | keep FD\n");
+    fprintf(stderr, "usage: tvinit guest [--fd N | --connect PATH] | launch FD | keep FD | relay WORD...\n");
     return 2;
 }

@@ -49,6 +49,16 @@ class Home:
         return self.root / "cache"
 
     @property
+    def networks(self) -> Path:
+        """A folder for each named network, and in it a file for each machine on it."""
+        return self.root / "networks"
+
+    @property
+    def volumes(self) -> Path:
+        """A folder for each volume. Made with the first."""
+        return self.root / "volumes"
+
+    @property
     def tmp(self) -> Path:
         """Half-made things. Each is `PID-STARTTIME-*` of its maker; the sweep removes those of the dead."""
         return self.root / "tmp"

@@ -1,0 +1,198 @@
+/* tvinit relay: published ports and names of one machine, on the host, under its keeper.
+ *
+ *   tvinit relay [tcp:FD:ADDRESS:PORT]... [names:FD] [folder:PATH] [upstream:ADDRESS]...
+ *
+ * FD of tcp is a listening socket, whose connections go to ADDRESS:PORT; FD of names a bound UDP socket (names.c). Both were made by who
+ * started us, so that a port that is taken is that one's error, and so that we need no privilege. A published port is free
+ * again in the instant that the machine ends, and goes on when the process that started it does not. */
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "modes.h"
+#include "relay.h"
+
+#define LISTENERS 64
+#define CONNECTIONS 512
+#define CHUNK 16384
+
+struct listener {
+    int fd;
+    struct sockaddr_in to;
+};
+
+/* One way of a connection. */
+struct way {
+    size_t start, end; /* what of the buffer is still to be written */
+    int ended;         /* 1: its reader has seen the end; 2: passed on */
+    char data[CHUNK];
+};
+
+struct connection {
+    int fd[2]; /* client, machine */
+    int connecting;
+    struct way *way[2]; /* 0: client to machine */
+};
+
+static struct listener listeners[LISTENERS];
+static int listening;
+static struct connection connections[CONNECTIONS];
+static int connected;
+static struct names names = {.fd = -1, .folder = -1};
+
+static void end_connection(int at) {
+    for (int i = 0; i < 2; i++) {
+        close(connections[at].fd[i]);
+        free(connections[at].way[i]);
+    }
+    connections[at] = connections[--connected];
+}
+
+/* Begins a connection to the machine for one that was accepted. */
+static void begin_connection(const struct listener *from, int client) {
+    struct connection new = {.fd = {client, -1}, .connecting = 1};
+    new.fd[1] = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    new.way[0] = calloc(1, sizeof *new.way[0]);
+    new.way[1] = calloc(1, sizeof *new.way[1]);
+    connections[connected++] = new;
+    int begun = new.fd[1] >= 0 && connect(new.fd[1], (const struct sockaddr *)&from->to, sizeof from->to);
+    if (new.fd[1] < 0 || (begun && errno != EINPROGRESS) || !new.way[0] || !new.way[1])
+        end_connection(connected - 1);
+}
+
+/* Moves what can be moved from `from` to `to`. Returns -1 when the connection is broken. */
+static int move(struct way *way, int from, int to) {
+    if (way->start == way->end && !way->ended) {
+        ssize_t n = read(from, way->data, CHUNK);
+        if (n < 0)
+            return errno == EAGAIN || errno == EINTR ? 0 : -1;
+        way->start = 0;
+        way->end = (size_t)n;
+        way->ended = n == 0;
+    }
+    if (way->start < way->end) {
+        ssize_t n = send(to, way->data + way->start, way->end - way->start, MSG_NOSIGNAL | MSG_DONTWAIT);
+        if (n < 0)
+            return errno == EAGAIN || errno == EINTR ? 0 : -1;
+        way->start += (size_t)n;
+    }
+    if (way->ended == 1 && way->start == way->end) {
+        way->ended = 2;
+        shutdown(to, SHUT_WR);
+    }
+    return 0;
+}
+
+static short wanted(const struct connection *one, int side) {
+    if (one->connecting)
+        return side ? POLLOUT : 0;
+    const struct way *in = one->way[side], *out = one->way[!side];
+    return (short)((in->start == in->end && !in->ended ? POLLIN : 0) | (out->start < out->end ? POLLOUT : 0));
+}
+
+/* Returns 1 when the connection has ended. */
+static int serve(struct connection *one, short client, short machine) {
+    if (one->connecting) {
+        int error = 0;
+        socklen_t size = sizeof error;
+        if (!machine && !(client & (POLLHUP | POLLERR)))
+            return 0;
+        if (!machine || getsockopt(one->fd[1], SOL_SOCKET, SO_ERROR, &error, &size) || error)
+            return 1;
+        one->connecting = 0;
+        return 0;
+    }
+    if (!client && !machine)
+        return 0;
+    for (int side = 0; side < 2; side++)
+        if (move(one->way[side], one->fd[side], one->fd[!side]) < 0)
+            return 1;
+    return (one->way[0]->ended == 2 && one->way[1]->ended == 2) || ((client | machine) & POLLERR);
+}
+
+static int loop(void) {
+    static struct pollfd polls[LISTENERS + 1 + NAMES_UPSTREAMS + 2 * CONNECTIONS];
+    for (;;) {
+        int n = 0, there = connected;
+        for (int i = 0; i < there; i++)
+            for (int side = 0; side < 2; side++) {
+                short events = wanted(&connections[i], side);
+                /* A hang-up cannot be masked: one that nothing is wanted of any more is not looked at. */
+                polls[n++] = (struct pollfd){.fd = events || connections[i].connecting ? connections[i].fd[side] : -1, .events = events};
+            }
+        int first = n;
+        for (int i = 0; i < listening; i++)
+            polls[n++] = (struct pollfd){.fd = connected < CONNECTIONS ? listeners[i].fd : -1, .events = POLLIN};
+        polls[n++] = (struct pollfd){.fd = names.fd, .events = POLLIN};
+        for (int i = 0; i < names.upstreams; i++)
+            polls[n++] = (struct pollfd){.fd = names.upstream[i], .events = POLLIN};
+        if (poll(polls, (nfds_t)n, -1) < 0) {
+            if (errno == EINTR)
+                continue;
+            return perror("relay: poll"), 1;
+        }
+        for (int i = there - 1; i >= 0; i--)
+            if (serve(&connections[i], polls[2 * i].revents, polls[2 * i + 1].revents))
+                end_connection(i);
+        for (int i = 0; i < listening && connected < CONNECTIONS; i++)
+            if (polls[first + i].revents) {
+                int client = accept4(listeners[i].fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+                if (client >= 0)
+                    begin_connection(&listeners[i], client);
+            }
+        for (int i = -1; i < names.upstreams; i++)
+            if (polls[first + listening + 1 + i].revents)
+                names_serve(&names, i);
+    }
+}
+
+static int add_listener(char *word) {
+    char *fd = strtok(word, ":"), *address = strtok(NULL, ":"), *port = strtok(NULL, ":");
+    struct listener *new = &listeners[listening];
+    if (listening == LISTENERS || !fd || !address || !port || inet_pton(AF_INET, address, &new->to.sin_addr) != 1)
+        return -1;
+    new->fd = atoi(fd);
+    new->to.sin_family = AF_INET;
+    new->to.sin_port = htons((uint16_t)atoi(port));
+    listening++;
+    return fcntl(new->fd, F_SETFL, O_NONBLOCK);
+}
+
+static int add_upstream(const char *address) {
+    struct sockaddr_in to = {.sin_family = AF_INET, .sin_port = htons(53)};
+    if (names.upstreams == NAMES_UPSTREAMS)
+        return 0;
+    int fd = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (fd < 0 || inet_pton(AF_INET, address, &to.sin_addr) != 1)
+        return -1;
+    if (connect(fd, (struct sockaddr *)&to, sizeof to) < 0) {
+        close(fd); /* a resolver that cannot be reached now: the others answer */
+        return 0;
+    }
+    names.upstream[names.upstreams++] = fd;
+    return 0;
+}
+
+static int understand(char *word) {
+    if (!strncmp(word, "tcp:", 4))
+        return add_listener(word + 4);
+    if (!strncmp(word, "upstream:", 9))
+        return add_upstream(word + 9);
+    if (!strncmp(word, "names:", 6))
+        return names.fd = atoi(word + 6), 0;
+    if (!strncmp(word, "folder:", 7))
+        return names.folder = open(word + 7, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    return errno = EINVAL, -1;
+}
+
+int relay_main(int argc, char **argv) {
+    for (int i = 0; i < argc; i++)
+        if (understand(argv[i]) < 0)
+            return fprintf(stderr, "relay: %s: %s\n", argv[i], strerror(errno)), 1;
+    return loop();
+}

@@ -1,0 +1,13 @@
+"""Networks of machines: one link each, made the same behind every wall.
+
+provide.py     the one call that engines make: what a machine's network is made of
+pool.py        addresses: a block of four for each machine; the interface's name says which, so the kernel keeps the book
+links.py       a veth pair into a namespace of the machine's own, or a tap, by pyroute2
+rules.py       what machines may reach, as data; table.py brings it into nftables
+networks.py    named networks of a home, and the names of machines on them
+resolvers.py   who the host asks for names
+relay.py       the helper on the host for published ports and names (guest/src/relay.c)
+
+Every link lives no longer than its machine: a veth goes with the namespace, a tap with its descriptor. What stays on the host is one
+nftables table that speaks of nothing but our interfaces, and that goes with the last of them.
+"""

@@ -1,0 +1,117 @@
+"""The few netlink requests that every start of a machine makes (netlink(7), rtnetlink(7)).
+
+pyroute2 does all of it and more, but takes some 10 ms for a link and 150 ms to be imported, which is longer than a container
+lives; these few messages take a tenth of that. What is done once a boot (table.py) is left to pyroute2: see docs/decisions/.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Self
+
+ROUTE, NETFILTER = 0, 12
+NEWLINK, NEWADDR, NEWROUTE = 16, 20, 24
+GETCHAIN = 10 << 8 | 4
+"""NFNL_SUBSYS_NFTABLES, NFT_MSG_GETCHAIN."""
+_REQUEST, _ACK, _EXCL, _CREATE = 0x1, 0x4, 0x200, 0x400
+_ERROR = 2
+_HEADER = struct.Struct("=IHHII")
+_TIMEOUT = 10.0
+_UP = 1
+
+_IFLA_ADDRESS, _IFLA_IFNAME, _IFLA_MTU, _IFLA_LINKINFO, _IFLA_IFALIAS, _IFLA_NET_NS_FD = 1, 3, 4, 18, 20, 28
+_INFO_KIND, _INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
+_IFA_ADDRESS, _IFA_LOCAL = 1, 2
+_RTA_OIF, _RTA_GATEWAY = 4, 5
+_CHAIN_TABLE, _CHAIN_NAME = 1, 3
+_MAIN_TABLE, _STATIC, _UNICAST = 254, 4, 1
+
+Message = tuple[int, int, bytes]
+"""Type, flags, body."""
+
+
+class Netlink:
+    """A netlink socket of the calling thread's network namespace, used as a context manager."""
+
+    def __init__(self, protocol: int = ROUTE) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+        self._socket.settimeout(_TIMEOUT)
+        self._sequence = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def ask(self, messages: Sequence[Message]) -> None:
+        """Have the kernel carry out `messages` in order, all sent at once. Raises OSError for the first that fails."""
+        packed = b""
+        first = self._sequence + 1
+        for kind, flags, body in messages:
+            self._sequence += 1
+            packed += _HEADER.pack(_HEADER.size + len(body), kind, flags | _REQUEST | _ACK, self._sequence, 0) + body
+        self._socket.send(packed)
+        failed = 0
+        waiting = set(range(first, self._sequence + 1))
+        while waiting:
+            data = self._socket.recv(65536)
+            while len(data) >= _HEADER.size:
+                length, kind, _, sequence, _ = _HEADER.unpack_from(data)
+                if kind == _ERROR and sequence in waiting:
+                    waiting.discard(sequence)
+                    (code,) = struct.unpack_from("=i", data, _HEADER.size)
+                    failed = failed or -code
+                data = data[(length + 3) & ~3 :]
+        if failed:
+            raise OSError(failed, os.strerror(failed))
+
+
+def new_veth(index: int, name: str, mac: str, mtu: int, *, peer: str, peer_namespace: int) -> Message:
+    """Make the pair `name` here, with the given index, and `peer` in the namespace of a descriptor."""
+    other = _link(0, 0) + _text(_IFLA_IFNAME, peer) + _number(_IFLA_MTU, mtu) + _number(_IFLA_NET_NS_FD, peer_namespace)
+    kind = _text(_INFO_KIND, "veth") + _attribute(_INFO_DATA, _attribute(_VETH_INFO_PEER, other))
+    here = _text(_IFLA_IFNAME, name) + _number(_IFLA_MTU, mtu) + _attribute(_IFLA_ADDRESS, bytes.fromhex(mac.replace(":", "")))
+    return NEWLINK, _CREATE | _EXCL, _link(index, 0) + here + _attribute(_IFLA_LINKINFO, kind)
+
+
+def up(index: int, *, alias: str = "") -> Message:
+    """Bring an interface up; `alias` says whose it is."""
+    return NEWLINK, 0, _link(index, _UP) + (_text(_IFLA_IFALIAS, alias) if alias else b"")
+
+
+def address(index: int, ip: str, length: int) -> Message:
+    """Give an interface an IPv4 address of a network of `length` bits."""
+    value = socket.inet_aton(ip)
+    body = struct.pack("=BBBBI", socket.AF_INET, length, 0, 0, index)
+    return NEWADDR, _CREATE | _EXCL, body + _attribute(_IFA_LOCAL, value) + _attribute(_IFA_ADDRESS, value)
+
+
+def default_route(index: int, gateway: str) -> Message:
+    """Send what is for no network of its own to `gateway`."""
+    body = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, _MAIN_TABLE, _STATIC, 0, _UNICAST, 0)
+    return NEWROUTE, _CREATE | _EXCL, body + _attribute(_RTA_GATEWAY, socket.inet_aton(gateway)) + _number(_RTA_OIF, index)
+
+
+def chain(family: int, table: str, name: str) -> Message:
+    """Ask for a chain of nftables: that it is there."""
+    return GETCHAIN, 0, struct.pack(">BBH", family, 0, 0) + _text(_CHAIN_TABLE, table) + _text(_CHAIN_NAME, name)
+
+
+def _link(index: int, flags: int) -> bytes:
+    return struct.pack("=BxHiII", socket.AF_UNSPEC, 0, index, flags, flags)
+
+
+def _attribute(kind: int, data: bytes) -> bytes:
+    return struct.pack("=HH", len(data) + 4, kind) + data + bytes(-len(data) % 4)
+
+
+def _text(kind: int, text: str) -> bytes:
+    return _attribute(kind, text.encode() + b"\0")
+
+
+def _number(kind: int, value: int) -> bytes:
+    return _attribute(kind, struct.pack("=I", value))

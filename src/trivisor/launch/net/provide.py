@@ -1,0 +1,116 @@
+"""A machine's network, as engines ask for it: one call, the same behind every wall.
+
+    with provide(home, place, id, slot, spec, "veth", undo) as net:
+        ...  a plan with `netns {net.netns_fd}`, or QEMU with `-netdev tap,fd=`; net.processes before the engine's own
+        keeper.spawn(..., fds=[..., *net.fds])
+        ...  net.steps for the guest
+
+What is made lives as long as its descriptors, which the machine's processes inherit: nothing has to be taken down.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trivisor.core.errors import HostLacks
+from trivisor.core.paths import Home, MachineDir
+from trivisor.core.spec import Spec
+from trivisor.core.undo import Undo
+from trivisor.launch.keeper import Process
+from trivisor.launch.net import host, links, networks, pool, relay
+from trivisor.launch.net.links import INSIDE
+from trivisor.launch.net.resolvers import reachable, resolvers
+
+Kind = Literal["veth", "tap"]
+"""veth: a namespace with a configured eth0 (container, gvisor). tap: a descriptor for QEMU, whose guest is configured by steps."""
+
+Step = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Net:
+    """What a machine's network is made of. The descriptors are closed when the `with` of `provide` ends."""
+
+    netns_fd: int | None = None
+    """The namespace to join. None: an empty one is the launcher's to make, or ("host") none at all."""
+    tap_fd: int | None = None
+    steps: tuple[Step, ...] = ()
+    """For the guest (PROTOCOL.md, Steps)."""
+    processes: tuple[Process, ...] = ()
+    """Helpers, for the keeper to start before the engine."""
+    fds: tuple[int, ...] = ()
+    """All descriptors that plans name: those of the helpers, and the two above."""
+    facts: dict[str, str] = field(default_factory=dict)
+    """For info()."""
+
+
+def possible() -> str:
+    """Return "" if this host gives machines links, else what is missing."""
+    return "" if os.geteuid() == 0 else "networks with links of their own need root"
+
+
+def check(spec: Spec) -> None:
+    """Raise HostLacks for a network that cannot be made here, before anything is made."""
+    if spec.network not in ("none", "host") and (why := possible()):
+        raise HostLacks(why, hint='run as root, or use network="none"')
+
+
+@contextlib.contextmanager
+def provide(
+    home: Home, place: MachineDir, machine: str, slot: int, spec: Spec, kind: Kind, undo: Undo, *, log: int | None = None
+) -> Iterator[Net]:
+    """Make the network that `spec` wishes for. `log` takes what the helper says. Raises HostLacks, EngineError."""
+    if spec.network in ("none", "host"):
+        yield Net(facts={"network": spec.network})
+        return
+    check(spec)
+    with ExitStack() as stack:
+        listening = relay.listen(stack, spec.ports, spec.name)
+        folder = networks.place(home, spec.network) if networks.named(spec.network) else None
+        chosen = host.ready()
+        blocks = pool.blocks(chosen, machine, None if folder is None else host.network(folder))
+        link = links.tap(blocks, machine) if kind == "tap" else links.veth(blocks, machine, mac(machine))
+        stack.callback(os.close, link.fd)
+        servers = resolvers()
+        # A machine asks the host's resolvers itself if it can; on a named network its relay knows the names of the others.
+        direct = folder is None and bool(servers) and all(reachable(server) for server in servers) and not _ours(servers)
+        helper = None
+        if listening or not direct:
+            helper = relay.relay(stack, place, slot, link.block, listening, names=folder, upstreams=[] if direct else servers, log=log)
+        if folder is not None:
+            undo.add("name", lambda: networks.leave(home, spec.network, spec.name))
+            networks.join(home, spec.network, spec.name, link.block.address)
+        block = link.block
+        dns: Step = ("dns", *(servers if direct else [block.gateway]))
+        address: tuple[Step, ...] = ()
+        if kind == "tap":
+            address = (("mac", INSIDE, mac(machine)), ("address", INSIDE, block.address, str(block.length), block.gateway))
+        yield Net(
+            netns_fd=link.fd if kind == "veth" else None,
+            tap_fd=link.fd if kind == "tap" else None,
+            steps=(*address, dns),
+            processes=(helper.process,) if helper else (),
+            fds=(link.fd, *(helper.fds if helper else ())),
+            facts={"network": spec.network, "address": block.address, "interface": block.interface},
+        )
+
+
+def mac(machine: str) -> str:
+    """Return a machine's hardware address: locally administered, unicast, always the same."""
+    return bytes([0x52, 0x54, 0x00, *hashlib.sha256(f"machine {machine}".encode()).digest()[16:19]]).hex(":")
+
+
+def _ours(servers: list[str]) -> bool:
+    """Whether one of them is an address of this host, which machines may not reach."""
+    for server in servers:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as trial:
+            trial.bind((server, 0))  # only an address of the host can be bound
+            return True
+    return False

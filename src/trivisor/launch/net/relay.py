@@ -1,0 +1,111 @@
+"""The helper on the host that a machine has for its published ports and for names (guest/src/relay.c).
+
+Its sockets are made here: a port that is taken is known before anything is started, and the helper needs no privilege. It runs
+jailed under the machine's keeper, so a published port is free in the instant that the machine ends.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from trivisor.core.errors import EngineError
+from trivisor.core.paths import MachineDir
+from trivisor.launch import jail, tvinit
+from trivisor.launch.jail import Bind
+from trivisor.launch.keeper import Process
+from trivisor.launch.net.pool import Block
+from trivisor.launch.plan import Plan
+
+DNS = 53
+_BACKLOG = 128
+_FIRST = 10
+"""Descriptors of the helper's sockets begin here."""
+_NAMES = "/names"
+
+
+@dataclass(frozen=True)
+class Relay:
+    """The helper as the keeper is told of it, and the descriptors that its plan names."""
+
+    process: Process
+    fds: tuple[int, ...]
+
+
+def listen(stack: ExitStack, ports: Mapping[int, int], machine: str) -> dict[int, int]:
+    """Listen on the host's ports and return {descriptor: port in the machine}; `stack` closes them. Raises EngineError if one is taken."""
+    found = {}
+    for host, guest in sorted(ports.items()):
+        listener = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", host))
+            listener.listen(_BACKLOG)
+        except OSError as error:
+            why = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
+            hint = "publish another port, or end what listens there"
+            raise EngineError(f"host port {host} on 127.0.0.1 {why}", machine=machine, hint=hint) from error
+        found[listener.fileno()] = guest
+    return found
+
+
+def relay(
+    stack: ExitStack,
+    place: MachineDir,
+    slot: int,
+    block: Block,
+    ports: Mapping[int, int],
+    *,
+    names: Path | None,
+    upstreams: Sequence[str],
+    log: int | None = None,
+) -> Relay:
+    """Return the helper of one machine. `ports`: of `listen`. `names`: the network's folder. No `upstreams`: it answers no names.
+
+    `log` takes its last words.
+    """
+    fds: dict[int, int] = {}
+    argv = [str(tvinit.path()), "relay"]
+    for fd, guest in ports.items():
+        fds[fd] = _FIRST + len(fds)
+        argv.append(f"tcp:{fds[fd]}:{block.address}:{guest}")
+    if upstreams or names:
+        asked = _socket(stack, block, socket.SOCK_DGRAM)
+        fds[asked] = _FIRST + len(fds)
+        argv += [f"names:{fds[asked]}", *(f"upstream:{server}" for server in upstreams)]
+    if upstreams:
+        asked = _socket(stack, block, socket.SOCK_STREAM)
+        fds[asked] = _FIRST + len(fds)
+        argv.append(f"tcp:{fds[asked]}:{upstreams[0]}:{DNS}")
+    if names:
+        argv.append(f"folder:{names if not jail.probe().namespaces else _NAMES}")
+    if log is not None:
+        fds[log] = 2
+    return Relay(Process("relay", _plan(argv, place, slot, fds, names)), tuple(fds))
+
+
+def _plan(argv: list[str], place: MachineDir, slot: int, fds: Mapping[int, int], names: Path | None) -> Plan:
+    root = place.root / "relay"
+    root.mkdir(mode=0o700, exist_ok=True)
+    binds = [Bind(tvinit.path(), argv[0], "ro,exec")]
+    if names is not None:
+        binds.append(Bind(names, _NAMES, "ro"))
+    return jail.jail(argv, binds=binds, env={}, fds=fds, root=root, slot=slot, network="host")
+
+
+def _socket(stack: ExitStack, block: Block, kind: int) -> int:
+    """Bind to the machine's gateway, on its interface alone: no other machine can ask here."""
+    asked = stack.enter_context(socket.socket(socket.AF_INET, kind | socket.SOCK_CLOEXEC))
+    asked.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        asked.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, block.interface.encode())
+        asked.bind((block.gateway, DNS))
+        if kind == socket.SOCK_STREAM:
+            asked.listen(_BACKLOG)
+    except OSError as error:
+        raise EngineError(f"names cannot be served on {block.interface}: {error.strerror}") from error
+    return asked.fileno()
