@@ -149,9 +149,11 @@ class VmEngine:
             if ran.exists():
                 making.ensure_image(self._home, setup, image, progress)
             with ice.using(self._home, name, progress) as found:
+                if found is not None and not ice.disk_whole(found):
+                    ice.drop(self._home, name)
+                    found = None
                 if found is not None:
                     if box.spec.disk != "ram":
-                        ice.check_disk(found)
                         disks.copy(found.disk, box.dir.disk)
                     _used(box.dir)
                     self._clone(box, setup, found, [])

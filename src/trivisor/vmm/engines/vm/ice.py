@@ -23,7 +23,6 @@ from pathlib import Path
 
 import msgspec
 
-from trivisor.core.errors import StorageError
 from trivisor.core.paths import Home
 from trivisor.vmm.engine import Progress
 from trivisor.vmm.engines.vm import files
@@ -214,10 +213,12 @@ def identity(path: Path) -> str:
     return f"{stat.st_mtime_ns}:{stat.st_size}"
 
 
-def check_disk(ice: Ice) -> None:
-    """Raise StorageError if the frozen disk is not what was frozen."""
-    if _digest(ice.disk) != ice.facts.disk_digest:
-        raise StorageError(f"the ice {ice.folder} is damaged", hint="it will be made again at the next start")
+def disk_whole(ice: Ice) -> bool:
+    """Tell whether the frozen disk, if there is one, is what was frozen. Apart from `find`, since not every clone needs it."""
+    try:
+        return not ice.facts.disk_digest or _digest(ice.disk) == ice.facts.disk_digest
+    except FileNotFoundError:
+        return False
 
 
 def _digest(path: Path) -> str:

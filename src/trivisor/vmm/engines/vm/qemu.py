@@ -59,10 +59,11 @@ def locate(given: str | None = None) -> str:
     """Return the path of QEMU: `given`, else $TRIVISOR_QEMU, else the one in PATH. Raises HostLacks."""
     chosen = given or os.environ.get("TRIVISOR_QEMU")
     if not chosen:
-        return find("qemu-system-x86_64", PACKAGE)
-    if not os.access(chosen, os.X_OK) or not Path(chosen).is_file():
+        chosen = find("qemu-system-x86_64", PACKAGE)
+    elif not os.access(chosen, os.X_OK) or not Path(chosen).is_file():
         raise HostLacks(f"{chosen} is not a program", hint="TRIVISOR_QEMU must be the path of qemu-system-x86_64")
-    return str(Path(chosen).absolute())
+    # It looks for its firmware and modules beside the file itself, so a link to it must be followed.
+    return str(Path(chosen).resolve())
 
 
 def inspect(path: str, home: Home) -> Qemu:
