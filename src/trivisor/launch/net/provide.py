@@ -42,7 +42,9 @@ class Net:
     """The namespace to join. None: an empty one is the launcher's to make, or ("host") none at all."""
     tap_fd: int | None = None
     steps: tuple[Step, ...] = ()
-    """For the guest (PROTOCOL.md, Steps)."""
+    """For a guest that configures itself (PROTOCOL.md, Steps)."""
+    dns: tuple[str, ...] = ()
+    """Whom the machine asks for names."""
     processes: tuple[Process, ...] = ()
     """Helpers, for the keeper to start before the engine."""
     fds: tuple[int, ...] = ()
@@ -68,7 +70,7 @@ def provide(
 ) -> Iterator[Net]:
     """Make the network that `spec` wishes for. `log` takes what the helper says. Raises HostLacks, EngineError."""
     if spec.network in ("none", "host"):
-        yield Net(facts={"network": spec.network})
+        yield Net(dns=tuple(resolvers()) if spec.network == "host" else (), facts={"network": spec.network})
         return
     check(spec)
     with ExitStack() as stack:
@@ -88,14 +90,13 @@ def provide(
             undo.add("name", lambda: networks.leave(home, spec.network, spec.name))
             networks.join(home, spec.network, spec.name, link.block.address)
         block = link.block
-        dns: Step = ("dns", *(servers if direct else [block.gateway]))
-        address: tuple[Step, ...] = ()
-        if kind == "tap":
-            address = (("mac", INSIDE, mac(machine)), ("address", INSIDE, block.address, str(block.length), block.gateway))
+        dns = tuple(servers) if direct else (block.gateway,)
+        address = ("address", INSIDE, block.address, str(block.length), block.gateway)
         yield Net(
             netns_fd=link.fd if kind == "veth" else None,
             tap_fd=link.fd if kind == "tap" else None,
-            steps=(*address, dns),
+            steps=(("mac", INSIDE, mac(machine)), address, ("dns", *dns)),
+            dns=dns,
             processes=(helper.process,) if helper else (),
             fds=(link.fd, *(helper.fds if helper else ())),
             facts={"network": spec.network, "address": block.address, "interface": block.interface},

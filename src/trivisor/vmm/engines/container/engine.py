@@ -22,6 +22,8 @@ from trivisor.launch import cgroup_layout, cgroups, container, ids, keeper
 from trivisor.launch.cgroups import Cgroup, Limits
 from trivisor.launch.container import Container
 from trivisor.launch.ids import Shape
+from trivisor.launch.net import provide
+from trivisor.launch.net.provide import Net
 from trivisor.vmm import layers
 from trivisor.vmm.engine import Box, Progress, Usage, WallReport
 from trivisor.vmm.engines.container import host
@@ -54,8 +56,7 @@ class ContainerEngine:
     def check(self, spec: Spec) -> None:
         ids.probe(self._home.root)
         cgroups.limits_possible(Limits.of(spec))
-        if spec.network not in ("none", "host"):
-            raise UnsupportedByWall(f"have the network {spec.network!r}", self.wall, ["vm"])
+        provide.check(spec)
         if any(volume.named for volume in spec.volumes.values()):
             raise UnsupportedByWall("have named volumes", self.wall, ["vm"])
 
@@ -68,11 +69,15 @@ class ContainerEngine:
         begun = time.monotonic()
         with ExitStack() as stack:
             group = stack.enter_context(Cgroup.create(box.home, box.id, Limits.of(box.spec)))
+            said, log = os.pipe2(os.O_CLOEXEC)
+            stack.callback(os.close, said)
+            stack.callback(os.close, log)
+            net = stack.enter_context(provide.provide(box.home, box.dir, box.id, box.slot, box.spec, "veth", undo, log=log))
             undo.add("container", lambda: keeper.kill(box.dir))
-            self._run(box, shape, group, stack)
+            self._run(box, shape, group, net, said, log)
         took = f"{(time.monotonic() - begun) * 1000:.0f} ms"
         lacks = [*shape.lacks, *group.lacks, *host.lacks()]
-        return {"start": took, "ids": str(shape), **({"lacks": "; ".join(lacks)} if lacks else {})}
+        return {"start": took, "ids": str(shape), **net.facts, **({"lacks": "; ".join(lacks)} if lacks else {})}
 
     def pause(self, box: Box) -> None:
         _group(box).freeze()
@@ -91,28 +96,26 @@ class ContainerEngine:
     def sweep(self, home: Home, machines: set[str]) -> list[str]:
         return []
 
-    def _run(self, box: Box, shape: Shape, group: Cgroup, stack: ExitStack) -> None:
-        ours, theirs = socket.socketpair()
-        stack.enter_context(ours)
-        stack.enter_context(theirs)
-        said, log = os.pipe2(os.O_CLOEXEC)
-        stack.callback(os.close, said)
-        stack.callback(os.close, log)
-        plan = container.plan(_container(box, shape, group, theirs.fileno(), log))
-        keeper.spawn(
-            box.dir,
-            processes=[keeper.Process("container", plan)],
-            line_fd=ours.fileno(),
-            logs={"engine": said},
-            fds=[theirs.fileno(), log, *group.fds],
-            owner=box.owner,
-            ttl=box.spec.ttl,
-            idle=box.spec.idle,
-            wait=_WAIT,
-        )
+    def _run(self, box: Box, shape: Shape, group: Cgroup, net: Net, said: int, log: int) -> None:
+        with ExitStack() as stack:
+            ours, theirs = socket.socketpair()
+            stack.enter_context(ours)
+            stack.enter_context(theirs)
+            plan = container.plan(_container(box, shape, group, net, theirs.fileno(), log))
+            keeper.spawn(
+                box.dir,
+                processes=[*net.processes, keeper.Process("container", plan)],
+                line_fd=ours.fileno(),
+                logs={"engine": said},
+                fds=[theirs.fileno(), log, *group.fds, *net.fds],
+                owner=box.owner,
+                ttl=box.spec.ttl,
+                idle=box.spec.idle,
+                wait=_WAIT,
+            )
 
 
-def _container(box: Box, shape: Shape, group: Cgroup, line: int, log: int) -> Container:
+def _container(box: Box, shape: Shape, group: Cgroup, net: Net, line: int, log: int) -> Container:
     spec = box.spec
     return Container(
         hostname=spec.name,
@@ -123,12 +126,13 @@ def _container(box: Box, shape: Shape, group: Cgroup, line: int, log: int) -> Co
         log=log,
         memory=spec.memory,
         namespaces=shape.namespaces,
+        netns=net.netns_fd,
         host_network=spec.network == "host",
         cgroups=group.fds,
         unified=cgroup_layout.layout().kind == "v2",
         binds=layers.volumes(spec),
         env=spec.env,
-        dns=host.resolvers() if spec.network == "host" else (),
+        dns=net.dns,
         open_files=min(container.OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
         apparmor=host.apparmor(),
         volatile=spec.lifetime == "process" or spec.disk == "ram",

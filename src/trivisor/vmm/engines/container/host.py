@@ -1,9 +1,8 @@
-"""What a container takes of the host beside its ids and layers: resolvers, what confines it."""
+"""What a container takes of the host beside its ids and layers: what confines it."""
 
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,16 +13,6 @@ _PROFILE = "docker-default"
 _APPARMOR = Path("/sys/module/apparmor/parameters/enabled")
 _PROFILES = Path("/sys/kernel/security/apparmor/profiles")
 _PROCESSORS = Path("/sys/devices/system/cpu")
-_NAMESERVER = re.compile(r"nameserver\s+([0-9a-fA-F.:]+)\s*")
-
-
-def resolvers() -> list[str]:
-    """Return the host's DNS servers (resolv.conf(5))."""
-    try:
-        lines = Path("/etc/resolv.conf").read_text(errors="replace").splitlines()
-    except OSError:
-        return []
-    return [match[1] for line in lines if (match := _NAMESERVER.fullmatch(line.strip()))][:3]
 
 
 @functools.cache
