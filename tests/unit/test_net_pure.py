@@ -94,8 +94,8 @@ def test_members_of_a_network(tmp_path: Path) -> None:
     networks.join(home, "other", "db", "10.0.0.3")
     assert (home.networks / "back/web").read_text() == "10.0.0.2\n"
     assert (home.networks / "back").stat().st_mode & 0o777 == 0o755
-    assert networks.sweep(home, {"back": {"web"}, "other": {"db"}}) == []
-    assert len(networks.sweep(home, {"back": set()})) == 2
+    assert networks.sweep(home, lambda: {"back": {"web"}, "other": {"db"}}) == []
+    assert len(networks.sweep(home, lambda: {"back": set()})) == 2
     assert [entry.name for entry in home.networks.iterdir()] == ["back"] and not list((home.networks / "back").iterdir())
     networks.leave(home, "back", "web")  # is not known any more
     networks.leave(home, "nat", "web")

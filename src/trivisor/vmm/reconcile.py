@@ -23,6 +23,7 @@ from trivisor.core.errors import Busy, HostError, StorageError
 from trivisor.core.paths import MachineDir
 from trivisor.core.state import State
 from trivisor.launch import keeper
+from trivisor.launch.net import networks
 from trivisor.vmm import limits, locks
 from trivisor.vmm.context import Context, pin_owner
 from trivisor.vmm.records import Row

@@ -14,6 +14,7 @@ from pathlib import Path
 from trivisor.core.errors import StorageError, TrivisorError
 from trivisor.core.process import Who
 from trivisor.launch import keeper
+from trivisor.launch.net import host, networks
 from trivisor.store import workspace
 from trivisor.vmm import limits, locks, reconcile
 from trivisor.vmm.context import Context
@@ -40,12 +41,24 @@ def sweep(context: Context, *, deep: bool = False) -> list[str]:
     _try(said, "tmp", partial(_tmp, context.home.tmp))
     for engine in context.engines.values():
         _try(said, f"{engine.wall} engine", partial(engine.sweep, context.home, ids))
+    _try(said, "networks", partial(networks.sweep, context.home, partial(_members, context)))
     if deep:
+        _try(said, "host's network", host.sweep)
         _try(said, "trees", partial(context.images.sweep, lambda: {row.digest for row in context.records.rows()}))
     _try(said, "store", partial(_store, context.home.store / "tmp"))
     for words in said:
         context.records.note("swept", words)
     return said
+
+
+def _members(context: Context) -> dict[str, set[str]]:
+    """Return the machines that run or start on each named network that a machine has."""
+    found: dict[str, set[str]] = {}
+    for row in context.records.rows():
+        known = found.setdefault(row.spec.network, set())
+        if row.state in reconcile.LIVE or row.operation == "start":
+            known.add(row.name)
+    return found
 
 
 def _try(said: list[str], what: str, work: Callable[[], list[str]]) -> None:

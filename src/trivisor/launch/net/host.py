@@ -61,7 +61,7 @@ def network(place: Path) -> int:
 
 def sweep() -> list[str]:
     """Take back what was done to the host when no interface of a machine is left. Return what was done, in words."""
-    if not (RUN / "pool").exists() or _links():
+    if os.geteuid() != 0 or not (RUN / "pool").exists() or _links():
         return []
     with _locked():
         if _links():

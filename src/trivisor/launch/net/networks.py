@@ -6,9 +6,9 @@ a machine names it in its spec; its folder is made with the first start.
 
 from __future__ import annotations
 
+import contextlib
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from trivisor.core.errors import StorageError
@@ -52,18 +52,24 @@ def leave(home: Home, network: str, name: str) -> None:
         (home.networks / network / name).unlink(missing_ok=True)
 
 
-def sweep(home: Home, members: Mapping[str, set[str]]) -> list[str]:
-    """Remove what stands for no machine. `members` has the names of the live machines by network, and every network in use."""
+def sweep(home: Home, members: Callable[[], Mapping[str, set[str]]]) -> list[str]:
+    """Remove what stands for no machine. `members` gives the names of the live machines by network, and every network in use.
+
+    It is asked after looking what is there: what comes meanwhile is of no concern.
+    """
     if not home.networks.is_dir():
         return []
+    there = {folder: [*folder.iterdir()] for folder in sorted(home.networks.iterdir())}
+    alive = members() if there else {}
     said = []
-    for folder in sorted(home.networks.iterdir()):
-        if folder.name not in members:
-            shutil.rmtree(folder, ignore_errors=True)
-            said.append(f"network {folder.name}: removed, no machine names it")
-            continue
-        for entry in folder.iterdir():
-            if entry.name not in members[folder.name] and not entry.name.startswith("."):
+    for folder, entries in there.items():
+        for entry in entries:
+            if entry.name not in alive.get(folder.name, ()) and not entry.name.startswith("."):
                 entry.unlink(missing_ok=True)
                 said.append(f"network {folder.name}: {entry.name} removed, it does not run")
+        if folder.name not in alive:
+            for entry in folder.glob(".*"):
+                entry.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # somebody joined
+                folder.rmdir()
     return said
