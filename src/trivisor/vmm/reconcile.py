@@ -72,6 +72,7 @@ def erase(context: Context, row: Row, kind: str = "deleted", detail: str = "") -
     folder = context.folder(row)
     keeper.kill(folder)
     limits.clear(context, row)
+    networks.leave(context.home, row.spec.network, row.name)
     remove_tree(folder.root)
     context.images.unpin(pin_owner(row.id))
     context.records.remove(row, (kind, detail))
@@ -84,6 +85,7 @@ def ended(context: Context, row: Row) -> Row | None:
     verdict = judge(keeper.ended(folder), rebooted=rebooted, panic=_panic(folder))
     clear_sockets(folder)
     limits.close(context, row)
+    networks.leave(context.home, row.spec.network, row.name)
     return context.records.update(
         row.id,
         state=verdict.state,
@@ -173,6 +175,7 @@ def _recover(context: Context, row: Row) -> Row | None:
         keeper.kill(folder)
         limits.close(context, row)
         clear_sockets(folder)
+        networks.leave(context.home, row.spec.network, row.name)
     elif keeper.alive(folder):
         state = standing(context, row)
     event = ("swept", f"{row.operation} was cut short")
