@@ -143,6 +143,10 @@ class Images:
         """Drop the owner's pins. Roots that nobody needs any more go at the next collection."""
         self._store.unpin(owner)
 
+    def close(self) -> None:
+        """Let go of the store; it is opened again when needed."""
+        self._store.close()
+
     def collect(self) -> int:
         """Remove roots that nobody needs, and what crashes left. Return the bytes freed."""
         return self._store.collect()

@@ -113,7 +113,8 @@ def kill_each(place: Place, timeout: float) -> bool:
 
 def folders(path: Path) -> list[Path]:
     try:
-        return [entry for entry in path.iterdir() if entry.is_dir() and not entry.is_symlink()]
+        with os.scandir(path) as entries:
+            return [Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False)]
     except (FileNotFoundError, OSError):
         return []
 

@@ -12,7 +12,6 @@ import select
 import signal
 import socket
 import struct
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -137,27 +136,51 @@ class _Ready:
         return line.decode(errors="replace")
 
 
-def _run_keeper(plan: bytes, fds: Sequence[int]) -> None:
-    """Run `tvinit keep` until the daemon that it leaves behind runs."""
-    with open(os.memfd_create("plan"), "r+b") as memory:
-        memory.write(plan)
-        memory.flush()
-        memory.seek(0)
-        command = [str(tvinit.path()), "keep", str(memory.fileno())]
-        try:
-            done = subprocess.run(
-                command,
-                pass_fds=[memory.fileno(), *fds],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                timeout=_KEEP_TIMEOUT,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise EngineError("the keeper cannot be started", command=command, output=str(error)) from error
-    if done.returncode:
-        raise EngineError("the keeper did not start", command=command, status=done.returncode, output=done.stderr.decode(errors="replace"))
+@dataclass(frozen=True)
+class _Starting:
+    """`tvinit keep` until it has become a daemon: a process that ends at once, or says on its stderr why it cannot."""
+
+    command: list[str]
+    pid: int
+    said: int
+
+    def fault(self) -> EngineError | None:
+        """Wait for its end, and return what it failed for."""
+        status = -1
+        with contextlib.suppress(ChildProcessError):  # the caller's process ignores SIGCHLD: nobody learns the status
+            fd = os.pidfd_open(self.pid)
+            try:
+                _wait_for([fd], time.monotonic() + _KEEP_TIMEOUT)
+            finally:
+                os.close(fd)
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            if not done:
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                status = signal.SIGKILL
+        code = os.waitstatus_to_exitcode(status) if status >= 0 else 0
+        if code == 0:
+            return None
+        output = os.pread(self.said, TAIL, 0).decode(errors="replace")
+        return EngineError("the keeper did not start", command=self.command, status=code, output=output)
+
+
+def _run_keeper(stack: contextlib.ExitStack, plan: bytes, fds: Sequence[int]) -> _Starting:
+    """Start `tvinit keep`. It has nothing of ours but `fds`, not even the environment."""
+    memory = os.memfd_create("plan")
+    stack.callback(os.close, memory)
+    os.pwrite(memory, plan, 0)
+    said = os.memfd_create("said")
+    stack.callback(os.close, said)
+    command = [str(tvinit.path()), "keep", str(memory)]
+    standard = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1)]
+    # A descriptor put in its own place is no longer closed at exec (posix_spawn_file_actions_adddup2(3)).
+    inherited = [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in (memory, *fds)]
+    try:
+        pid = os.posix_spawn(command[0], command, {}, file_actions=[*standard, (os.POSIX_SPAWN_DUP2, said, 2), *inherited])
+    except OSError as error:
+        raise EngineError("the keeper cannot be started", command=command, output=str(error)) from error
+    return _Starting(command, pid, said)
 
 
 def _await(reports: _Ready, begin: Callable[[], object] | None) -> int:
@@ -239,14 +262,16 @@ def spawn(
                 ready, fixed = _start(given, machine, ("line-listen" if dialled else "line", line_fd), owner)
                 ours.callback(os.close, ready)
                 plan = encode(_plan(processes, fixed, logs, log_cap, {"ttl": ttl, "idle": idle, "grace": grace}))
-                _run_keeper(plan, [*fixed.values(), *logs.values(), *fds])
+                starting = _run_keeper(ours, plan, [*fixed.values(), *logs.values(), *fds])
         except OSError as error:
             raise StorageError(f"{machine.root} cannot be used: {error.strerror}", machine=machine.root.name) from error
         try:
             engine = _await(_Ready(ready, time.monotonic() + wait), begin)
-            return Kept(_identity(machine)[0], engine)
         except BaseException as error:
+            unable = starting.fault()
             kill(machine)
+            if unable is not None:
+                raise unable from error
             if isinstance(error, TimeoutError):
                 fault = f"the guest did not answer within {wait:g} s"
             elif isinstance(error, EngineError):
@@ -255,6 +280,8 @@ def spawn(
                 raise
             log, name = machine.log("engine"), machine.root.name
             raise EngineError(fault, output=_log_tail(machine, log_start), machine=name, hint=f"the whole log is {log}") from error
+        starting.fault()
+        return Kept(_identity(machine)[0], engine)
 
 
 def _children(pid: int) -> list[int]:

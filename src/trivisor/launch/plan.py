@@ -19,14 +19,15 @@ MAX = 1 << 20
 
 def encode(plan: Plan) -> bytes:
     """Return the bytes that tvinit reads. Raises InvalidSpec for a NUL in a word, and for what is too big."""
-    parts = [struct.pack("<I", len(plan))]
+    size = struct.Struct("<I").pack
+    parts = [size(len(plan))]
     for op in plan:
-        parts.append(struct.pack("<I", len(op)))
+        parts.append(size(len(op)))
         for word in op:
             data = word.encode(errors="surrogateescape")
             if b"\0" in data:
                 raise InvalidSpec(f"{word!r} holds a NUL")
-            parts += (struct.pack("<I", len(data)), data)
+            parts += (size(len(data)), data)
     whole = b"".join(parts)
     if len(whole) > MAX:
         raise InvalidSpec(f"a plan of {len(whole)} bytes is more than {MAX}", hint="give fewer or shorter arguments and environment")

@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 from trivisor.core.errors import CallerError, NotFound, StorageError
 from trivisor.store import workspace as workspaces
-from trivisor.store.database import transaction
+from trivisor.store.database import release, transaction
 from trivisor.store.faults import translated
 from trivisor.store.workspace import LEASE, Workspace
 
@@ -122,8 +122,8 @@ class Store:
             index.execute("INSERT OR IGNORE INTO pins VALUES (?, ?)", (digest, owner))
 
     def unpin(self, owner: str, digest: str | None = None) -> None:
-        """Drop the owner's pin on `digest`, or all the owner's pins. Unknown ones are no error."""
-        with self._transaction() as index:
+        """Drop the owner's pin on `digest`, or all the owner's pins. Unknown ones are no error. A power cut may bring it back."""
+        with self._transaction(durable=False) as index:
             index.execute("DELETE FROM pins WHERE owner = ? AND digest = coalesce(?, digest)", (owner, digest))
 
     def pins(self) -> list[tuple[str, str]]:
@@ -159,6 +159,10 @@ class Store:
             if owners and not others:
                 raise CallerError(f"{name} is used by {', '.join(owners)}", hint="delete what uses it first")
             index.execute("DELETE FROM refs WHERE name = ?", (name,))
+
+    def close(self) -> None:
+        """Let go of the index; it is opened again when needed."""
+        release(self._index)
 
     # Garbage
 
@@ -196,9 +200,9 @@ class Store:
             while view:
                 view = view[os.write(sink, view) :]
 
-    def _transaction(self, *, write: bool = True) -> AbstractContextManager[sqlite3.Connection]:
+    def _transaction(self, *, write: bool = True, durable: bool = True) -> AbstractContextManager[sqlite3.Connection]:
         self.open()
-        return transaction(self._index, write=write)
+        return transaction(self._index, write=write, durable=durable)
 
     def _place(self, aside: Path, digest: str, owner: str, expected: str, links: Iterable[str]) -> str:
         if expected and digest != expected:

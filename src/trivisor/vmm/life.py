@@ -56,7 +56,7 @@ def create(context: Context, spec: Spec, image: Image) -> Row:
         _make_folder(context, row)
         with locks.hold(folder.lock, "create", row.name):
             context.engine(spec.wall, row.name).create(context.box(row), undo)
-            done = context.records.update(row.id, durable=True, event=("created", spec.image), **_IDLE)
+            done = context.records.update(row.id, durable=row.owner is None, event=("created", spec.image), **_IDLE)
             undo.keep()
     return done or row
 
@@ -134,7 +134,7 @@ def delete(context: Context, machine: str, *, force: bool = False) -> None:
             reconcile.remove_tree(folder.root)
             return
         try:
-            context.records.update(row.id, durable=True, operation="delete", operator=Who.me())
+            context.records.update(row.id, durable=row.owner is None, operation="delete", operator=Who.me())
         except StorageError:
             # A full disk cannot take the note; deleting the folder is what makes room for the rest.
             reconcile.remove_tree(folder.root)
