@@ -21,7 +21,7 @@ from pathlib import Path
 from trivisor.core.errors import EngineError, HostLacks
 from trivisor.launch.net import netlink
 from trivisor.launch.net.netlink import Netlink
-from trivisor.launch.net.pool import Block
+from trivisor.launch.net.pool import PREFIX, Block
 
 INSIDE = "eth0"
 _LOOPBACK, _INSIDE = 1, 2
@@ -72,23 +72,22 @@ def tap(blocks: Iterable[Block], machine: str) -> Link:
     """Make a tap whose host's end is up and return its descriptor, made for QEMU's `-netdev tap,fd=`."""
     held: list[int] = []
 
-    def make(name: str) -> None:
-        fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR))
-        except BaseException:
-            os.close(fd)
-            raise
-        held.append(fd)
-
     try:
-        block = _take(blocks, make)
+        block = _take(blocks, lambda name: held.append(_tun(name)))
         _host_end(block, machine)
     except BaseException:
         for fd in held:
             os.close(fd)
         raise
     return Link(block, held[0])
+
+
+def bare_tap() -> int:
+    """Make a tap that is down, without an address, under any name of ours, and return its descriptor."""
+    try:
+        return _tun(f"{PREFIX}-%d")
+    except OSError as error:
+        raise HostLacks(f"a tap cannot be made: {error.strerror}", hint="modprobe tun") from error
 
 
 def loopback() -> int:
@@ -112,6 +111,16 @@ def uplink_mtu() -> int:
                     request = fcntl.ioctl(any_socket, _SIOCGIFMTU, struct.pack("16si20x", interface.encode(), 0))
                 return int(struct.unpack_from("=i", request, 16)[0])
     return 1500
+
+
+def _tun(name: str) -> int:
+    fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR))
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _pair(inside: Netlink, name: str, host: int, mac: str, mtu: int) -> None:

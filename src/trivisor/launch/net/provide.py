@@ -103,6 +103,16 @@ def provide(
         )
 
 
+@contextlib.contextmanager
+def bare() -> Iterator[Net]:
+    """Make a tap that leads nowhere."""
+    fd = links.bare_tap()
+    try:
+        yield Net(tap_fd=fd, fds=(fd,))
+    finally:
+        os.close(fd)
+
+
 def mac(machine: str) -> str:
     """Return a machine's hardware address: locally administered, unicast, always the same."""
     return bytes([0x52, 0x54, 0x00, *hashlib.sha256(f"machine {machine}".encode()).digest()[16:19]]).hex(":")

@@ -44,6 +44,8 @@ class Shape:
     network: bool
     fixed_addresses: bool = False
     """Programs are loaded at the same addresses each time (see `append`)."""
+    tap: bool = False
+    """The network is a tap, else a socket pair to passt. The guest sees the difference: a tap takes work off it."""
 
     @property
     def translation_mib(self) -> int:
@@ -97,7 +99,8 @@ def command(
     if shape.upper:
         argv += _disk("upper", "0x5", None if blank else ("qcow2", places.disk), read_only=False)
     if shape.network:
-        argv += ["-netdev", f"stream,id=net,server=off,addr.type=fd,addr.str={NET}"]
+        netdev = f"tap,id=net,fd={NET}" if shape.tap else f"stream,id=net,server=off,addr.type=fd,addr.str={NET}"
+        argv += ["-netdev", netdev]
         argv += ["-device", "virtio-net-pci,netdev=net,id=nic,addr=0x6,mac=52:54:00:00:00:01,romfile="]
     argv += ["-object", "rng-builtin,id=rng", "-device", "virtio-rng-pci,rng=rng,id=random,addr=0x7"]
     argv += ["-device", "vmgenid,guid=auto,id=generation"]

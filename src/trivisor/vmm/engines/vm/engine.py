@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from trivisor.core.errors import EngineError, HostLacks, InvalidSpec, StorageError, TrivisorError
@@ -19,6 +20,8 @@ from trivisor.core.paths import Home, MachineDir
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.undo import Undo
 from trivisor.launch import jail, keeper
+from trivisor.launch.net import networks, provide
+from trivisor.launch.net.provide import Net
 from trivisor.vmm.engine import Box, Progress, Usage, WallReport
 from trivisor.vmm.engines.vm import argv, disks, ice, kit, making, net, probe, proc, qemu, ram, runner
 from trivisor.vmm.engines.vm.ice import Ice
@@ -61,7 +64,7 @@ class VmEngine:
             return WallReport(wall=self.wall, available=False, why=str(error), remedy=error.hint, details=details)
         nat = True
         try:
-            details["network"] = net.check()
+            details["network"] = f"{net.check()} (nat only)" if provide.possible() else "links of their own, nftables"
         except HostLacks as error:
             nat = False
             details["network"] = f"none only: {error} ({error.hint})"
@@ -77,8 +80,7 @@ class VmEngine:
             disks.check()
             if spec.disk > argv.DUMMY:
                 raise InvalidSpec(f"disk must be at most {argv.DUMMY >> 30}G, not {spec.disk} bytes")
-        if spec.network == "nat":
-            net.check()
+        _check_network(spec)
 
     def create(self, box: Box, undo: Undo) -> None:
         if box.spec.disk == "ram":
@@ -90,11 +92,15 @@ class VmEngine:
 
     def start(self, box: Box, undo: Undo, progress: Progress) -> dict[str, str]:
         setup, why = self._setup(box.spec, progress)
-        if box.spec.network == "nat":
-            net.free(box.spec.ports, box.spec.name)
-        undo.add("qemu", lambda: keeper.kill(box.dir))
         begun = time.monotonic()
-        way = self._run(box, setup, progress)
+        with ExitStack() as stack:
+            if setup.shape.tap:
+                link = stack.enter_context(provide.provide(box.home, box.dir, box.id, box.slot, box.spec, "tap", undo))
+                setup = replace(setup, net=link)
+            elif setup.shape.network:
+                net.free(box.spec.ports, box.spec.name)
+            undo.add("qemu", lambda: keeper.kill(box.dir))
+            way = self._run(box, setup, progress)
         took = f"{(time.monotonic() - begun) * 1000:.0f} ms"
         return {
             "qemu": setup.qemu.version,
@@ -102,6 +108,7 @@ class VmEngine:
             "kernel": setup.kit.release,
             "start": f"{way}, {took}",
             "jail": str(setup.jail),
+            **(setup.net.facts if setup.net else {"network": box.spec.network}),
         }
 
     def pause(self, box: Box) -> None:
@@ -130,7 +137,9 @@ class VmEngine:
         found = self._found()
         verdict = probe.verdict(found, self._home)
         fixed = verdict.accel == "tcg" and found.translates_by_address
-        shape = argv.Shape(verdict.accel, int(spec.cpus), spec.memory, spec.disk != "ram", spec.network == "nat", fixed)
+        linked = spec.network != "none"
+        tap = linked and not provide.possible()
+        shape = argv.Shape(verdict.accel, int(spec.cpus), spec.memory, spec.disk != "ram", linked, fixed, tap)
         return Setup(found, shape, kit.get(self._home, spec.kernel, progress), jail.probe()), verdict.why
 
     def _run(self, box: Box, setup: Setup, progress: Progress) -> str:
@@ -170,7 +179,7 @@ class VmEngine:
     def _boot(self, box: Box, setup: Setup, mount: Sequence[Sequence[str]]) -> None:
         runner.run(setup, _work(box, setup, Ram("anonymous")))
         disks_there = [("wait", making.ROOT_DISK), *([("wait", making.UPPER_DISK)] if setup.shape.upper else [])]
-        self._configure(box, [*disks_there, *mount])
+        self._configure(box, setup, [*disks_there, *mount])
 
     def _clone(self, box: Box, setup: Setup, frozen: Ice, mount: Sequence[Sequence[str]]) -> None:
         """Run the machine on from `frozen`, whose use the caller holds."""
@@ -183,13 +192,13 @@ class VmEngine:
                     ice.drop(self._home, frozen.facts.key)
                     error.hint = f"that ice was thrown away: start again; {error.hint}"
                 raise
-        self._configure(box, mount)
+        self._configure(box, setup, mount)
 
-    def _configure(self, box: Box, mount: Sequence[Sequence[str]]) -> None:
+    def _configure(self, box: Box, setup: Setup, mount: Sequence[Sequence[str]]) -> None:
         """Make the guest this machine. The seed goes first: nothing may draw from a random state that other clones had."""
         line = Line.connect(box.dir.line, box.spec.name)
         try:
-            guest.configure(line, [*_first(), *mount, *_steps(box)], timeout=_STEPS)
+            guest.configure(line, [*_first(), *mount, *_steps(box, setup.net)], timeout=_STEPS)
         finally:
             line.close()
 
@@ -204,23 +213,32 @@ def _work(box: Box, setup: Setup, memory: Ram, *, state: Path | None = None) -> 
         root=box.rootfs,
         disk=box.dir.disk if setup.shape.upper else None,
         ports=box.spec.ports,
+        net=setup.net,
         owner=box.owner,
         ttl=box.spec.ttl,
         idle=box.spec.idle,
     )
 
 
+def _check_network(spec: Spec) -> None:
+    """Raise HostLacks if the host has neither links nor, for what it can do, passt."""
+    if networks.named(spec.network):
+        provide.check(spec)
+    elif spec.network == "nat" and provide.possible():
+        net.check()
+
+
 def _first() -> list[Sequence[str]]:
     return [("seed", os.urandom(32).hex()), ("clock", str(time.time_ns()))]
 
 
-def _steps(box: Box) -> list[Sequence[str]]:
+def _steps(box: Box, link: Net | None) -> list[Sequence[str]]:
     name = hashlib.sha256(f"machine {box.id}".encode()).digest()
     steps: list[Sequence[str]] = [("hostname", box.spec.name), ("machine-id", name[:16].hex())]
-    if box.spec.network == "nat":
-        # Locally administered, unicast.
-        mac = bytes([0x52, 0x54, 0x00, *name[16:19]])
-        steps += [("mac", net.INTERFACE, mac.hex(":")), *net.steps()]
+    if link is not None:
+        steps += link.steps
+    elif box.spec.network != "none":
+        steps += [("mac", net.INTERFACE, provide.mac(box.id)), *net.steps()]
     if box.spec.env:
         steps.append(("env", *(f"{key}={value}" for key, value in box.spec.env.items())))
     steps.append(("hooks",))

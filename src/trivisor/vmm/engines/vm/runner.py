@@ -17,6 +17,7 @@ from trivisor.core.paths import MachineDir
 from trivisor.core.process import start_time
 from trivisor.launch import jail, keeper, tvinit
 from trivisor.launch.jail import Bind, JailReport
+from trivisor.launch.net.provide import Net, bare
 from trivisor.launch.plan import Op, Plan
 from trivisor.vmm.engines.vm import argv, files, net
 from trivisor.vmm.engines.vm.argv import Memory, Places, Shape
@@ -36,6 +37,8 @@ class Setup:
     shape: Shape
     kit: Kit
     jail: JailReport
+    net: Net | None = None
+    """Of the machine that is started, where it has one; not of its ice."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,9 @@ class Work:
     """The image's squashfs; without it both disks are dummies."""
     disk: Path | None = None
     ports: Mapping[int, int] = field(default_factory=dict)
+    """Published by passt; those of a tap are `net`'s."""
+    net: Net | None = None
+    """With a tap: the machine's link. Without one the tap leads nowhere, as is right for ice."""
     owner: int | None = None
     ttl: float | None = None
     idle: float | None = None
@@ -80,9 +86,15 @@ def run(setup: Setup, work: Work) -> keeper.Kept:
         stack.callback(os.close, said)
         stack.callback(os.close, log)
         fds[log] = 2
-        processes = []
+        processes: list[keeper.Process] = []
         named = [*fds]
-        if setup.shape.network:
+        if setup.shape.tap:
+            given = work.net or stack.enter_context(bare())
+            assert given.tap_fd is not None
+            fds[given.tap_fd] = argv.NET
+            processes += given.processes
+            named += given.fds
+        elif setup.shape.network:
             end = _pair(stack, fds, argv.NET)
             processes.append(keeper.Process("passt", net.plan(net.check(), work.ports, end, log)))
             named += [*fds, end]
