@@ -261,7 +261,7 @@ static pid_t clone_and_settle(struct launch *l, char *message) {
     pid_t pid = -1;
     bool moved = false;
     if (pipe2(go, O_CLOEXEC) == 0 && pipe2(report, O_CLOEXEC) == 0)
-        pid = namespaces_clone(l->ops, l->count, &moved);
+        pid = namespaces_clone(l->ops, l->count, l->prepared, &moved);
     if (pid == 0) {
         close(go[1]);
         close(report[0]);

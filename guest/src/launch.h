@@ -23,7 +23,7 @@ struct launch {
     int base;            /* the tmpfs that `root` made: the root itself unless an overlay covers it */
     bool over_root;      /* the base is mounted on the old root itself */
     unsigned parts;      /* files and folders in the base that the new root is made from */
-    const struct prepared *prepared; /* one an operation */
+    struct prepared *prepared; /* one an operation */
     int oom;             /* /proc/self/oom_score_adj, opened while there still is a /proc, else -1 */
     bool keep_caps;      /* a `caps` operation follows `user` */
     struct { int from, to; } fds[LAUNCH_FDS];
@@ -77,7 +77,7 @@ const char *namespaces_check(const struct op *ops, size_t count);
 bool namespaces_prepare(const struct op *ops, size_t count, struct prepared *prepared);
 void namespaces_release(struct prepared *prepared, size_t count);
 /* fork into the plan's namespaces; *moved: and into its cgroup of version 2. */
-pid_t namespaces_clone(const struct op *ops, size_t count, bool *moved);
+pid_t namespaces_clone(const struct op *ops, size_t count, struct prepared *prepared, bool *moved);
 /* In the parent: a cgroup, id maps, the prepared mounts' own ids. NULL, or what failed, with errno. */
 const char *namespaces_settle(pid_t pid, bool moved, const struct op *ops, size_t count, const struct prepared *prepared);
 /* In the child, when the parent has settled it: what is left, and becoming root where the map has one. NULL, or what failed. */

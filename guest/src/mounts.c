@@ -214,7 +214,8 @@ int op_mount(struct launch *l, const struct op *op) {
     uint64_t attributes;
     if (!parse_flags(op->words[4], &attributes, NULL))
         return -1;
-    int tree = new_filesystem(op->words[1], op->words[2], op->words[5]);
+    const struct prepared *p = l->prepared ? &l->prepared[op - l->ops] : NULL;
+    int tree = p && p->tree[0] >= 0 ? p->tree[0] : new_filesystem(op->words[1], op->words[2], op->words[5]);
     return tree < 0 ? -1 : attach(l->root, tree, attributes, op->words[3], true);
 }
 

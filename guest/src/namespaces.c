@@ -178,7 +178,16 @@ static int born_in(const struct op *ops, size_t count) {
     return -1;
 }
 
-pid_t namespaces_clone(const struct op *ops, size_t count, bool *moved) {
+/* A sysfs shows the network namespace that it is mounted in, and only that namespace's owner may mount it: we, not the child. */
+static bool prepare_sysfs(const struct op *ops, size_t count, struct prepared *prepared) {
+    for (size_t i = 0; i < count; i++)
+        if (!strcmp(ops[i].words[0], "mount") && !strcmp(ops[i].words[1], "sysfs") &&
+            (prepared[i].tree[0] = new_filesystem("sysfs", "sysfs", "")) < 0)
+            return false;
+    return true;
+}
+
+pid_t namespaces_clone(const struct op *ops, size_t count, struct prepared *prepared, bool *moved) {
     /* A cgroup namespace begins where its maker is, and a time namespace takes only children: both later. */
     unsigned long flags = flags_of(ops, count) & ~(unsigned long)(CLONE_NEWCGROUP | CLONE_NEWTIME);
     const struct op *join = launch_find(ops, count, "netns");
@@ -186,10 +195,11 @@ pid_t namespaces_clone(const struct op *ops, size_t count, bool *moved) {
     if (join && (home < 0 || setns(plan_fd(join->words[1]), CLONE_NEWNET) < 0))
         return -1;
     int cgroup = born_in(ops, count);
-    pid_t pid = clone_into(flags, cgroup);
+    bool ready = !join || !(flags & CLONE_NEWUSER) || prepare_sysfs(ops, count, prepared);
+    pid_t pid = ready ? clone_into(flags, cgroup) : -1;
     /* No clone3: a filter of whoever contains us. It is moved afterwards. */
     *moved = pid >= 0 && cgroup >= 0;
-    if (pid < 0 && cgroup >= 0)
+    if (ready && pid < 0 && cgroup >= 0)
         pid = clone_into(flags, -1);
     if (home >= 0 && pid != 0) {
         int saved = errno;

@@ -155,11 +155,8 @@ def _devices(c: Container) -> Iterator[Op]:
 
 def _kernel(c: Container) -> Iterator[Op]:
     yield ("mount", "proc", "proc", "/proc", "rw", "")
-    if c.netns is None and not c.host_network:
-        yield ("mount", "sysfs", "sysfs", "/sys", "ro", "")
-    else:
-        # A sysfs shows a network namespace, and whoever mounts it must own that: here the host does.
-        yield ("bind", "/sys", "/sys", "ro,alone")
+    # A sysfs shows a network namespace, and may be mounted only by who owns that.
+    yield ("bind", "/sys", "/sys", "ro,alone") if c.host_network else ("mount", "sysfs", "sysfs", "/sys", "ro", "")
     if c.unified:
         yield ("mount", "cgroup2", "cgroup", "/sys/fs/cgroup", "ro", "")
     yield ("mask", *MASKED, *c.hide)
