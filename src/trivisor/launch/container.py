@@ -58,6 +58,11 @@ class Ids:
         """The ids outside of root inside."""
         return self.users[0][1], self.groups[0][1]
 
+    def plan(self) -> Plan:
+        """Return the operations that map them."""
+        lines = [("map-user", line) for line in self.users] + [("map-group", line) for line in self.groups]
+        return tuple((kind, *(str(number) for number in line)) for kind, line in lines)
+
     def has_group(self, gid: int) -> bool:
         return any(first <= gid < first + count for first, _, count in self.groups)
 
@@ -120,9 +125,7 @@ def _outside(c: Container) -> Iterator[Op]:
     yield ("namespaces", *(name for name in c.namespaces if own_network or name != "net"))
     if c.netns is not None:
         yield ("netns", str(c.netns))
-    for kind, ranges in (("map-user", c.ids.users), ("map-group", c.ids.groups)):
-        for line in ranges:
-            yield (kind, *(str(number) for number in line))
+    yield from c.ids.plan()
     yield ("hostname", c.hostname)
     if own_network:
         yield ("loopback",)

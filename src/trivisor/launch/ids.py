@@ -115,9 +115,7 @@ def _trial(shape: Shape, folder: Path) -> Plan:
     """The parts of a container that hosts refuse, and a folder of the home shown with its ids."""
     ids = shape.ids(0)
     program = str(tvinit.path())
-    plan: list[Op] = [("namespaces", *shape.namespaces)]
-    for kind, ranges in (("map-user", ids.users), ("map-group", ids.groups)):
-        plan += [(kind, *(str(number) for number in line)) for line in ranges]
+    plan: list[Op] = [("namespaces", *shape.namespaces), *ids.plan()]
     plan += [("root", "/"), ("bind", program, program, "ro,exec"), ("mount", "proc", "proc", "/proc", "rw", "")]
     plan += [("bind", str(folder), "/home", "ro,idmap" if ids.mapped else "ro"), ("pivot",), ("caps",), ("no-new-privs",)]
     return (*plan, ("exec", program, "launch"))
@@ -163,12 +161,13 @@ def probe(home: Path) -> Shape:
 
 
 def remove_tree(path: Path, timeout: float = 600.0) -> None:
-    """Remove a folder in which there are files of subordinate ids, as root of a user namespace that has them. Raises EngineError."""
-    shape = Shape("subids", ("user",), subordinate=(subordinate("/etc/subuid", os.geteuid()), subordinate("/etc/subgid", os.geteuid())))
-    ids = shape.ids(0)
-    plan: list[Op] = [("namespaces", "user")]
-    for kind, ranges in (("map-user", ids.users), ("map-group", ids.groups)):
-        plan += [(kind, *(str(number) for number in line)) for line in ranges]
-    status, said = _run((*plan, ("exec", shutil.which("rm") or "/bin/rm", "-rf", "--one-file-system", "--", str(path))), timeout)
-    if status:
-        raise EngineError(f"{path} cannot be removed", output=said, status=status)
+    """Remove a folder as root: of this host, or of a user namespace with the ids that containers get. Raises EngineError."""
+    said = ""
+    for shape in _shapes():
+        plan: list[Op] = []
+        if os.geteuid() != 0:
+            plan += [("namespaces", "user"), *shape.ids(0).plan()]
+        status, said = _run((*plan, ("exec", shutil.which("rm") or "/bin/rm", "-rf", "--", str(path))), timeout)
+        if not status:
+            return
+    raise EngineError(f"{path} cannot be removed", output=said)

@@ -8,6 +8,7 @@ a host that gives other ids than when it was made cannot run it.
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 from trivisor.core.errors import EngineError, StorageError
@@ -34,7 +35,7 @@ def make(box: Box, owner: tuple[int, int]) -> None:
 
 
 def check(box: Box, shape: Shape) -> None:
-    """Raise StorageError if a layer is gone, EngineError if it is of other ids than the machine would have now."""
+    """See to it that the layers can be mounted. Raises StorageError if one is gone, EngineError if it is of other ids."""
     owner = shape.ids(box.slot).owner
     for layer in layers(box):
         if not isinstance(layer.upper, Path):
@@ -49,6 +50,22 @@ def check(box: Box, shape: Shape) -> None:
                 machine=box.spec.name,
                 hint="this host gives other ids than when it was made (see `trivisor doctor`); make a new machine",
             )
+        _clear_mark(layer.upper / "work" / "work")
+
+
+def _clear_mark(work: Path) -> None:
+    """Remove overlayfs's mark on a layer that was mounted volatile: it refuses it a second time, lest the host crashed in
+    between. But then the process that such a machine belongs to would have ended too."""
+    if not work.exists():
+        return
+    try:
+        if os.geteuid() != 0:
+            work.chmod(0o700)  # the kernel makes it closed to everybody
+        shutil.rmtree(work / "incompat")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise StorageError(f"{work} cannot be cleared: {error.strerror}") from error
 
 
 def volumes(spec: Spec) -> list[Bind]:

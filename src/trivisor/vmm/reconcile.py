@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from trivisor.core import process
-from trivisor.core.errors import Busy, HostError, StorageError
+from trivisor.core.errors import Busy, EngineError, HostError, StorageError
 from trivisor.core.paths import MachineDir
 from trivisor.core.state import State
-from trivisor.launch import keeper
+from trivisor.launch import ids, keeper
 from trivisor.launch.net import networks
 from trivisor.vmm import limits, locks
 from trivisor.vmm.context import Context, pin_owner
 from trivisor.vmm.records import Row
 
+_BY_HAND = "remove it by hand, then delete again"
 LIVE = (State.RUNNING, State.PAUSED)
 _PANIC = b"Kernel panic"
 _TAIL = 64 << 10
@@ -126,7 +127,11 @@ def judge(ending: keeper.Exit | None, *, rebooted: bool, panic: str) -> Verdict:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder with all that is in it; that it is gone already is no error. Raises StorageError."""
+    """Remove a folder with all that is in it; that it is gone already is no error. Raises StorageError.
+
+    A machine may have left folders that nobody may enter, files of ids that only a user namespace has, or a tree deeper than
+    Python's stack: what shutil cannot do is left to rm(1), which is root where those ids are.
+    """
     for _ in range(3):
         try:
             shutil.rmtree(path)
@@ -134,10 +139,16 @@ def remove_tree(path: Path) -> None:
             # Another process may be removing the same tree: what matters is that nothing is left.
             if not path.exists():
                 return
+        except (PermissionError, RecursionError):
+            break
         except OSError as error:
-            raise StorageError(f"{path} cannot be removed: {error.strerror}", hint="remove it by hand, then delete again") from error
+            raise StorageError(f"{path} cannot be removed: {error.strerror}", hint=_BY_HAND) from error
         else:
             return
+    try:
+        ids.remove_tree(path)
+    except EngineError as error:
+        raise StorageError(f"{path} cannot be removed: {error.output.strip()[-200:]}", hint=_BY_HAND) from error
 
 
 def clear_sockets(folder: MachineDir) -> None:
