@@ -7,7 +7,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-enum bind_flag { BIND_IDMAP = 1, BIND_ALONE = 2 };
+enum bind_flag { BIND_IDMAP = 1, BIND_ALONE = 2, BIND_STRAIGHT = 4 };
 
 /* Open path under root, whose links cannot lead out of it. */
 int open_in(int root, const char *path, uint64_t flags);

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <grp.h>
 #include <linux/magic.h>
+#include <linux/openat2.h>
 #include <linux/sched.h>
 #include <signal.h>
 #include <stdio.h>
@@ -65,7 +66,18 @@ const char *namespaces_check(const struct op *ops, size_t count) {
 }
 
 static int clone_tree(const char *source, unsigned bind) {
-    return open_tree(AT_FDCWD, source, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | (bind & BIND_ALONE ? 0 : AT_RECURSIVE));
+    unsigned flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | (bind & BIND_ALONE ? 0 : AT_RECURSIVE);
+    if (!(bind & BIND_STRAIGHT))
+        return open_tree(AT_FDCWD, source, flags);
+    /* What others may change must not lead elsewhere by a link that was not there when the path was looked at. */
+    struct open_how how = {.flags = O_PATH | O_CLOEXEC, .resolve = RESOLVE_NO_SYMLINKS};
+    int fd = (int)syscall(SYS_openat2, AT_FDCWD, source, &how, sizeof how);
+    int tree = fd < 0 ? -1 : open_tree(fd, "", flags | AT_EMPTY_PATH);
+    int saved = errno;
+    if (fd >= 0)
+        close(fd);
+    errno = saved;
+    return tree;
 }
 
 void namespaces_release(struct prepared *prepared, size_t count) {

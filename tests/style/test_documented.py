@@ -67,7 +67,7 @@ def test_verb_is_documented(name: str) -> None:
                 assert option in section[0], f"docs/cli.md does not say what {name} {option} is"
     if isinstance(command, click.Group):
         for sub in command.commands:
-            assert f"images {sub}" in section[0]
+            assert f"{name} {sub}" in section[0]
 
 
 def test_aliases_are_documented() -> None:

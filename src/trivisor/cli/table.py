@@ -39,6 +39,7 @@ VERBS: dict[str, Verb] = {
     "forward": _own("forward", "Forward a port of this host to a port in a machine."),
     "wait": _own("wait", "Wait until machines no longer run; print their exit status."),
     "images": _own("images", "List, import, bootstrap and remove images."),
+    "volume": _own("volume", "List, make and remove volumes."),
     "doctor": _own("doctor", "Say what this host offers, and what is missing."),
     "completion": _own("completion", "Print the completion script of a shell."),
     "version": _own("version", "Print versions."),

@@ -38,9 +38,13 @@ _MAX_FILE = 16 << 20
 _MAX_FILES = 20_000
 
 
-def folders(host: Path = Path("/")) -> tuple[Path, ...]:
-    """Return the host's folders that lie in the root as they are, each under a writable layer of its own."""
-    return tuple(host / name for name in _FOLDERS if (host / name).is_dir() and not (host / name).is_symlink())
+def folders(host: Path = Path("/"), *, hidden: Path | None = None) -> tuple[Path, ...]:
+    """Return the host's folders that lie in the root as they are, each under a writable layer of its own.
+
+    One that holds `hidden`, Trivisor's home, is left out.
+    """
+    found = (host / name for name in _FOLDERS if (host / name).is_dir() and not (host / name).is_symlink())
+    return tuple(folder for folder in found if hidden is None or folder not in hidden.resolve().parents)
 
 
 def digest(host: Path = Path("/")) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import msgspec
+
 from trivisor.core.errors import NotFound, UnsupportedByWall
 from trivisor.core.paths import Home, MachineDir
 from trivisor.core.spec import Wall
@@ -13,6 +15,7 @@ from trivisor.images.catalog import Images
 from trivisor.vmm.engine import Box, Engine
 from trivisor.vmm.guestline import Lines
 from trivisor.vmm.records import Records, Row
+from trivisor.vmm.shares import folders
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,14 @@ class Context:
         """Return what the engine is told about a machine."""
         return Box(
             id=row.id,
-            spec=row.spec,
+            spec=msgspec.structs.replace(row.spec, volumes=folders(self.home, row.spec.volumes)),
             home=self.home,
             dir=self.folder(row),
             rootfs=self.images.rootfs(row.digest),
             rootfs_digest=row.digest,
             slot=row.slot,
             tree=self.images.tree_path(row.digest),
-            host_folders=host.folders() if row.digest.startswith(host.PREFIX) else (),
+            host_folders=host.folders(hidden=self.home.root) if row.digest.startswith(host.PREFIX) else (),
             owner=row.owner.pid if row.owner else None,
         )
 

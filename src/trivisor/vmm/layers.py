@@ -70,7 +70,8 @@ def _clear_mark(work: Path) -> None:
 
 def volumes(spec: Spec) -> list[Bind]:
     """Return the host's folders that the machine shares. Programs in them can be run; no device in them works."""
-    return [Bind(Path(volume.source), target, "ro,exec" if volume.readonly else "rw,exec") for target, volume in spec.volumes.items()]
+    mode = {True: "ro,exec,straight", False: "rw,exec,straight"}
+    return [Bind(Path(volume.source), target, mode[volume.readonly]) for target, volume in spec.volumes.items()]
 
 
 def _make(folder: Path, like: Path | None, owner: tuple[int, int]) -> None:

@@ -22,7 +22,7 @@ from trivisor.core.state import State, check
 from trivisor.core.undo import Undo
 from trivisor.images.catalog import Image
 from trivisor.launch import keeper
-from trivisor.vmm import limits, locks, reconcile
+from trivisor.vmm import limits, locks, reconcile, shares
 from trivisor.vmm.context import Context, pin_owner
 from trivisor.vmm.engine import Progress
 from trivisor.vmm.records import Row
@@ -55,6 +55,7 @@ def create(context: Context, spec: Spec, image: Image) -> Row:
         undo.add("folder", lambda: reconcile.remove_tree(folder.root))
         _make_folder(context, row)
         with locks.hold(folder.lock, "create", row.name):
+            shares.prepare(context.home, spec.volumes)
             context.engine(spec.wall, row.name).create(context.box(row), undo)
             done = context.records.update(row.id, durable=row.owner is None, event=("created", spec.image), **_IDLE)
             undo.keep()
@@ -68,6 +69,7 @@ def start(context: Context, machine: str, progress: Progress) -> Row:
         engine = context.engine(row.spec.wall, row.name)
         if row.spec.wall != "vm":
             context.images.tree(row.digest, progress)
+        shares.prepare(context.home, row.spec.volumes)
         undo.add("record", lambda: context.records.update(row.id, state=row.state, **_IDLE))
         _clear(context, row)
         limits.clear(context, row)

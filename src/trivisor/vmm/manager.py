@@ -19,7 +19,7 @@ from trivisor.core.events import Event
 from trivisor.core.paths import Home, default_home
 from trivisor.core.spec import HOST_IMAGE, WALLS, Spec, Wall
 from trivisor.images.catalog import Images
-from trivisor.vmm import life, limits, names, reconcile
+from trivisor.vmm import life, limits, names, reconcile, shares
 from trivisor.vmm import sweep as sweeping
 from trivisor.vmm.context import Context
 from trivisor.vmm.engine import Engine, Progress, WallReport
@@ -28,6 +28,7 @@ from trivisor.vmm.engines.vm.engine import VmEngine
 from trivisor.vmm.imports import NotedImages
 from trivisor.vmm.machine import Machine
 from trivisor.vmm.records import Records, Row
+from trivisor.vmm.volumes import Volumes
 
 _EVENT_POLL = 0.1
 _LOOK = 1.0
@@ -63,6 +64,11 @@ class VMM:
     def images(self) -> Images:
         return self._context.images
 
+    @property
+    def volumes(self) -> Volumes:
+        """The named volumes of the home."""
+        return Volumes(self._context.home, self._context.records.rows)
+
     def create(self, image: str, *, name: str | None = None, wall: str = "auto", **spec: Any) -> Machine:
         """Make a machine from an image, without starting it. `spec`: the fields of core.spec.Spec.
 
@@ -74,6 +80,8 @@ class VMM:
             raise UnsupportedByWall("run on the host's own root", chosen, [wall for wall in self._context.engines if wall != "vm"])
         found = self._context.images.get(image)
         self._context.engine(chosen).check(wishes)
+        if wishes.volumes:
+            spec["volumes"] = shares.settle(self._context.home, wishes.volumes)
         # What the image wants in the environment lies under what the caller wants.
         spec["env"] = {**found.config.get("env", {}), **wishes.env}
         for attempt in range(_NAME_TRIES):

@@ -68,8 +68,10 @@ def test_wishes_that_cannot_be(cli: Cli, wish: list[str], message: str) -> None:
     assert states(cli) == {}
 
 
-def test_wishes_reach_the_spec(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wishes_reach_the_spec(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FROM_US", "yes")
+    monkeypatch.chdir(tmp_path)
+    Path("here").mkdir()
     words = "create --name a --cpus 2 -m 1G --disk ram -p 8080:80 -e A=1=2 -e FROM_US -e NOT_SET --ttl 2h --idle 90s -l a=b"
     words += " -v cache:/c:ro -v ./here:/h --pids 99 --swap 0 --cpuset 0 --io write-bps=1M --io read-iops=9"
     assert cli(*words.split(), IMAGE).status == 0
@@ -265,3 +267,16 @@ def test_options_that_cannot_be_read(cli: Cli, words: str, message: str) -> None
     done = cli("create", *words.split(), IMAGE)
     assert done.status == 2
     assert message in done.err
+
+
+def test_volumes(cli: Cli) -> None:
+    assert cli("volume", "create", "one", "two").out == "one\ntwo\n"
+    assert cli("volume", "create", "one").status == 125
+    assert cli("create", "--name", "a", "-v", "two:/data", IMAGE).status == 0
+    assert [(row["name"], row["machines"]) for row in cli("volume", "--json").json] == [("one", []), ("two", ["a"])]
+    refused = cli("volume", "rm", "one", "two")
+    assert (refused.status, refused.out) == (125, "one\n")
+    assert "used by a" in refused.err
+    assert cli("delete", "a").status == 0
+    assert cli("volume", "rm", "two").status == 0
+    assert cli("volume", "list", "--json").json == []

@@ -14,7 +14,7 @@ import socket
 import time
 from contextlib import ExitStack
 
-from trivisor.core.errors import HostLacks, TrivisorError, UnsupportedByWall
+from trivisor.core.errors import HostLacks, TrivisorError
 from trivisor.core.paths import Home
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.undo import Undo
@@ -57,8 +57,6 @@ class ContainerEngine:
         ids.probe(self._home.root)
         cgroups.limits_possible(Limits.of(spec))
         provide.check(spec)
-        if any(volume.named for volume in spec.volumes.values()):
-            raise UnsupportedByWall("have named volumes", self.wall, ["vm"])
 
     def create(self, box: Box, undo: Undo) -> None:
         layers.make(box, ids.probe(box.home.root).ids(box.slot).owner)
