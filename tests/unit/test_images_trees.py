@@ -121,3 +121,23 @@ def test_the_name_is_the_hosts(home: Home) -> None:
     images.unpin("machine:x")
     with pytest.raises(InvalidSpec):
         images.import_(Path("/nowhere"), "host")
+
+
+@pytest.mark.parametrize(
+    "folder",
+    ["/", "/root", "/home", "/etc/ssl", "/run/x", "/tmp", "/var/tmp", "/proc/self", "{home}", "{home}/machines", "{above}", "~"],
+)
+def test_working_folders_that_are_not_shared(home: Home, folder: str) -> None:
+    path = Path(folder.format(home=home.root, above=home.root.parent)).expanduser()
+    assert host.withheld(path, home.root)
+
+
+def test_working_folders_that_are(home: Home, tmp_path: Path) -> None:
+    assert host.withheld(tmp_path / "project", home.root) == ""
+    assert host.withheld(Path("~/project").expanduser(), home.root) == ""
+    assert host.withheld(Path("/srv/project"), home.root) == ""
+
+
+def test_a_folder_with_the_home_in_it_is_no_part_of_the_root(etc: Path) -> None:
+    (etc / "opt/trivisor").mkdir()
+    assert host.folders(etc, hidden=etc / "opt/trivisor") == (etc / "usr",)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pwd
 import shutil
 import stat
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ _ETC = (
     # programs
     *("bash.bashrc", "profile", "login.defs", "shells", "fonts", "perl", "python3", "java-17-openjdk", "java-21-openjdk", "ImageMagick-6"),
 )
+_WITHHELD = ("boot", "dev", "etc", "proc", "run", "sys")
+_FIRST_PERSON = 1000
 _MAX_FILE = 16 << 20
 _MAX_FILES = 20_000
 
@@ -45,6 +48,24 @@ def folders(host: Path = Path("/"), *, hidden: Path | None = None) -> tuple[Path
     """
     found = (host / name for name in _FOLDERS if (host / name).is_dir() and not (host / name).is_symlink())
     return tuple(folder for folder in found if hidden is None or folder not in hidden.resolve().parents)
+
+
+def withheld(folder: Path, home: Path) -> str:
+    """Say why the working `folder` is not shared with a machine on the host's root, "" if it may be. `home`: Trivisor's.
+
+    What is in it was asked for by working there; what holds other people's things, or keys by custom, was not.
+    """
+    real = folder.resolve()
+    people = {Path(person.pw_dir).resolve() for person in pwd.getpwall() if person.pw_uid == 0 or person.pw_uid >= _FIRST_PERSON}
+    people = {place for place in people if place != Path("/") and place.is_dir()} | {Path.home().resolve(), Path("/home")}
+    own = home.resolve()
+    if real == own or own in real.parents or real in own.parents:
+        return "it is or holds Trivisor's home"
+    if any(real == place or real in place.parents for place in people):
+        return "it is or holds a home folder"
+    if real in (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm")) or len(real.parts) < 2 or real.parts[1] in _WITHHELD:
+        return "it is the system's"
+    return ""
 
 
 def digest(host: Path = Path("/")) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -9,6 +10,21 @@ import click
 from trivisor.cli import render
 from trivisor.cli.attach import Joined, run_joined
 from trivisor.cli.options import IMAGE, open_vmm, spec_options, verb, wishes
+from trivisor.core.spec import HOST_IMAGE
+
+
+def _share_folder(options: dict[str, Any], home: Path) -> str:
+    """Add our working folder, read-only, to the volumes of a machine on the host's root; return it, "" if it is not shared."""
+    from trivisor.images import host
+
+    here = Path.cwd()
+    if any(here.is_relative_to(folder) for folder in host.folders(hidden=home)):
+        return str(here)  # it is there as it is
+    if why := host.withheld(here, home):
+        click.echo(f"trivisor: {here} is not shared: {why} (-v .:/work:ro shares it, -w chooses where to run)", err=True)
+        return ""
+    options["volume"] = (*options["volume"], f"{here}:{here}:ro")
+    return str(here)
 
 
 @verb("run", context_settings={"allow_interspersed_args": False})
@@ -35,7 +51,8 @@ def command(
     """Run a command in a new machine.
 
     The machine is deleted when the command has ended, and our exit status is the command's (128 + n if signal n
-    killed it). Without a command it is a shell. With -d the machine stays, the command running in it.
+    killed it). Without a command it is a shell. With -d the machine stays, the command running in it. The image "host" is this
+    host's own programs (container, gvisor), with the folder you are in, read-only.
     """
     if detach and (interactive or tty or rm):
         raise click.UsageError(
@@ -44,8 +61,10 @@ def command(
     if argv and argv[0].startswith("-") and argv[0] != "--":
         raise click.UsageError(f"{argv[0]} stands behind the image, where the command begins", click.get_current_context())
     words = argv[1:] if argv[:1] == ("--",) else argv
-    how = Joined(interactive=interactive, tty=tty, cwd=workdir, user=user)
     vmm = open_vmm()
+    if image == HOST_IMAGE and not workdir:
+        workdir = _share_folder(options, vmm.home)
+    how = Joined(interactive=interactive, tty=tty, cwd=workdir, user=user)
     if detach:
         with render.Steps() as steps:
             machine = vmm.create(image, **wishes(options))
