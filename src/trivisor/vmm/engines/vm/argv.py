@@ -27,7 +27,8 @@ _MACHINE = (
 _TCG_CPU = "max,-erms,-fsrm"
 """The kernel copies by `rep movsb` where these say that it is quick; the translator does it byte by byte, at a third of the speed."""
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
-_DISK_DEVICE = "num-queues=1,logical_block_size=512,physical_block_size=512,write-cache=on,discard=on,write-zeroes=on"
+_DISK_DEVICE = "num-queues=1,logical_block_size=512,physical_block_size=512,write-cache=on,discard=on,write-zeroes=on,werror=report"
+"""What cannot be written, on a full disk of the host's, is the guest's to hear: QEMU's default would freeze the machine unseen."""
 
 Accel = Literal["kvm", "tcg"]
 

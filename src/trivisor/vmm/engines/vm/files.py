@@ -16,6 +16,8 @@ from trivisor.core.paths import Home
 from trivisor.core.process import start_time
 
 _COPY = 1 << 20
+_ROOM = 1 << 20
+"""Bytes; with less free than this a disk is full."""
 
 
 class Held(EngineError):
@@ -40,6 +42,13 @@ def storage(error: OSError, doing: str) -> StorageError:
     """Translate an OSError of the home's file system."""
     hint = "free some space, or set TRIVISOR_HOME to a larger disk" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
     return StorageError(f"{doing} failed: {error.strerror or error}", hint=hint)
+
+
+def check_room(folder: Path, doing: str, failure: Exception) -> None:
+    """Raise StorageError because of `failure` if the file system of `folder` is full."""
+    facts = os.statvfs(folder)
+    if facts.f_bavail * facts.f_frsize < _ROOM:
+        raise storage(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), doing) from failure
 
 
 @contextlib.contextmanager

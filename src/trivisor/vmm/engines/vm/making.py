@@ -139,6 +139,10 @@ def _running(setup: Setup, work: Work, steps: Sequence[Sequence[str]]) -> Iterat
             line.close()
         with Qmp.connect(work.place.qmp, work.name) as qmp:
             yield qmp
+    except (EngineError, GuestError) as error:
+        # Its RAM is a file: QEMU is killed (SIGBUS) where that cannot grow, and says nothing.
+        files.check_room(work.place.root, "making ice", error)
+        raise
     finally:
         keeper.kill(work.place)
 

@@ -1,0 +1,162 @@
+"""A whole life without root: an ordinary user with a home of its own, QEMU jailed in a user namespace, nothing left at the end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from host_state import assert_nothing_left
+from images_for_tests import mini_root
+from machine_home import VmHome, in_child
+
+from trivisor import VMM, StorageError
+from trivisor.core.paths import Home, MachineDir
+from trivisor.launch import jail, tvinit
+from trivisor.vmm.engines.vm import runner
+
+USER = 61234
+"""An id that no account has."""
+SERVE = """\
+import socket
+server = socket.create_server(("0.0.0.0", 80))
+print("up", flush=True)
+client = server.accept()[0]
+client.sendall(client.recv(100))
+client.recv(1)
+"""
+
+pytestmark = [
+    pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else"),
+    pytest.mark.timeout(300),
+]
+
+
+@pytest.fixture
+def user_home(iced_home: Path) -> Iterator[Path]:
+    """A home that belongs to USER, with the kit and the image and no ice, where USER may go: pytest's own folders are closed."""
+    for path in (tvinit.path(), *tvinit.path().parents):
+        if not os.stat(path).st_mode & 0o005:
+            pytest.skip(f"needs {path} to be readable to all")
+    base = Path(tempfile.mkdtemp(prefix="user-"))
+    base.chmod(0o755)
+    home = VmHome(base / "home", iced_home).root
+    shutil.rmtree(home / "ice")
+    for path in (home, *home.rglob("*")):
+        if path.is_file() and path.stat().st_nlink > 1:
+            own = path.with_name(f"{path.name}-own")  # not the shared file's owner, but a copy's
+            shutil.copy2(path, own)
+            own.rename(path)
+        os.chown(path, USER, USER, follow_symlinks=False)
+    yield home
+
+    def clear() -> None:
+        with VMM(home) as vmm:
+            for machine in vmm.list():
+                machine.delete(force=True)
+
+    as_user(clear)
+    assert_nothing_left(home, set())
+    shutil.rmtree(base)
+
+
+def as_user(work: object) -> None:
+    """Become USER for good, in a child."""
+
+    def run() -> None:
+        os.setgroups([])
+        os.setresgid(USER, USER, USER)
+        os.setresuid(USER, USER, USER)
+        os.environ["HOME"] = "/nonexistent"
+        os.chdir("/")
+        work()  # type: ignore[operator]
+
+    assert in_child(run) == 0
+
+
+def test_the_whole_life(user_home: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    network = "nat" if shutil.which("passt") else "none"
+
+    def life() -> None:
+        with VMM(user_home) as vmm:
+            report = jail.probe()
+            assert not report.own_id
+            machine = vmm.create("debian", wall="vm", network=network, ports={port: 80} if network == "nat" else {})
+            machine.start()
+            folder = MachineDir(Path(machine.info()["folder"]))
+            status = Path(f"/proc/{runner.engine(folder)}/status").read_text()
+            assert f"Uid:\t{USER}\t{USER}" in status
+            if report.namespaces:
+                for name in ("user", "mnt", "pid", "net", "ipc", "uts"):
+                    assert os.readlink(f"/proc/{runner.engine(folder)}/ns/{name}") != os.readlink(f"/proc/self/ns/{name}")
+            assert "Seccomp:\t2" in status
+            assert machine.exec(["id", "-u"], check=True).text == "0\n", "who is root in there is nobody's business here"
+            machine.exec("echo kept >/root/file; chown 12:34 /root/file", check=True)
+            if network == "nat":
+                served = "import socket; s = socket.create_server(('', 80)); print('up', flush=True); s.accept()[0].sendall(b'hello')"
+                with machine.spawn(["python3", "-c", SERVE]) as server:
+                    assert server.stdout.readline(timeout=60) == b"up\n"
+                    with socket.socket() as client:
+                        client.connect(("127.0.0.1", port))
+                        client.sendall(b"hello")
+                        assert client.recv(100) == b"hello"
+            machine.pause()
+            machine.resume()
+            machine.stop()
+            machine.start()
+            assert machine.files.read_text("/root/file") == "kept\n"
+            assert machine.files.stat("/root/file").uid == 12
+            with vmm.run("debian") as second:
+                assert second.exec(["echo", "two"]).text == "two\n"
+            machine.stop()
+            machine.delete()
+            assert vmm.list() == []
+
+    as_user(life)
+
+
+def test_an_image_is_made_without_root(user_home: Path) -> None:
+    """And run."""
+    mini_root(user_home.parent / "root")
+
+    def life() -> None:
+        with VMM(user_home) as vmm:
+            vmm.images.import_(user_home.parent / "root", "mini")
+            with vmm.run("mini", disk="ram") as machine:
+                assert machine.exec(["id", "-u"]).text == "0\n"
+                assert machine.exec("echo $HOME", user="user").text == "/home/user\n"
+
+    as_user(life)
+
+
+def test_another_users_home_is_refused(user_home: Path) -> None:
+    """sudo keeps HOME: root must not fill a user's home with files of root's."""
+    with pytest.raises(StorageError, match=f"belongs to user {USER}") as caught:
+        VMM(user_home)
+    assert "TRIVISOR_HOME" in caught.value.hint
+
+
+def test_a_home_that_cannot_be_written(user_home: Path) -> None:
+    """Read-only for its own user."""
+    home, said = user_home.parent / "read-only", user_home.parent / "said"
+    Home(home).open()
+    said.touch()
+    os.chmod(home, 0o500)
+    for path in (home, said):
+        os.chown(path, USER, USER)
+
+    def attempt() -> None:
+        try:
+            VMM(home)
+        except StorageError as error:
+            said.write_text(f"{error}; {error.hint}")
+
+    as_user(attempt)
+    assert "TRIVISOR_HOME" in said.read_text()
+    assert "read-only" in said.read_text() or "cannot be used" in said.read_text()
