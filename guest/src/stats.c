@@ -1,12 +1,47 @@
 /* The machine's own figures, as lines "key value" in bytes and microseconds (proc(5), statfs(2)). */
 #include <errno.h>
 #include <fcntl.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
 
 #include "builtins.h"
+#include "power.h"
+
+/* The first number in a file of our control group, in version 2's place or version 1's; -1 if there is none, or no limit. */
+static long long group_figure(const char *unified, const char *old, long long *second) {
+    char path[96];
+    long long value = -1;
+    for (int i = 0; power_contained && i < 2 && value < 0; i++) {
+        snprintf(path, sizeof path, "/sys/fs/cgroup/%s", i ? old : unified);
+        FILE *f = fopen(path, "re");
+        int n = f ? fscanf(f, "%lld %lld", &value, second) : 0;
+        if (n < 1)
+            value = -1;
+        if (f)
+            fclose(f);
+    }
+    return value;
+}
+
+/* What a container may use is what its control group says; /proc/meminfo tells of the host. */
+static bool group_memory(void) {
+    long long none, total = group_figure("memory.max", "memory/memory.limit_in_bytes", &none);
+    long long used = group_figure("memory.current", "memory/memory.usage_in_bytes", &none), host;
+    FILE *f = fopen("/proc/meminfo", "re");
+    if (!f || fscanf(f, "MemTotal: %lld", &host) != 1)
+        host = 0;
+    if (f)
+        fclose(f);
+    if (total < 0 || used < 0 || total >= host * 1024)
+        return false;
+    /* The group's own count of what it could give back is no single figure: what is not used is what is surely there. */
+    long long left = used < total ? total - used : 0;
+    printf("memory_total %lld\nmemory_available %lld\nmemory_free %lld\n", total, left, left);
+    return true;
+}
 
 /* "MemTotal:  123 kB" of /proc/meminfo under other names, in bytes. */
 static void memory(void) {
@@ -33,7 +68,13 @@ static void processor(void) {
         printf("cpu_user %llu\ncpu_system %llu\ncpu_idle %llu\n", (user + nice) * tick, system * tick, (idle + iowait) * tick);
     if (f)
         fclose(f);
-    printf("cpus %ld\n", sysconf(_SC_NPROCESSORS_ONLN));
+    long long period = -1, none, quota = group_figure("cpu.max", "cpu/cpu.cfs_quota_us", &period);
+    if (period < 0)
+        period = group_figure("cpu.max", "cpu/cpu.cfs_period_us", &none);
+    if (quota > 0 && period > 0)
+        printf("cpus %.2f\n", (double)quota / (double)period);
+    else
+        printf("cpus %ld\n", sysconf(_SC_NPROCESSORS_ONLN));
 }
 
 static void load(void) {
@@ -69,7 +110,8 @@ static void network(void) {
 
 int stats_main(char **argv) {
     (void)argv;
-    memory();
+    if (!group_memory())
+        memory();
     processor();
     load();
     network();

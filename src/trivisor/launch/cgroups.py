@@ -44,7 +44,7 @@ class Usage:
     memory: int = 0
     peak: int = 0
     anonymous: int = 0
-    """Of `memory`, and of swap, what belongs to no file."""
+    """Of `memory`, and of swap, what belongs to no file of a disk."""
     cpu_seconds: float = 0.0
     pids: int = 0
 
@@ -123,6 +123,14 @@ class Cgroup:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    @property
+    def hierarchies(self) -> tuple[tuple[str, str], ...]:
+        """Where its hierarchies are mounted on a host, and with which options: of v1 those with limits and figures; of v2 alone, "", ""."""
+        old = [place.path.parent.parent.name for place in self._places if not place.unified and place.controllers - {"freezer", "io"}]
+        if not old and self._unified() is not None:
+            return (("", ""),)
+        return tuple((name, name) for name in old)
+
     # -- frozen -----------------------------------------------------------------------------------
 
     def freeze(self, timeout: float = TIMEOUT) -> None:
@@ -138,6 +146,10 @@ class Cgroup:
         place = self._of("freezer")
         if place is not None and not place.unified:
             self._set_frozen(False, TIMEOUT)
+
+    @property
+    def can_freeze(self) -> bool:
+        return self._of("freezer") is not None
 
     @property
     def frozen(self) -> bool:
@@ -173,11 +185,11 @@ class Cgroup:
         if memory is not None:
             stat = memory.table("memory.stat")
             if memory.unified:
-                found = {"memory": memory.number("memory.current"), "peak": memory.number("memory.peak"), "anonymous": stat.get("anon", 0)}
-                found["anonymous"] += memory.number("memory.swap.current")
+                found = {"memory": memory.number("memory.current"), "peak": memory.number("memory.peak")}
+                found["anonymous"] = stat.get("anon", 0) + stat.get("shmem", 0) + memory.number("memory.swap.current")
             else:
                 found = {"memory": memory.number("memory.usage_in_bytes"), "peak": memory.number("memory.max_usage_in_bytes")}
-                found["anonymous"] = stat.get("total_rss", 0) + stat.get("total_swap", 0)
+                found["anonymous"] = stat.get("total_rss", 0) + stat.get("total_shmem", 0) + stat.get("total_swap", 0)
         return Usage(**found, cpu_seconds=self._seconds(), pids=pids.number("pids.current") if pids is not None else len(self.pids()))
 
     def counters(self) -> Counters:

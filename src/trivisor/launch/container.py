@@ -33,7 +33,7 @@ MASKED = (
     "/proc/asound", "/proc/acpi", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list",
     "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware", "/sys/devices/virtual/powercap",
 )  # fmt: skip
-READONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+READONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger", "/sys/fs/cgroup")
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 DEVICE_LINKS = (("/proc/self/fd", "fd"), ("fd/0", "stdin"), ("fd/1", "stdout"), ("fd/2", "stderr"), ("pts/ptmx", "ptmx"))
 OPEN_FILES = 1 << 20
@@ -96,8 +96,9 @@ class Container:
     """A network namespace to join instead of a new one."""
     host_network: bool = False
     cgroups: Sequence[int] = ()
-    unified: bool = False
-    """The host has cgroup version 2 alone: the machine sees its own part."""
+    hierarchies: Sequence[tuple[str, str]] = ()
+    """What it sees of its control groups: places below /sys/fs/cgroup and the controllers of version 1 there, ("", "") for
+    version 2. Programs look there for how much memory and processor time they have."""
     binds: Sequence[Bind] = ()
     """Volumes. The flag `idmap` is added where the ids are mapped."""
     env: Mapping[str, str] = field(default_factory=dict)
@@ -160,8 +161,10 @@ def _kernel(c: Container) -> Iterator[Op]:
     yield ("mount", "proc", "proc", "/proc", "rw", "")
     # A sysfs shows a network namespace, and may be mounted only by who owns that.
     yield ("bind", "/sys", "/sys", "ro,alone") if c.host_network else ("mount", "sysfs", "sysfs", "/sys", "ro", "")
-    if c.unified:
-        yield ("mount", "cgroup2", "cgroup", "/sys/fs/cgroup", "ro", "")
+    if any(place for place, _ in c.hierarchies):
+        yield ("mount", "tmpfs", "cgroup", "/sys/fs/cgroup", "rw", "mode=0755,size=64k")
+    for place, controllers in c.hierarchies:
+        yield ("mount", "cgroup" if place else "cgroup2", "cgroup", f"/sys/fs/cgroup/{place}".rstrip("/"), "ro", controllers)
     yield ("mask", *MASKED, *c.hide)
     yield ("readonly", *READONLY)
 

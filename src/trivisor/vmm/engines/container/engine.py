@@ -127,7 +127,7 @@ def _container(box: Box, shape: Shape, group: Cgroup, net: Net, line: int, log: 
         netns=net.netns_fd,
         host_network=spec.network == "host",
         cgroups=group.fds,
-        unified=cgroup_layout.layout().kind == "v2",
+        hierarchies=group.hierarchies,
         binds=layers.volumes(spec),
         env=spec.env,
         dns=net.dns,
