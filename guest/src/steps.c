@@ -3,13 +3,16 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <linux/fs.h>
 #include <linux/random.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mount.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -204,6 +207,23 @@ static int do_sync(char **w) {
     return 0;
 }
 
+/* Mounts what the host shares. The folder is made, as are those above it. */
+static int do_share(char **w) {
+    char path[PATH_MAX];
+    bool nine = !strcmp(w[3], "9p"), readonly = !strcmp(w[4], "ro");
+    if (*w[2] != '/' || strlen(w[2]) >= sizeof path || (!nine && strcmp(w[3], "virtiofs")) || (!readonly && strcmp(w[4], "rw")))
+        return EINVAL;
+    strcpy(path, w[2]);
+    for (char *at = path; (at = strchr(at + 1, '/')); *at = '/') {
+        *at = 0;
+        mkdir(path, 0755);
+    }
+    mkdir(path, 0755);
+    about = w[2];
+    unsigned long flags = MS_NODEV | MS_NOSUID | (readonly ? MS_RDONLY : 0);
+    return mount(w[1], path, w[3], flags, nine ? "trans=virtio,version=9p2000.L,msize=262144" : NULL) < 0 ? errno : 0;
+}
+
 static const struct {
     const char *name;
     size_t least, most; /* words after the name */
@@ -214,6 +234,7 @@ static const struct {
     {"wait", 1, 1, true, do_wait},
     {"flush", 1, 1, false, do_flush},
     {"root", 2, 2, false, do_root},
+    {"share", 4, 4, false, do_share},
     {"hostname", 1, 1, false, do_hostname},
     {"machine-id", 1, 1, false, do_machine_id},
     {"clock", 1, 1, false, do_clock},

@@ -17,6 +17,9 @@ from trivisor.core.units import MIB
 
 PORT = "trivisor.line"
 LINE, SERIAL, QMP, NET, RAM_FD = 10, 11, 12, 13, 14
+SHARE = 20
+"""The first of the descriptors to virtiofs daemons."""
+MAX_SHARES = 7
 DUMMY = 1 << 40
 """Size of the dummy disks that a blank ice is bound to: no real disk may be larger."""
 
@@ -34,6 +37,14 @@ Accel = Literal["kvm", "tcg"]
 
 
 @dataclass(frozen=True)
+class Shares:
+    """Shared folders: one entry each, whether it is read-only. virtiofs needs RAM that is shared with its daemon."""
+
+    kind: Literal["virtiofs", "9p"]
+    readonly: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
 class Shape:
     """What the guest sees of its hardware, and what runs it. Sizes are bytes."""
 
@@ -47,6 +58,8 @@ class Shape:
     """Programs are loaded at the same addresses each time (see `append`)."""
     tap: bool = False
     """The network is a tap, else a socket pair to passt. The guest sees the difference: a tap takes work off it."""
+    shares: Shares | None = None
+    """Folders shared with the host; a machine that has some is booted, not cloned."""
 
     @property
     def translation_mib(self) -> int:
@@ -103,6 +116,7 @@ def command(
         netdev = f"tap,id=net,fd={NET}" if shape.tap else f"stream,id=net,server=off,addr.type=fd,addr.str={NET}"
         argv += ["-netdev", netdev]
         argv += ["-device", "virtio-net-pci,netdev=net,id=nic,addr=0x6,mac=52:54:00:00:00:01,romfile="]
+    argv += _shares(shape.shares) if shape.shares else []
     argv += ["-object", "rng-builtin,id=rng", "-device", "virtio-rng-pci,rng=rng,id=random,addr=0x7"]
     argv += ["-device", "vmgenid,guid=auto,id=generation"]
     for spare in (1, 2):
@@ -136,12 +150,27 @@ def append(shape: Shape) -> str:
 
 def _memory(shape: Shape, memory: Memory, places: Places) -> str:
     size = f"id=ram,size={shape.memory // MIB}M"
+    if memory == "anonymous" and shape.shares and shape.shares.kind == "virtiofs":
+        return f"memory-backend-memfd,{size},share=on"
     if memory == "anonymous":
         return f"memory-backend-ram,{size}"
     if memory == "sealed":
         return f"memory-backend-file,{size},mem-path=/proc/self/fd/{RAM_FD},share=off"
     mode = {"file": "share=on", "ice": "share=off,readonly=on,rom=off", "copy": "share=off"}[memory]
     return f"memory-backend-file,{size},mem-path={places.ram},{mode}"
+
+
+def _shares(shares: Shares) -> list[str]:
+    argv = []
+    for number, readonly in enumerate(shares.readonly):
+        tag, address = f"share{number}", f"addr=0x{8 + number:x}"
+        if shares.kind == "virtiofs":
+            argv += ["-chardev", f"socket,id={tag},fd={SHARE + number}", "-device", f"vhost-user-fs-pci,chardev={tag},tag={tag},{address}"]
+        else:
+            mode = "on" if readonly else "off"
+            argv += ["-fsdev", f"local,id={tag},path=/shares/{number},security_model=mapped-xattr,readonly={mode}"]
+            argv += ["-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag},{address}"]
+    return argv
 
 
 def _disk(node: str, address: str, file: tuple[str, str] | None, *, read_only: bool) -> list[str]:

@@ -23,7 +23,7 @@ from trivisor.launch import jail, keeper
 from trivisor.launch.net import networks, provide
 from trivisor.launch.net.provide import Net
 from trivisor.vmm.engine import Box, Progress, Usage, WallReport
-from trivisor.vmm.engines.vm import argv, disks, ice, kit, making, net, probe, proc, qemu, ram, runner
+from trivisor.vmm.engines.vm import argv, disks, ice, kit, making, net, probe, proc, qemu, ram, runner, sharing
 from trivisor.vmm.engines.vm.ice import Ice
 from trivisor.vmm.engines.vm.making import Image
 from trivisor.vmm.engines.vm.qmp import Qmp, StateRefused
@@ -81,6 +81,7 @@ class VmEngine:
             if spec.disk > argv.DUMMY:
                 raise InvalidSpec(f"disk must be at most {argv.DUMMY >> 30}G, not {spec.disk} bytes")
         _check_network(spec)
+        sharing.shares(spec)
 
     def create(self, box: Box, undo: Undo) -> None:
         if box.spec.disk == "ram":
@@ -139,14 +140,15 @@ class VmEngine:
         fixed = verdict.accel == "tcg" and found.translates_by_address
         linked = spec.network != "none"
         tap = linked and not provide.possible()
-        shape = argv.Shape(verdict.accel, int(spec.cpus), spec.memory, spec.disk != "ram", linked, fixed, tap)
+        shape = argv.Shape(verdict.accel, int(spec.cpus), spec.memory, spec.disk != "ram", linked, fixed, tap, sharing.shares(spec))
         return Setup(found, shape, kit.get(self._home, spec.kernel, progress), jail.probe()), verdict.why
 
     def _run(self, box: Box, setup: Setup, progress: Progress) -> str:
         """Start the machine in the quickest way; say in words which it was."""
         fresh = self._ice == "image" and (box.spec.disk == "ram" or _fresh(box.dir).exists())
         mount = making.mount_steps(setup.shape.upper)
-        if self._ice == "off":
+        if self._ice == "off" or setup.shape.shares is not None:
+            # A daemon that shares a folder maps the machine's RAM, and that of ice is mapped by nobody else.
             _used(box.dir)
             self._boot(box, setup, mount)
             return "booted"
@@ -198,7 +200,11 @@ class VmEngine:
         """Make the guest this machine. The seed goes first: nothing may draw from a random state that other clones had."""
         line = Line.connect(box.dir.line, box.spec.name)
         try:
-            guest.configure(line, [*_first(), *mount, *_steps(box, setup.net)], timeout=_STEPS)
+            guest.configure(
+                line,
+                [*_first(), *mount, *sharing.steps(box.spec, setup.shape.shares, setup.kit.shares), *_steps(box, setup.net)],
+                timeout=_STEPS,
+            )
         finally:
             line.close()
 
@@ -214,6 +220,7 @@ def _work(box: Box, setup: Setup, memory: Ram, *, state: Path | None = None) -> 
         disk=box.dir.disk if setup.shape.upper else None,
         ports=box.spec.ports,
         net=setup.net,
+        shared=box.spec if setup.shape.shares else None,
         owner=box.owner,
         ttl=box.spec.ttl,
         idle=box.spec.idle,

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 _FOLDERS = ("dev", "modules")
 
 
-def build(init: bytes, modules: Iterable[tuple[str, bytes]]) -> bytes:
-    """Return the archive. `modules` are (name, .ko bytes) in the order in which they must be loaded."""
+def build(init: bytes, modules: Iterable[tuple[str, bytes]], more: Iterable[tuple[str, bytes]] = ()) -> bytes:
+    """Return the archive. `modules` are (name, .ko bytes) in the order in which they must be loaded; `more` are loaded when asked for."""
     out = bytearray()
     number = 1
     order: list[str] = []
@@ -26,6 +26,9 @@ def build(init: bytes, modules: Iterable[tuple[str, bytes]]) -> bytes:
     for name, data in modules:
         out += _entry(number, f"modules/{name}.ko", 0o100644, data)
         order.append(name)
+        number += 1
+    for name, data in more:
+        out += _entry(number, f"modules/{name}.ko", 0o100644, data)
         number += 1
     out += _entry(number, "modules/order", 0o100644, "".join(f"{name}\n" for name in order).encode())
     out += _entry(number + 1, "init", 0o100755, init)

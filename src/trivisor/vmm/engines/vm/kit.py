@@ -28,7 +28,7 @@ from trivisor.vmm.engine import Progress
 from trivisor.vmm.engines.vm import files, initramfs, kernel, modules
 
 FLAVOURS = {"micro": "linux-image-cloud-amd64", "full": "linux-image-amd64"}
-_FORMAT = 3
+_FORMAT = 4
 _FETCH = 900.0
 
 
@@ -39,6 +39,7 @@ class _Facts(msgspec.Struct, frozen=True):
     pvh: bool
     modules: list[str]
     digest: str
+    shares: list[str]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Kit:
     origin: str
     digest: str
     modules: tuple[str, ...]
+    shares: tuple[str, ...] = ()
+    """Modules for shared folders, in the order in which they load; not loaded at boot."""
 
     @property
     def kernel(self) -> Path:
@@ -65,9 +68,9 @@ class Kit:
         path = self.folder / f"initramfs-{digest[:16]}"
         if not path.exists():
             aside = self.folder / f".initramfs-{os.getpid()}-{os.urandom(4).hex()}"
-            loaded = [(name, (self.folder / "modules" / f"{name}.ko").read_bytes()) for name in self.modules]
+            loaded, shares = self._read(self.modules), self._read(self.shares)
             try:
-                aside.write_bytes(initramfs.build(tvinit.read_bytes(), loaded))
+                aside.write_bytes(initramfs.build(tvinit.read_bytes(), loaded, shares))
                 aside.chmod(0o644)
                 files.sync(aside)
                 aside.rename(path)
@@ -75,6 +78,9 @@ class Kit:
                 aside.unlink(missing_ok=True)
                 raise files.storage(error, "writing the initramfs") from error
         return path
+
+    def _read(self, names: Sequence[str]) -> list[tuple[str, bytes]]:
+        return [(name, (self.folder / "modules" / f"{name}.ko").read_bytes()) for name in names]
 
 
 def check(name: str) -> None:
@@ -157,7 +163,7 @@ def _load(folder: Path) -> Kit | None:
         return None
     if facts.format != _FORMAT:
         return None
-    return Kit(folder, facts.release, facts.origin, facts.digest, tuple(facts.modules))
+    return Kit(folder, facts.release, facts.origin, facts.digest, tuple(facts.modules), tuple(facts.shares))
 
 
 def _make_flavour(work: Path, folder: Path, name: str, progress: Progress) -> None:
@@ -180,6 +186,7 @@ def _make(work: Path, folder: Path, image: Path, trees: Sequence[Path], origin: 
     parsed = kernel.parse(data, image.name)
     found = [tree / parsed.release for tree in trees if (tree / parsed.release).is_dir()]
     loaded = modules.load_order(found[0]) if found else []
+    shares = modules.load_order(found[0], modules.WANTED + modules.SHARES)[len(loaded) :] if found else []
     digest = hashlib.sha256(parsed.image)
     made = work / "kit"
     (made / "modules").mkdir(parents=True, mode=0o755)
@@ -189,8 +196,10 @@ def _make(work: Path, folder: Path, image: Path, trees: Sequence[Path], origin: 
     for name, content in loaded:
         (made / "modules" / f"{name}.ko").write_bytes(content)
         digest.update(name.encode() + b"\0" + content)
+    for name, content in shares:
+        (made / "modules" / f"{name}.ko").write_bytes(content)
     names = [name for name, _ in loaded]
-    facts = _Facts(_FORMAT, parsed.release, origin, parsed.pvh, names, digest.hexdigest())
+    facts = _Facts(_FORMAT, parsed.release, origin, parsed.pvh, names, digest.hexdigest(), [name for name, _ in shares])
     (made / "kit.json").write_bytes(msgspec.json.encode(facts))
     made.chmod(0o755)
     files.settle(made, folder)

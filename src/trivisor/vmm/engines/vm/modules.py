@@ -20,7 +20,9 @@ BOOT = ("virtio_pci", "virtio_console", "virtio_rng")
 DISKS = ("virtio_blk", "squashfs", "overlay", "crc32c_generic", "ext4")
 NETWORK = ("virtio_net",)
 WANTED = BOOT + DISKS + NETWORK
-OPTIONAL = frozenset({"virtio_rng", "crc32c_generic"})
+SHARES = ("virtiofs", "9pnet_virtio", "9p")
+"""Loaded only in machines that share folders with the host; cloud kernels have no 9p."""
+OPTIONAL = frozenset({"virtio_rng", "crc32c_generic", *SHARES})
 
 
 def load_order(tree: Path, wanted: tuple[str, ...] = WANTED) -> list[tuple[str, bytes]]:

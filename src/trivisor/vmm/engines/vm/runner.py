@@ -8,18 +8,19 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from trivisor.core.errors import EngineError
 from trivisor.core.paths import MachineDir
 from trivisor.core.process import start_time
+from trivisor.core.spec import Spec
 from trivisor.launch import jail, keeper, tvinit
 from trivisor.launch.jail import Bind, JailReport
 from trivisor.launch.net.provide import Net, bare
 from trivisor.launch.plan import Op, Plan
-from trivisor.vmm.engines.vm import argv, files, net
+from trivisor.vmm.engines.vm import argv, files, net, sharing
 from trivisor.vmm.engines.vm.argv import Memory, Places, Shape
 from trivisor.vmm.engines.vm.kit import Kit
 from trivisor.vmm.engines.vm.qemu import Qemu
@@ -67,6 +68,8 @@ class Work:
     """Published by passt; those of a tap are `net`'s."""
     net: Net | None = None
     """With a tap: the machine's link. Without one the tap leads nowhere, as is right for ice."""
+    shared: Spec | None = None
+    """Whose volumes are shared."""
     owner: int | None = None
     ttl: float | None = None
     idle: float | None = None
@@ -88,18 +91,15 @@ def run(setup: Setup, work: Work) -> keeper.Kept:
         fds[log] = 2
         processes: list[keeper.Process] = []
         named = [*fds]
-        if setup.shape.tap:
-            given = work.net or stack.enter_context(bare())
-            assert given.tap_fd is not None
-            fds[given.tap_fd] = argv.NET
-            processes += given.processes
-            named += given.fds
-        elif setup.shape.network:
-            end = _pair(stack, fds, argv.NET)
-            processes.append(keeper.Process("passt", net.plan(net.check(), work.ports, end, log)))
-            named += [*fds, end]
+        helpers, ends = _link(stack, setup, work, fds, log)
+        processes += helpers
+        named += ends
         if work.ram.fd is not None:
             fds[work.ram.fd] = argv.RAM_FD
+        given = sharing.give(stack, work.place, work.shared, setup.shape.shares, log) if work.shared else sharing.Given()
+        fds |= dict(given.sockets)
+        processes += given.processes
+        named += given.fds
         command = argv.command(
             setup.qemu.path,
             setup.shape,
@@ -109,7 +109,7 @@ def run(setup: Setup, work: Work) -> keeper.Kept:
             places=places,
             name=work.name,
         )
-        processes.append(keeper.Process("qemu", _plan(setup, work, places, command, fds)))
+        processes.append(keeper.Process("qemu", _plan(setup, work, places, command, fds, given.binds)))
 
         def begin() -> None:
             # From here on QEMU alone listens: if it dies, who connects is refused instead of waiting for a greeting.
@@ -130,6 +130,19 @@ def run(setup: Setup, work: Work) -> keeper.Kept:
         )
     _note(work.place, kept.engine_pid)
     return kept
+
+
+def _link(stack: contextlib.ExitStack, setup: Setup, work: Work, fds: dict[int, int], log: int) -> tuple[list[keeper.Process], list[int]]:
+    """Give QEMU the end of its network; return the helpers at the other, and the descriptors that those have."""
+    if setup.shape.tap:
+        link = work.net or stack.enter_context(bare())
+        assert link.tap_fd is not None
+        fds[link.tap_fd] = argv.NET
+        return [*link.processes], [*link.fds]
+    if not setup.shape.network:
+        return [], []
+    end = _pair(stack, fds, argv.NET)
+    return [keeper.Process("passt", net.plan(net.check(), work.ports, end, log))], [*fds, end]
 
 
 def engine(place: MachineDir) -> int | None:
@@ -192,12 +205,12 @@ def _binds(setup: Setup, work: Work, places: Places) -> Iterator[Bind]:
         yield Bind(work.disk, places.disk, "rw")
 
 
-def _plan(setup: Setup, work: Work, places: Places, command: list[str], fds: Mapping[int, int]) -> Plan:
+def _plan(setup: Setup, work: Work, places: Places, command: list[str], fds: Mapping[int, int], more: Sequence[Bind]) -> Plan:
     mount = work.place.root / "jail"
     mount.mkdir(mode=0o700, exist_ok=True)
     plan = jail.jail(
         command,
-        binds=[*_binds(setup, work, places)],
+        binds=[*_binds(setup, work, places), *more],
         env={"PATH": "/usr/bin", "HOME": "/"},
         fds=fds,
         root=mount,
