@@ -96,20 +96,6 @@ int op_overlay(struct launch *l, const struct op *op) {
     return 0;
 }
 
-/* A dangling link of the image where the file belongs: there is no telling what it meant, so it goes. */
-static void clear_dangling(int root, const char *path) {
-    char copy[PATH_MAX], *name;
-    int found = open_in(root, path, O_PATH);
-    int at = found < 0 && errno == ENOENT ? open_parent(root, path, copy, &name) : -1;
-    struct stat st;
-    if (at >= 0 && fstatat(at, name, &st, AT_SYMLINK_NOFOLLOW) == 0 && S_ISLNK(st.st_mode))
-        unlinkat(at, name, 0);
-    if (at >= 0)
-        close(at);
-    if (found >= 0)
-        close(found);
-}
-
 /* A file of ours over one of the root: the layers stay as they were, and no link in them is written through. */
 int op_text(struct launch *l, const struct op *op) {
     char name[NAME];
@@ -125,7 +111,6 @@ int op_text(struct launch *l, const struct op *op) {
     if (keep_errno(file, written ? 0 : -1) < 0)
         return -1;
     int tree = open_tree(l->base, name, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC);
-    clear_dangling(l->root, op->words[1]);
     return tree < 0 ? -1 : attach(l->root, tree, PLAIN, op->words[1], false);
 }
 

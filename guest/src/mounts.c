@@ -138,6 +138,10 @@ int open_target(int root, const char *path, bool folder) {
         return -1;
     int fd = open_in(root, path, O_PATH);
     if (fd < 0 && errno == ENOENT) {
+        struct stat st;
+        /* A link of the image that leads nowhere: there is no telling what it meant, so it goes. */
+        if (fstatat(at, name, &st, AT_SYMLINK_NOFOLLOW) == 0 && S_ISLNK(st.st_mode))
+            unlinkat(at, name, 0);
         if (folder) {
             (void)mkdirat(at, name, 0755);
         } else {

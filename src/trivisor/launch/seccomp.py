@@ -163,7 +163,7 @@ _COMMON = """
 _FILES_ONLY = "mknod mknodat fanotify_mark name_to_handle_at memfd_secret"
 """In the default profile, of no use to an engine."""
 
-_CONTAINER = "chroot ptrace process_vm_readv process_vm_writev"
+_CONTAINER = " chroot ptrace process_vm_readv process_vm_writev"
 
 _CLONE: tuple[Rule, ...] = ((Arg(0, "==", 0, mask=_NEW_NAMESPACES),),)
 _PERSONALITIES: tuple[Rule, ...] = tuple((Arg(0, "==", value),) for value in (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF))
@@ -209,4 +209,19 @@ def engine_profile(network: bool) -> bytes:
     if network:
         families += [_family(_AF_INET), _family(_AF_INET6), _family(_AF_NETLINK, Arg(2, "==", 0, mask=0xFFFFFFFF))]
     allowed = always(_COMMON) | {"clone": _CLONE, "ioctl": _IOCTL, "socket": tuple(families)}
+    return compile(allowed, errnos={"clone3": errno.ENOSYS})
+
+
+_SANDBOX = """
+    chroot clone get_mempolicy kcmp mbind mknod mknodat modify_ldt mount personality pivot_root process_madvise process_vm_readv
+    process_vm_writev ptrace set_mempolicy setdomainname sethostname setns socket umount2 unshare
+"""
+"""What a program calls beside the others that makes a sandbox of its own: namespaces, a root, processes that it traces."""
+
+
+@functools.cache
+def sandbox_profile() -> bytes:
+    """Return the filter for a sandbox that we jail (runsc), in a user namespace. Whatever of the kernel it has no use for is out of
+    reach: keys, BPF, io_uring, userfaultfd, performance events, modules, file handles, clocks, the newer mount calls."""
+    allowed = always(_COMMON + _SANDBOX) | {"ioctl": _IOCTL}
     return compile(allowed, errnos={"clone3": errno.ENOSYS})

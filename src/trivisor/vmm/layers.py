@@ -13,6 +13,7 @@ from pathlib import Path
 
 from trivisor.core.errors import EngineError, StorageError
 from trivisor.core.spec import Spec
+from trivisor.launch import ids
 from trivisor.launch.container import Layer
 from trivisor.launch.ids import Shape
 from trivisor.launch.jail import Bind
@@ -50,18 +51,18 @@ def check(box: Box, shape: Shape) -> None:
                 machine=box.spec.name,
                 hint="this host gives other ids than when it was made (see `trivisor doctor`); make a new machine",
             )
-        _clear_mark(layer.upper / "work" / "work")
+        if box.spec.lifetime == "process":
+            _clear_mark(layer.upper / "work" / "work")
 
 
 def _clear_mark(work: Path) -> None:
     """Remove overlayfs's mark on a layer that was mounted volatile: it refuses it a second time, lest the host crashed in
     between. But then the process that such a machine belongs to would have ended too."""
-    if not work.exists():
-        return
     try:
-        if os.geteuid() != 0:
-            work.chmod(0o700)  # the kernel makes it closed to everybody
-        shutil.rmtree(work / "incompat")
+        if os.geteuid() == 0:
+            shutil.rmtree(work / "incompat")
+        elif work.exists():
+            ids.remove_tree(work)  # the kernel makes it closed to everybody, and makes it anew
     except FileNotFoundError:
         pass
     except OSError as error:

@@ -88,7 +88,10 @@ class ContainerEngine:
 
     def usage(self, box: Box) -> Usage:
         """Its processes' and the keeper's. Private is anonymous memory; pages of files count as shared."""
-        used = _group(box).usage()
+        group = Cgroup.find(box.home, box.id)
+        if group is None:
+            return host.usage(box.dir)
+        used = group.usage()
         return Usage(private=used.anonymous, shared=max(0, used.memory - used.anonymous), cpu_seconds=used.cpu_seconds)
 
     def sweep(self, home: Home, machines: set[str]) -> list[str]:
