@@ -45,7 +45,8 @@ class Leftovers:
     def since(self, within: float = 5.0) -> list[str]:
         deadline = time.monotonic() + within
         # A killed process is gone when it has been reaped by its parent, which nobody tells us of.
-        while (left := self._processes()) and time.monotonic() < deadline:
+        # The same goes for network namespaces, which the kernel takes down with their interfaces in its own time.
+        while ((left := self._processes()) or _named() - self._named) and time.monotonic() < deadline:
             time.sleep(0.02)
         left += [f"mount {line}" for line in mounts(self._base)]
         left += [f"socket {line.split()[-1]}" for line in Path("/proc/net/unix").read_text().splitlines() if str(self._base) in line]
@@ -116,13 +117,20 @@ def _holds(process: Path, home: str) -> bool:
             return "pytest" not in _command(process)
         if (process / "stat").read_text().rpartition(")")[2].split()[0] == "Z":
             return False
-        if any(os.readlink(fd).startswith(home) for fd in (process / "fd").iterdir()):
+        if any(_link(fd).startswith(home) for fd in (process / "fd").iterdir()):
             return True
         # A jailed engine sees none of these paths; its mounts tell where they come from.
         jailed = os.readlink(process / "ns/mnt") != os.readlink("/proc/self/ns/mnt")
         return jailed and f" {_within(home)}/" in (process / "mountinfo").read_text()
     except (FileNotFoundError, PermissionError, ProcessLookupError):
         return False
+
+
+def _link(fd: Path) -> str:
+    try:
+        return os.readlink(fd)
+    except OSError:  # closed meanwhile, or a file whose path is longer than a path may be
+        return ""
 
 
 def _within(home: str) -> str:
