@@ -51,7 +51,7 @@ def iced_home(image_home: Path) -> Path:
         if not next(report for report in vmm.walls() if report.wall == "vm").available:
             return image_home
         for _ in range(2):  # an image's own ice is made at its second start
-            with vmm.run("debian", disk="8G"):
+            with vmm.run("debian", wall="vm", disk="8G"):
                 pass
     return image_home
 

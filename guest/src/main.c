@@ -1,9 +1,10 @@
-/* tvinit: one static binary, four modes.
+/* tvinit: one static binary, five modes.
  *
  *   tvinit [guest] [--fd N | --connect PATH]   PID 1 and agent inside a machine (guest.c); the mode when run as PID 1
  *   tvinit launch FD                           execute the launch plan read from FD (launch.c)
  *   tvinit keep FD                             keep one machine as the plan read from FD says (keep.c)
  *   tvinit relay WORD...                       a machine's published ports and names, on the host (relay.c)
+ *   tvinit fence FD OWN... -- PROGRAM ARG...   what may pass from a machine to user-mode NAT (fence.c)
  */
 #include <signal.h>
 #include <stdio.h>
@@ -24,11 +25,13 @@ int main(int argc, char **argv) {
         return keep_main(argc - 2, argv + 2);
     if (!strcmp(mode, "relay"))
         return relay_main(argc - 2, argv + 2);
+    if (!strcmp(mode, "fence"))
+        return fence_main(argc - 2, argv + 2);
     if (!strcmp(mode, "guest"))
         return guest_main(argc - 2, argv + 2);
     /* A kernel hands options that it does not know to init as arguments: as PID 1 they mean nothing. */
     if (getpid() == 1)
         return guest_main(0, argv);
-    fprintf(stderr, "usage: tvinit guest [--fd N | --connect PATH] | launch FD | keep FD | relay WORD...\n");
+    fprintf(stderr, "usage: tvinit guest [--fd N | --connect PATH] | launch FD | keep FD | relay WORD... | fence FD OWN... -- PROGRAM ARG...\n");
     return 2;
 }

@@ -8,6 +8,7 @@ int guest_main(int argc, char **argv);
 int launch_main(int argc, char **argv);
 int keep_main(int argc, char **argv);
 int relay_main(int argc, char **argv);
+int fence_main(int argc, char **argv);
 
 /* The guest as the end of a launch plan: PID 1 of a container, in the process that carried the plan out. */
 int guest_contained(int line, bool hooks);

@@ -31,9 +31,8 @@ def small(tmp_path: Path, iced_home: Path, tmp_path_factory: pytest.TempPathFact
         home = mount / "home"
         shutil.copytree(iced_home, home, ignore=shutil.ignore_patterns("ice", "ran-*", "path-*", "full-*"), symlinks=True)
         (home / "ice").mkdir()
-        with VMM(home) as vmm:
-            with vmm.run("debian", disk="1G"):
-                pass
+        with VMM(home) as vmm, vmm.run("debian", wall="vm", disk="1G"):
+            pass
         yield home
         (mount / "filler").unlink(missing_ok=True)
         with VMM(home) as vmm:
@@ -59,12 +58,12 @@ def fill(home: Path, leave: int = 0) -> Path:
 @pytest.mark.parametrize("leave", [0, 64 << 10])
 def test_create_and_start(small: Path, leave: int) -> None:
     with VMM(small) as vmm:
-        old = vmm.create("debian", disk="1G", name="old")
-        ram = vmm.create("debian", memory="192M", disk="ram", name="ram")
+        old = vmm.create("debian", wall="vm", disk="1G", name="old")
+        ram = vmm.create("debian", wall="vm", memory="192M", disk="ram", name="ram")
         before = {machine.id for machine in vmm.list()}
         filler = fill(small, leave)
         with pytest.raises(StorageError) as caught:
-            vmm.create("debian", disk="1G", name="new")
+            vmm.create("debian", wall="vm", disk="1G", name="new")
         assert caught.value.hint
         assert {machine.id for machine in vmm.list()} == before
         with pytest.raises(StorageError) as caught:
@@ -76,7 +75,7 @@ def test_create_and_start(small: Path, leave: int) -> None:
             machine.start()
             assert machine.exec(["echo", "here"]).text == "here\n"
             machine.stop()
-        vmm.create("debian", disk="1G", name="new").delete()
+        vmm.create("debian", wall="vm", disk="1G", name="new").delete()
     with VMM(small) as vmm:
         assert_nothing_left(small, {machine.id for machine in vmm.list()})
 
@@ -84,7 +83,7 @@ def test_create_and_start(small: Path, leave: int) -> None:
 def test_a_running_machine(small: Path, tmp_path: Path) -> None:
     """It writes to its disk, which cannot grow: the guest sees an error and not the host; what was synced is not lost."""
     with VMM(small) as vmm:
-        machine = vmm.create("debian", disk="1G")
+        machine = vmm.create("debian", wall="vm", disk="1G")
         machine.start()
         machine.exec("echo kept >/root/file; sync", check=True)
         filler = fill(small, 1 << 20)
@@ -107,7 +106,7 @@ def test_a_running_machine(small: Path, tmp_path: Path) -> None:
 def test_verbs_that_need_no_room(small: Path) -> None:
     """Everything that makes room, or changes little, works on a full disk."""
     with VMM(small) as vmm:
-        machine = vmm.create("debian", disk="1G")
+        machine = vmm.create("debian", wall="vm", disk="1G")
         machine.start()
         fill(small)
         assert machine.exec(["echo", "here"]).text == "here\n"
@@ -126,13 +125,13 @@ def test_an_import(small: Path, tmp_path: Path) -> None:
         assert [image.name for image in vmm.images.list()] == ["debian:latest"]
         filler.unlink()
         vmm.images.import_(root, "mini")
-        with vmm.run("mini", disk="1G") as machine:
+        with vmm.run("mini", wall="vm", disk="1G") as machine:
             assert machine.exec(["echo", "here"]).text == "here\n"
 
 
 def test_a_download(small: Path, tmp_path: Path) -> None:
     with VMM(small) as vmm:
-        machine = vmm.create("debian", disk="1G")
+        machine = vmm.create("debian", wall="vm", disk="1G")
         machine.start()
         machine.exec("head -c 4M /dev/urandom >/root/data", check=True)
         filler = fill(small, 1 << 20)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from wall_fixtures import Make
 from host_state import assert_nothing_left
 from machine_home import VmHome, in_child
+from wall_fixtures import Make
 
 from trivisor import VMM, HostLacks, Machine
 from trivisor.launch import tvinit
@@ -63,7 +63,7 @@ def template(tmp_path_factory: pytest.TempPathFactory, iced_home: Path) -> Itera
     home = without_ice(VmHome(tmp_path_factory.mktemp("ice") / "home", iced_home))
     with VMM(home.root) as vmm:
         for _ in range(2):
-            with vmm.run("debian"):
+            with vmm.run("debian", wall="vm"):
                 pass
     yield home.root
     shutil.rmtree(home.root)
@@ -92,7 +92,7 @@ def test_two_processes_start_the_first_machine_at_once(bare_home: VmHome) -> Non
     def work(name: str) -> Callable[[], None]:
         def start() -> None:
             with VMM(bare_home.root) as vmm:
-                machine = vmm.create("debian", name=name)
+                machine = vmm.create("debian", wall="vm", name=name)
                 machine.start()
                 assert machine.exec(["uname", "-n"], timeout=BOUND).text == f"{name}\n"
 
@@ -140,7 +140,7 @@ def test_damaged_ice_is_made_again(iced: VmHome, kind: str, name: str, harm: Cal
     left = broken.stat() if broken.exists() else None
     with VMM(iced.root) as vmm:
         for _ in range(2):
-            with vmm.run("debian") as machine:
+            with vmm.run("debian", wall="vm") as machine:
                 assert machine.exec(["echo", "here"]).text == "here\n"
                 last = way(machine)
     assert last == "from the image's ice"
@@ -151,21 +151,21 @@ def test_ice_is_made_again_when_what_it_is_of_changes(iced: VmHome, monkeypatch:
     said: list[str] = []
     before = ices(iced.root)
     with VMM(iced.root) as vmm:
-        with vmm.run("debian", progress=said.append) as machine:
+        with vmm.run("debian", wall="vm", progress=said.append) as machine:
             assert (way(machine), said) == ("from the image's ice", [])
         # Another guest program is known by its digest.
         monkeypatch.setattr(tvinit, "digest", lambda: "0" * 64)
-        with vmm.run("debian", progress=said.append) as machine:
+        with vmm.run("debian", wall="vm", progress=said.append) as machine:
             assert way(machine) == "from blank ice"
             assert "booting the machine that others are cloned from" in said
         monkeypatch.undo()
-        with vmm.run("debian") as machine:
+        with vmm.run("debian", wall="vm") as machine:
             assert way(machine) == "from the image's ice", "the old one is still right for the old program"
     assert set(before.values()) < {folder for folder in (iced.root / "ice").iterdir() if folder.is_dir()}
 
 
 def test_ice_whose_kernel_changed_is_swept(bare_home: VmHome) -> None:
-    with VMM(bare_home.root) as vmm, vmm.run("debian"):
+    with VMM(bare_home.root) as vmm, vmm.run("debian", wall="vm"):
         assert [*ices(bare_home.root)] == ["blank"]
     said: list[str] = []
     folder = micro(bare_home)
@@ -177,7 +177,7 @@ def test_ice_whose_kernel_changed_is_swept(bare_home: VmHome) -> None:
     with VMM(bare_home.root) as vmm:
         assert ices(bare_home.root) == {}
         assert any("has changed" in event.detail for event in vmm.events() if event.kind == "swept")
-        with vmm.run("debian", progress=said.append) as machine:
+        with vmm.run("debian", wall="vm", progress=said.append) as machine:
             assert machine.exec(["echo", "here"]).text == "here\n"
     assert "booting the machine that others are cloned from" in said
 
@@ -189,7 +189,7 @@ def test_a_link_to_qemu_is_the_qemu_it_leads_to(iced: VmHome, monkeypatch: pytes
     link = tmp_path / "qemu"
     link.symlink_to(real)
     monkeypatch.setenv("TRIVISOR_QEMU", str(link))
-    with VMM(iced.root) as vmm, vmm.run("debian") as machine:
+    with VMM(iced.root) as vmm, vmm.run("debian", wall="vm") as machine:
         assert way(machine) == "from the image's ice"
 
 
@@ -198,7 +198,7 @@ def test_another_qemu_has_ice_of_its_own(iced: VmHome, monkeypatch: pytest.Monke
     before = ices(iced.root)
     inspect = qemu.inspect
     monkeypatch.setattr(qemu, "inspect", lambda path, home: dataclasses.replace(inspect(path, home), identity="replaced"))
-    with VMM(iced.root) as vmm, vmm.run("debian") as machine:
+    with VMM(iced.root) as vmm, vmm.run("debian", wall="vm") as machine:
         assert way(machine) == "from blank ice"
     assert set(before.values()) < {folder for folder in (iced.root / "ice").iterdir() if folder.is_dir()}
 
@@ -206,7 +206,7 @@ def test_another_qemu_has_ice_of_its_own(iced: VmHome, monkeypatch: pytest.Monke
 def test_no_ice_wanted(bare_home: VmHome, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRIVISOR_ICE", "off")
     with VMM(bare_home.root) as vmm:
-        machine = vmm.create("debian")
+        machine = vmm.create("debian", wall="vm")
         machine.start()
         assert way(machine) == "booted"
         machine.exec("echo kept >/root/file", check=True)
@@ -226,7 +226,7 @@ def test_no_qemu_installed(wall_home: VmHome, monkeypatch: pytest.MonkeyPatch, t
     with VMM(wall_home.root) as vmm:
         before = len(vmm.list())
         with pytest.raises(HostLacks) as caught:
-            vmm.create("debian")
+            vmm.create("debian", wall="vm")
         assert "qemu-system-x86" in caught.value.hint
         report = next(report for report in vmm.walls() if report.wall == "vm")
         assert (report.available, bool(report.why), "qemu" in report.remedy) == (False, True, True)
@@ -258,6 +258,6 @@ def test_the_full_kernel(image_home: Path) -> None:
             kit.get(vmm._context.home, "full", lambda _: None)
         except HostLacks as error:
             pytest.skip(f"needs the network once: {error}")
-        with vmm.run("debian", kernel="full", disk="ram") as machine:
+        with vmm.run("debian", wall="vm", kernel="full", disk="ram") as machine:
             assert not machine.exec(["uname", "-r"]).text.strip().endswith("cloud-amd64")
             assert machine.exec(["echo", "here"]).text == "here\n"

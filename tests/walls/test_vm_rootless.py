@@ -99,7 +99,6 @@ def test_the_whole_life(user_home: Path, tmp_path: Path) -> None:
             assert machine.exec(["id", "-u"], check=True).text == "0\n", "who is root in there is nobody's business here"
             machine.exec("echo kept >/root/file; chown 12:34 /root/file", check=True)
             if network == "nat":
-                served = "import socket; s = socket.create_server(('', 80)); print('up', flush=True); s.accept()[0].sendall(b'hello')"
                 with machine.spawn(["python3", "-c", SERVE]) as server:
                     assert server.stdout.readline(timeout=60) == b"up\n"
                     with socket.socket() as client:
@@ -112,7 +111,7 @@ def test_the_whole_life(user_home: Path, tmp_path: Path) -> None:
             machine.start()
             assert machine.files.read_text("/root/file") == "kept\n"
             assert machine.files.stat("/root/file").uid == 12
-            with vmm.run("debian") as second:
+            with vmm.run("debian", wall="vm") as second:
                 assert second.exec(["echo", "two"]).text == "two\n"
             machine.stop()
             machine.delete()
@@ -128,7 +127,7 @@ def test_an_image_is_made_without_root(user_home: Path) -> None:
     def life() -> None:
         with VMM(user_home) as vmm:
             vmm.images.import_(user_home.parent / "root", "mini")
-            with vmm.run("mini", disk="ram") as machine:
+            with vmm.run("mini", wall="vm", disk="ram") as machine:
                 assert machine.exec(["id", "-u"]).text == "0\n"
                 assert machine.exec("echo $HOME", user="user").text == "/home/user\n"
 

@@ -1,7 +1,8 @@
 """User-mode NAT by passt, a helper process beside QEMU that needs no root and shuts itself in (passt(1), "Security").
 
 QEMU keeps its empty network namespace and talks to passt through a socket pair. The guest has a fixed address; the
-gateway is not mapped to the host's loopback, which the guest therefore cannot reach.
+gateway is not mapped to the host's loopback. Since passt before 2024 connects to the loopback all the same for a guest that forges
+frames, `tvinit fence` stands between: no loopback, no link-local or metadata address, none of the host's own.
 """
 
 from __future__ import annotations
@@ -9,14 +10,19 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
 
 from trivisor.core.errors import EngineError
 from trivisor.core.process import find
+from trivisor.launch import tvinit
 from trivisor.launch.plan import Op, Plan
 
 INTERFACE = "eth0"
 ADDRESS, PREFIX, GATEWAY, DNS = "10.0.2.15", "24", "10.0.2.2", "10.0.2.3"
 PASST_FD = 3
+_DENIED = 64
+"""As many addresses as the fence takes (fence.h)."""
 
 
 def check() -> str:
@@ -47,9 +53,21 @@ def plan(passt: str, ports: Mapping[int, int], fd: int, log: int) -> Plan:
         argv += ["-t", f"127.0.0.1/{host}:{guest}"]
     if not ports:
         argv += ["-t", "none"]
+    denied = [address for address in own_addresses() if address not in (GATEWAY, DNS)]
+    fence = [str(tvinit.path()), "fence", str(PASST_FD), ADDRESS, *denied[:_DENIED], "--"]
     operations: list[Op] = [("fd", str(fd), str(PASST_FD)), ("fd", str(log), "1"), ("fd", str(log), "2")]
-    operations += [("env", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"), ("exec", *argv, "-u", "none")]
+    operations += [("env", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"), ("exec", *fence, *argv, "-u", "none")]
     return tuple(operations)
+
+
+def own_addresses() -> list[str]:
+    """Return the IPv4 addresses that this host has now, but for the loopback's."""
+    try:
+        lines = Path("/proc/net/fib_trie").read_text().splitlines()
+    except OSError:
+        return []
+    local = {before.split()[-1] for before, line in pairwise(lines) if line.strip() == "/32 host LOCAL"}
+    return sorted(address for address in local if not address.startswith("127."))
 
 
 def steps() -> list[tuple[str, ...]]:

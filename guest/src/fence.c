@@ -1,0 +1,164 @@
+/* tvinit fence: between QEMU and passt, so that a guest reaches through passt what it may.
+ *
+ *   tvinit fence FD OWN [DENIED]... -- PROGRAM ARG...    PROGRAM gets its end of the line as descriptor 3
+ *
+ * passt connects to whatever a frame names. Its versions before 2024 do that for the host's loopback too, which a guest's own
+ * kernel never sends but its root may forge. So frames are looked at: a process a direction, since both ends are slow at times and
+ * neither must wait for the other. A denied frame is dropped, as a firewall's DROP does. */
+#include "fence.h"
+
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "modes.h"
+
+enum { ETHERNET = 14, TYPE = 12, SOURCE = 12, TARGET = 16, LENGTH = 4, PROGRAM_FD = 3 };
+#define FRAME_MAX 69632 /* QEMU's NET_BUFSIZE */
+#define BUFFER (4 * FRAME_MAX)
+
+/* This network, loopback, link-local (which clouds answer with secrets), multicast, and what is reserved or broadcast. */
+static bool never(uint32_t address) {
+    uint32_t a = ntohl(address);
+    return a >> 24 == 0 || a >> 24 == 127 || a >> 16 == 0xa9fe || a >> 28 >= 14;
+}
+
+bool fence_passes(const struct fence *f, const uint8_t *frame, size_t size) {
+    if (size < ETHERNET)
+        return false;
+    unsigned type = (unsigned)frame[TYPE] << 8 | frame[TYPE + 1];
+    if (type == 0x0806)
+        return true;
+    const uint8_t *ip = frame + ETHERNET;
+    if (type != 0x0800 || size < ETHERNET + 20 || ip[0] >> 4 != 4)
+        return false;
+    uint32_t source, target;
+    memcpy(&source, ip + SOURCE, sizeof source);
+    memcpy(&target, ip + TARGET, sizeof target);
+    if (source != f->own || never(target))
+        return false;
+    for (int i = 0; i < f->count; i++)
+        if (target == f->denied[i])
+            return false;
+    return true;
+}
+
+bool fence_sift(const struct fence *f, uint8_t *buffer, size_t *size, size_t *out) {
+    size_t at = 0, kept = 0;
+    while (*size - at >= LENGTH) {
+        uint32_t length;
+        memcpy(&length, buffer + at, LENGTH);
+        length = ntohl(length);
+        if (length > FRAME_MAX)
+            return false;
+        if (*size - at < LENGTH + length)
+            break;
+        if (fence_passes(f, buffer + at + LENGTH, length)) {
+            memmove(buffer + kept, buffer + at, LENGTH + length);
+            kept += LENGTH + length;
+        }
+        at += LENGTH + length;
+    }
+    memmove(buffer + kept, buffer + at, *size - at);
+    *size = kept + *size - at;
+    *out = kept;
+    return true;
+}
+
+static bool write_all(int fd, const uint8_t *data, size_t size) {
+    while (size) {
+        ssize_t n = write(fd, data, size);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0)
+            return false;
+        data += n;
+        size -= (size_t)n;
+    }
+    return true;
+}
+
+/* Until either end is gone. Without `f` everything passes. */
+static void carry(int from, int to, const struct fence *f) {
+    static uint8_t buffer[BUFFER];
+    size_t size = 0, out;
+    for (;;) {
+        ssize_t n = read(from, buffer + size, sizeof buffer - size);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0)
+            return;
+        out = size += (size_t)n;
+        if (f && !fence_sift(f, buffer, &size, &out))
+            return;
+        if (!write_all(to, buffer, out))
+            return;
+        size -= out;
+        memmove(buffer, buffer + out, size);
+    }
+}
+
+/* A child that goes with us; its pid, 0 in the child. */
+static pid_t child(void) {
+    pid_t pid = fork();
+    if (pid == 0 && (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0 || getppid() == 1))
+        _exit(1);
+    return pid;
+}
+
+static int run(char **program, int theirs) {
+    if (theirs == PROGRAM_FD ? fcntl(theirs, F_SETFD, 0) == 0 : dup2(theirs, PROGRAM_FD) == PROGRAM_FD)
+        execv(program[0], program);
+    fprintf(stderr, "fence: %s: %s\n", program[0], strerror(errno));
+    return 126;
+}
+
+static int usage(void) {
+    fprintf(stderr, "usage: tvinit fence FD OWN [DENIED]... -- PROGRAM ARG...\n");
+    return 2;
+}
+
+int fence_main(int argc, char **argv) {
+    struct fence f = {0};
+    int i = 2, pair[2];
+    if (argc < 4 || inet_pton(AF_INET, argv[1], &f.own) != 1)
+        return usage();
+    for (; i < argc && strcmp(argv[i], "--"); i++)
+        if (f.count == FENCE_DENIED || inet_pton(AF_INET, argv[i], &f.denied[f.count++]) != 1)
+            return usage();
+    if (i + 1 >= argc)
+        return usage();
+    int guest = dup(atoi(argv[0])); /* the program's own descriptor may be that one */
+    if (guest < 0 || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) < 0)
+        return perror("fence"), 1;
+    close(atoi(argv[0]));
+    signal(SIGPIPE, SIG_IGN);
+    pid_t program = child();
+    if (program == 0) {
+        signal(SIGPIPE, SIG_DFL);
+        close(guest);
+        return run(argv + i + 1, pair[1]);
+    }
+    close(pair[1]);
+    pid_t back = program > 0 ? child() : -1;
+    if (back < 0)
+        return perror("fence"), 1;
+    if (back == 0)
+        carry(pair[0], guest, NULL);
+    else
+        carry(guest, pair[0], &f);
+    /* One end is gone: the other process and the program learn it from here, and end too. */
+    shutdown(guest, SHUT_RDWR);
+    shutdown(pair[0], SHUT_RDWR);
+    if (back > 0)
+        waitpid(back, NULL, 0);
+    return 0;
+}
