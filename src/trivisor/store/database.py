@@ -35,7 +35,9 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 
 
 _File = tuple[int, int]
-_lock = threading.Lock()
+_lock = threading.RLock()
+"""Held for each transaction and over each fork: SQLite has locks of its own for the whole process, and a child forked while
+another thread held one would wait for it for ever."""
 _idle: dict[Path, tuple[_File, sqlite3.Connection]] = {}
 _hooked: list[bool] = []
 
@@ -50,8 +52,7 @@ def _which(path: Path) -> _File | None:
 
 
 def _take(path: Path) -> sqlite3.Connection:
-    with _lock:
-        file, connection = _idle.pop(path, (None, None))
+    file, connection = _idle.pop(path, (None, None))
     if connection is not None:
         if file == _which(path):
             return connection
@@ -61,14 +62,19 @@ def _take(path: Path) -> sqlite3.Connection:
 
 def _keep(path: Path, connection: sqlite3.Connection) -> None:
     file = _which(path)
+    if file is not None and path not in _idle:
+        _idle[path] = (file, connection)
+    else:
+        connection.close()
+
+
+@contextmanager
+def _unforked() -> Iterator[None]:
     with _lock:
         if not _hooked:
             _hooked.append(True)
             os.register_at_fork(before=_before_fork, after_in_parent=_lock.release, after_in_child=_lock.release)
-        if file is not None and path not in _idle:
-            _idle[path] = (file, connection)
-            return
-    connection.close()
+        yield
 
 
 def _before_fork() -> None:
@@ -82,13 +88,19 @@ def release(path: Path) -> None:
     """Close the idle connection to the index at `path`, if there is one."""
     with _lock:
         _, connection = _idle.pop(path, (None, None))
-    if connection is not None:
-        connection.close()
+        if connection is not None:
+            connection.close()
 
 
 @contextmanager
 def transaction(path: Path, *, write: bool = True, durable: bool = True) -> Iterator[sqlite3.Connection]:
     """One transaction on the index at `path`, made and migrated at need. Raises StorageError."""
+    with _unforked(), _begun(path, write=write, durable=durable) as connection:
+        yield connection
+
+
+@contextmanager
+def _begun(path: Path, *, write: bool, durable: bool) -> Iterator[sqlite3.Connection]:
     try:
         connection = _take(path)
     except sqlite3.Error as error:
