@@ -79,6 +79,25 @@ static void order_and_arity(void) {
     CHECK(plan_check_launch(NULL, 0));
 }
 
+#define NAMESPACES "namespaces user mount pid net ipc uts cgroup time"
+
+static void containers(void) {
+    CHECK(!PLAN("cgroup 4 5", NAMESPACES, "map-user 0 100 1", "map-user 1 200 9", "hostname h", "loopback", "root /", "overlay /l /u idmap /",
+                "mount proc proc /proc rw x", "text /etc/hosts 644 x", "mask /proc/kcore", "readonly /proc/sys", "pivot rw", "rlimit core 0 0",
+                "caps chown", "apparmor p", "no-new-privs", "landlock-domain", "seccomp 00", "env A=B", "hooks", "fd 5 2", "guest 4"));
+    CHECK(!PLAN("namespaces mount pid", "netns 3", "root /", "pivot", "guest 4"));
+    CHECK(PLAN("namespaces mount pid net", "netns 3", "root /", "pivot", "guest 4")); /* which one? */
+    CHECK(PLAN(NAMESPACES, "cgroup 4", "exec x"));            /* its namespace would begin elsewhere */
+    CHECK(PLAN("cgroup 4", "cgroup 5", "exec x"));            /* one list */
+    CHECK(PLAN("guest 4"));                                   /* would be PID 1 of nothing */
+    CHECK(PLAN("namespaces mount pid", "guest 4"));           /* with the host's files before it */
+    CHECK(PLAN("namespaces mount", "root /", "pivot", "guest 4"));
+    CHECK(PLAN("namespaces mount pid", "root /", "pivot", "guest 4 5"));
+    CHECK(PLAN("overlay /l /u - /", "exec x"));               /* without a root */
+    CHECK(PLAN("mask /proc/kcore", "exec x"));
+    CHECK(PLAN("namespaces mount", "root /", "pivot", "mask /proc/kcore", "exec x"));
+}
+
 static void numbers(void) {
     long long n;
     CHECK(plan_number("0", 0, 10, &n) && n == 0);
@@ -107,6 +126,7 @@ int main(void) {
     every_cut_is_refused();
     counts_that_lie_are_refused();
     order_and_arity();
+    containers();
     numbers();
     reading();
     return 0;
