@@ -23,7 +23,7 @@ from trivisor.launch import jail, keeper
 from trivisor.launch.net import networks, provide
 from trivisor.launch.net.provide import Net
 from trivisor.vmm.engine import Box, Progress, Usage, WallReport
-from trivisor.vmm.engines.vm import argv, disks, ice, kit, making, net, probe, proc, qemu, ram, runner, sharing
+from trivisor.vmm.engines.vm import argv, disks, ice, kit, limits, making, net, probe, proc, qemu, ram, runner, sharing
 from trivisor.vmm.engines.vm.ice import Ice
 from trivisor.vmm.engines.vm.making import Image
 from trivisor.vmm.engines.vm.qmp import Qmp, StateRefused
@@ -82,6 +82,7 @@ class VmEngine:
                 raise InvalidSpec(f"disk must be at most {argv.DUMMY >> 30}G, not {spec.disk} bytes")
         _check_network(spec)
         sharing.shares(spec)
+        limits.check(spec)
 
     def create(self, box: Box, undo: Undo) -> None:
         if box.spec.disk == "ram":
@@ -100,6 +101,7 @@ class VmEngine:
                 setup = replace(setup, net=link)
             elif setup.shape.network:
                 net.free(box.spec.ports, box.spec.name)
+            setup = replace(setup, cgroups=stack.enter_context(limits.group(box)))
             undo.add("qemu", lambda: keeper.kill(box.dir))
             way = self._run(box, setup, progress)
         took = f"{(time.monotonic() - begun) * 1000:.0f} ms"
@@ -220,6 +222,7 @@ def _work(box: Box, setup: Setup, memory: Ram, *, state: Path | None = None) -> 
         disk=box.dir.disk if setup.shape.upper else None,
         ports=box.spec.ports,
         net=setup.net,
+        cgroups=setup.cgroups,
         shared=box.spec if setup.shape.shares else None,
         owner=box.owner,
         ttl=box.spec.ttl,

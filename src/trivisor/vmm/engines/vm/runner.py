@@ -40,6 +40,8 @@ class Setup:
     jail: JailReport
     net: Net | None = None
     """Of the machine that is started, where it has one; not of its ice."""
+    cgroups: Sequence[int] = ()
+    """Of the machine that is started, where it has limits: to be joined by QEMU; not by that of its ice."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Work:
     """Published by passt; those of a tap are `net`'s."""
     net: Net | None = None
     """With a tap: the machine's link. Without one the tap leads nowhere, as is right for ice."""
+    cgroups: Sequence[int] = ()
     shared: Spec | None = None
     """Whose volumes are shared."""
     owner: int | None = None
@@ -121,7 +124,7 @@ def run(setup: Setup, work: Work) -> keeper.Kept:
             processes=processes,
             line_fd=line,
             logs={"serial": serial, "engine": said},
-            fds=sorted({*named, *fds}),
+            fds=sorted({*named, *fds, *work.cgroups}),
             owner=work.owner,
             ttl=work.ttl,
             idle=work.idle,
@@ -219,6 +222,8 @@ def _plan(setup: Setup, work: Work, places: Places, command: list[str], fds: Map
         groups=_groups(setup),
         report=setup.jail,
     )
+    if work.cgroups:
+        plan = (("cgroup", *(str(fd) for fd in work.cgroups)), *plan)
     if work.ram.memory != "sealed":
         return plan
     # The one name by which a descriptor can be opened again is in /proc; QEMU's own pid namespace holds nothing else.
