@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <poll.h>
 #include <pty.h>
 #include <signal.h>
@@ -128,7 +129,7 @@ static pid_t fork_builtin(struct spawn *s) {
         _exit(error);
     }
     /* Not even for a moment may it hold what belongs to others. */
-    syscall(SYS_close_range, 3, ~0U, 0);
+    syscall(SYS_close_range, 3, INT_MAX, 0); /* gVisor takes more than that for negative */
     /* Modes are what the client said. */
     umask(0);
     _exit(builtin_main((char **)(uintptr_t)s->argv));

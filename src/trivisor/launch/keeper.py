@@ -251,9 +251,10 @@ def spawn(
 
     `line_fd` is the host's end of the line or, if `dialled`, a bound socket that the guest calls. `logs` maps a log's name
     to the pipe that it is read from, `fds` are all descriptors that the plans name; the caller closes its own copies
-    afterwards. `owner` is the pid whose end ends the machine. `ttl`, `idle`, `grace` and `wait` are seconds. `begin` is called when the engine runs, before the guest can
-    have answered: to let it go on from a frozen state. Raises Busy if the machine is alive, StorageError if its folder
-    cannot be written, and EngineError, with the end of the engine's log, if it does not come up: nothing runs then.
+    afterwards. `owner` is the pid whose end ends the machine. `ttl`, `idle`, `grace` and `wait` are seconds. `begin` is
+    called when the engine runs, before the guest can have answered: to let it go on from a frozen state. Raises Busy if
+    the machine is alive, StorageError if its folder cannot be written, and EngineError, with the end of the engine's
+    log, if it does not come up: nothing runs then.
     """
     log_start = _log_size(machine)
     with contextlib.ExitStack() as ours:

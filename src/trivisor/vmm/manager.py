@@ -24,6 +24,7 @@ from trivisor.vmm import sweep as sweeping
 from trivisor.vmm.context import Context
 from trivisor.vmm.engine import Engine, Progress, WallReport
 from trivisor.vmm.engines.container.engine import ContainerEngine
+from trivisor.vmm.engines.gvisor.engine import GvisorEngine
 from trivisor.vmm.engines.vm.engine import VmEngine
 from trivisor.vmm.imports import NotedImages
 from trivisor.vmm.machine import Machine
@@ -46,7 +47,7 @@ class VMM:
     def __init__(self, home: Path | str | None = None, *, engines: Iterable[Engine] | None = None) -> None:
         place = Home(Path(home).absolute() if home is not None else default_home())
         place.open()
-        chosen: list[Engine] = list(engines) if engines is not None else [VmEngine(place), ContainerEngine(place)]
+        chosen: list[Engine] = list(engines) if engines is not None else [VmEngine(place), GvisorEngine(place), ContainerEngine(place)]
         records = Records(place.database)
         self._context = Context(
             home=place,

@@ -1,0 +1,1 @@
+"""The gvisor wall: a kernel in user space, driven through runsc."""

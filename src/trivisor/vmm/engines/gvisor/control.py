@@ -1,0 +1,55 @@
+"""Pause and resume through runsc, for hosts that give us no freezer: the Sentry stops its tasks by itself.
+
+runsc finds its sandbox by a socket that is in the jail (of 2022: in the jail's network namespace), so it is run in there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import msgspec
+
+from trivisor.core.errors import EngineError
+from trivisor.core.process import find, run
+from trivisor.vmm.engine import Box
+from trivisor.vmm.engines.gvisor.jailed import NAME
+from trivisor.vos.line import Line
+
+_TIMEOUT = 20.0
+
+
+class _State(msgspec.Struct):
+    status: str
+
+
+def pause(box: Box, command: Sequence[str]) -> None:
+    _inside(box, command, "pause", NAME)
+
+
+def resume(box: Box, command: Sequence[str]) -> None:
+    _inside(box, command, "resume", NAME)
+
+
+def paused(box: Box, command: Sequence[str]) -> bool:
+    try:
+        return msgspec.json.decode(_inside(box, command, "state", NAME), type=_State).status == "paused"
+    except msgspec.DecodeError as error:
+        raise EngineError(f"runsc's state cannot be read: {error}", machine=box.spec.name) from error
+
+
+def engine(box: Box) -> int:
+    """Return the pid of the machine's runsc, PID 1 of its jail. Raises GuestGone."""
+    line = Line.connect(box.dir.line, box.spec.name)
+    try:
+        return int(line.keeper_info()["engine"])
+    finally:
+        line.close()
+
+
+def _inside(box: Box, command: Sequence[str], *verb: str) -> bytes:
+    """Run runsc in the namespaces of the machine's own. `command` is its argv up to the verb."""
+    enter = [find("nsenter", "util-linux"), "--target", str(engine(box)), "--user", "--mount", "--pid", "--net", "--ipc", "--uts"]
+    # Without root setgroups(2) is denied in there, which nsenter would call.
+    enter += ["--preserve-credentials"] if os.geteuid() else []
+    return run([*enter, "--", *command, *verb], timeout=_TIMEOUT, env={"PATH": "/"})

@@ -1,0 +1,174 @@
+"""The gvisor wall: programs on the Sentry, a kernel in user space; runsc drives it, jailed, and a keeper runs runsc.
+
+As on the container wall, what is kept of a machine while it is stopped is its writable layer, and its mounts end with its
+namespaces. tvinit is PID 1 in the sandbox; it calls the machine's `door`, a unix socket that it sees as /.trivisor/line, and
+calls again whenever that line ends, since the Sentry cannot carry a connection of the host's over a checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from contextlib import ExitStack
+
+from trivisor.core.errors import HostLacks, TrivisorError, UnsupportedByWall
+from trivisor.core.paths import Home
+from trivisor.core.spec import Spec, Wall
+from trivisor.core.undo import Undo
+from trivisor.launch import cgroup_layout, cgroups, ids, keeper, tvinit
+from trivisor.launch.cgroups import Cgroup, Limits
+from trivisor.launch.ids import Shape
+from trivisor.vmm import layers
+from trivisor.vmm.engine import Box, Progress, Usage, WallReport
+from trivisor.vmm.engines.gvisor import bundle, control, door, jailed, probe, runsc
+from trivisor.vmm.engines.gvisor.jailed import Sandbox
+from trivisor.vmm.engines.gvisor.runsc import Runsc
+from trivisor.vos import guest
+from trivisor.vos.line import Line
+
+_WAIT = 60.0
+_STEPS = 60.0
+
+
+class GvisorEngine:
+    """Drives runsc for the machines of `home`. `path` is its path (default: $TRIVISOR_RUNSC, else the one in PATH);
+    `platform` takes one of runsc's platforms instead of the best that works."""
+
+    wall: Wall = "gvisor"
+
+    def __init__(self, home: Home, path: str | None = None, *, platform: str | None = None) -> None:
+        self._home = home
+        self._path = path
+        self._platform = platform
+
+    def report(self) -> WallReport:
+        details = {"limits": str(cgroup_layout.layout())}
+        try:
+            found, shape = self._found()
+            details["runsc"] = f"{found.version} ({found.path})"
+            details["ids"] = str(shape)
+            verdict = probe.verdict(found, shape, self._home)
+        except TrivisorError as error:
+            return WallReport(wall=self.wall, available=False, why=str(error), remedy=error.hint, details=details)
+        details["platform"] = verdict.platform + (f" ({verdict.why})" if verdict.why else "")
+        details["jail"] = f"its own namespaces, seccomp; lacks {'; '.join((*jailed.LACKS, *shape.lacks))}"
+        details["disk"] = "its size is not enforced: what a machine writes is bounded by the file system of the home alone"
+        features = {"pause": True, "disk": True, "own_kernel": True, "host_image": True, "disk_size": False}
+        return WallReport(wall=self.wall, available=True, features=features, details=details)
+
+    def check(self, spec: Spec) -> None:
+        self._found()
+        cgroups.limits_possible(Limits.of(spec))
+        if spec.network != "none":
+            raise UnsupportedByWall(f"have the network {spec.network!r}", self.wall, ["vm"])
+        if any(volume.named for volume in spec.volumes.values()):
+            raise UnsupportedByWall("have named volumes", self.wall, ["vm"])
+
+    def create(self, box: Box, undo: Undo) -> None:
+        layers.make(box, ids.probe(box.home.root).ids(box.slot).owner)
+
+    def start(self, box: Box, undo: Undo, progress: Progress) -> dict[str, str]:
+        found, shape = self._found()
+        layers.check(box, shape)
+        verdict = probe.verdict(found, shape, self._home)
+        platform = self._platform or verdict.platform
+        begun = time.monotonic()
+        with ExitStack() as stack:
+            group = stack.enter_context(Cgroup.create(box.home, box.id, Limits.of(box.spec)))
+            undo.add("sandbox", lambda: keeper.kill(box.dir))
+            self._run(box, found, platform, shape, group, stack)
+        _configure(box)
+        took = f"{(time.monotonic() - begun) * 1000:.0f} ms"
+        lacks = [*shape.lacks, *group.lacks]
+        facts = {"runsc": found.version, "platform": platform, "start": took, "ids": str(shape)}
+        return {**facts, **({"lacks": "; ".join(lacks)} if lacks else {})}
+
+    def pause(self, box: Box) -> None:
+        if group := _freezer(box):
+            group.freeze()
+        else:
+            control.pause(box, self._command(box))
+
+    def resume(self, box: Box) -> None:
+        if group := _freezer(box):
+            group.thaw()
+        else:
+            control.resume(box, self._command(box))
+
+    def paused(self, box: Box) -> bool:
+        group = _freezer(box)
+        return group.frozen if group else control.paused(box, self._command(box))
+
+    def usage(self, box: Box) -> Usage:
+        """All of the sandbox's, the Sentry included. Private is anonymous memory; pages of files count as shared."""
+        group = Cgroup.find(box.home, box.id)
+        if group is None:
+            raise HostLacks("it has no control group", machine=box.spec.name, hint="see `trivisor doctor`")
+        used = group.usage()
+        return Usage(private=used.anonymous, shared=max(0, used.memory - used.anonymous), cpu_seconds=used.cpu_seconds)
+
+    def sweep(self, home: Home, machines: set[str]) -> list[str]:
+        return []
+
+    def _command(self, box: Box) -> list[str]:
+        """Return runsc's argv up to its verb, as the machine was started with it."""
+        found, shape = self._found()
+        return jailed.command(found, self._platform or probe.verdict(found, shape, self._home).platform, shape.ids(box.slot))
+
+    def _found(self) -> tuple[Runsc, Shape]:
+        return runsc.inspect(runsc.locate(self._path), self._home), ids.probe(self._home.root)
+
+    def _run(self, box: Box, found: Runsc, platform: str, shape: Shape, group: Cgroup, stack: ExitStack) -> None:
+        owner = shape.ids(box.slot)
+        listener = stack.enter_context(door.bind(box.dir, owner.owner))
+        said, log = os.pipe2(os.O_CLOEXEC)
+        stack.callback(os.close, said)
+        stack.callback(os.close, log)
+        spec = box.spec
+        shared = layers.volumes(spec)
+        volumes = [bundle.Shared(bind.target, spec.volumes[bind.target].readonly) for bind in shared]
+        sandbox = Sandbox(
+            runsc=found,
+            platform=platform,
+            ids=owner,
+            namespaces=shape.namespaces,
+            config=bundle.config(hostname=spec.name, memory=spec.memory, volumes=volumes),
+            tvinit=tvinit.path(),
+            log=log,
+            door=door.path(box.dir),
+            layers=layers.layers(box),
+            volumes=shared,
+            cgroups=group.fds,
+            volatile=spec.lifetime == "process" or spec.disk == "ram",
+        )
+        keeper.spawn(
+            box.dir,
+            processes=[keeper.Process("runsc", jailed.plan(sandbox))],
+            line_fd=listener.fileno(),
+            dialled=True,
+            logs={"engine": said},
+            fds=[log, *group.fds],
+            owner=box.owner,
+            ttl=spec.ttl,
+            idle=spec.idle,
+            wait=_WAIT,
+        )
+
+
+def _configure(box: Box) -> None:
+    steps: list[tuple[str, ...]] = [("hostname", box.spec.name)]
+    steps.append(("machine-id", hashlib.sha256(f"machine {box.id}".encode()).hexdigest()[:32]))
+    if box.spec.env:
+        steps.append(("env", *(f"{key}={value}" for key, value in box.spec.env.items())))
+    steps.append(("hooks",))
+    line = Line.connect(box.dir.line, box.spec.name)
+    try:
+        guest.configure(line, steps, timeout=_STEPS)
+    finally:
+        line.close()
+
+
+def _freezer(box: Box) -> Cgroup | None:
+    group = Cgroup.find(box.home, box.id)
+    return group if group is not None and group.can_freeze else None

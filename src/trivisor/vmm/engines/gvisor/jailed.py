@@ -1,0 +1,147 @@
+"""runsc's command line and the jail that it runs in, as a launch plan. Pure.
+
+runsc makes a sandbox by itself: the Sentry, which is the machine's kernel, with a seccomp filter and an empty root; the
+gofer, which opens files for it; and the processes whose system calls it takes. All of them run inside what is made here:
+their own namespaces, a user namespace among them, whose ids own nothing but the machine's files; a root that holds runsc, the
+machine's root and tvinit; no_new_privs and a seccomp filter. What they keep is capabilities within that user namespace,
+of which runsc's own set-up needs most: namespaces, mounts, ids, tracing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trivisor.launch import seccomp
+from trivisor.launch.container import Ids, Layer
+from trivisor.launch.jail import DEVICES, Bind
+from trivisor.launch.plan import Op, Plan
+from trivisor.vmm.engines.gvisor import bundle
+from trivisor.vmm.engines.gvisor.runsc import Runsc
+
+PROGRAM = "/runsc"
+STATE = "/run"
+_BUNDLE = "/box/bundle"
+NAME = "machine"
+LINE = f"{bundle.GUEST}/line"
+KVM = "/dev/kvm"
+
+_CAPS = (
+    "chown", "dac_override", "dac_read_search", "fowner", "fsetid", "kill", "mknod", "net_admin", "net_raw", "setgid", "setpcap",
+    "setuid", "setfcap", "sys_admin", "sys_chroot", "sys_ptrace",
+)  # fmt: skip
+_NAMESPACES = ("user", "mount", "pid", "net", "ipc", "uts", "cgroup")
+"""Not time: the Sentry takes the host's clocks as its own."""
+
+LACKS = ("Landlock: runsc mounts and pivots by itself", "no capabilities: runsc has some in its user namespace")
+"""What a full jail has and this one has not."""
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """All that a machine's plan depends on. Descriptors are of the process that carries the plan out."""
+
+    runsc: Runsc
+    platform: str
+    ids: Ids
+    namespaces: Sequence[str]
+    """Those that the host offers."""
+    config: dict[str, Any]
+    tvinit: Path
+    log: int
+    door: Path | None = None
+    """The bound socket that tvinit calls; None in a trial."""
+    layers: Sequence[Layer] = ()
+    """The first is the root; none in a trial."""
+    volumes: Sequence[Bind] = ()
+    """In the order of the config's."""
+    cgroups: Sequence[int] = ()
+    network: bool = False
+    """The Sentry's own network stack on the interfaces of the namespace; else it has a loopback alone."""
+    netns: int | None = None
+    """A network namespace to join instead of a new one."""
+    volatile: bool = False
+    """What is written need not survive the host: nothing is waited for."""
+
+
+def rootless(ids: Ids) -> bool:
+    """Whether runsc has to do without ids beside root: what it calls rootless."""
+    return sum(count for _, _, count in ids.users) == 1
+
+
+def command(runsc: Runsc, platform: str, ids: Ids, *, network: bool = False) -> list[str]:
+    """Return runsc's argv up to the verb. Options that this runsc does not know, it does not need."""
+    options = {
+        "root": STATE,
+        "platform": platform,
+        "network": "sandbox" if network else "none",
+        "host-uds": "open",
+        "ignore-cgroups": "true",
+        "rootless": "true" if rootless(ids) else "false",
+        # Root's packets are its own network's affair, whose edge is ours.
+        "net-raw": "true",
+        # Its own writable layer would be gone at a stop; we give it one.
+        "overlay2": "none",
+        # The Sentry has no access to files but through the gofer.
+        "directfs": "false",
+    }
+    known = [f"--{name}={value}" for name, value in options.items() if name in runsc.options]
+    return [PROGRAM, *known]
+
+
+def plan(s: Sandbox) -> Plan:
+    """Return the plan that runs the machine. The order is PROTOCOL.md's; nothing is looked at."""
+    argv = command(s.runsc, s.platform, s.ids, network=s.network)
+    return (*_outside(s), *_files(s), *_root(s), ("pivot",), *_confined(s), ("exec", *argv, "run", "--bundle", _BUNDLE, NAME))
+
+
+def _outside(s: Sandbox) -> Iterator[Op]:
+    if s.cgroups:
+        yield ("cgroup", *(str(fd) for fd in s.cgroups))
+    yield ("namespaces", *(name for name in _NAMESPACES if name in s.namespaces and not (name == "net" and s.netns is not None)))
+    if s.netns is not None:
+        yield ("netns", str(s.netns))
+    yield from s.ids.plan()
+    if s.netns is None:
+        yield ("loopback",)
+
+
+def _files(s: Sandbox) -> Iterator[Op]:
+    yield ("root", "/")
+    for device in (*DEVICES, *([KVM] if s.platform == "kvm" else [])):
+        yield ("bind", device, device, "rw,dev")
+    yield ("bind", s.runsc.path, PROGRAM, "ro,exec")
+    yield ("text", f"{_BUNDLE}/config.json", "0644", json.dumps(s.config))
+    # runsc's Sentry mounts its empty root on /tmp.
+    yield ("dir", "/tmp", "0755")
+    yield ("mount", "tmpfs", "state", STATE, "rw", "mode=0700,size=4m")
+    yield ("mount", "proc", "proc", "/proc", "rw", "")
+    yield ("bind", str(s.tvinit), f"{bundle.GUEST}/tvinit", "ro,exec")
+    if s.door is not None:
+        yield ("bind", str(s.door), LINE, "rw")
+
+
+def _root(s: Sandbox) -> Iterator[Op]:
+    mapped = ["idmap"] if s.ids.mapped else []
+    # Overlayfs in a user namespace keeps its marks in the user's own extended attributes.
+    flags = ",".join([*mapped, "userxattr", *(["volatile"] if s.volatile else [])])
+    if not s.layers:
+        yield ("mount", "tmpfs", "root", bundle.ROOT, "rw", "mode=0755,size=1m")
+    for layer in s.layers:
+        upper = f"ram:{layer.upper}" if isinstance(layer.upper, int) else str(layer.upper)
+        yield ("overlay", str(layer.lower), upper, flags, bundle.ROOT + layer.target.rstrip("/"))
+    for number, volume in enumerate(s.volumes):
+        yield ("bind", str(volume.source), f"{bundle.VOLUMES}/{number}", ",".join([volume.flags, *mapped]))
+
+
+def _confined(s: Sandbox) -> Iterator[Op]:
+    yield ("rlimit", "core", "0", "0")
+    yield ("caps", *_CAPS)
+    yield ("no-new-privs",)
+    yield ("seccomp", seccomp.sandbox_profile().hex())
+    yield ("env", "PATH=/", "TMPDIR=/tmp")
+    yield ("fd", str(s.log), "1")
+    yield ("fd", str(s.log), "2")
