@@ -59,13 +59,13 @@ def network(place: Path) -> int:
         return free
 
 
-def sweep() -> list[str]:
-    """Take back what was done to the host when no interface of a machine is left. Return what was done, in words."""
+def sweep() -> bool:
+    """Take back what was done to the host when no interface of a machine is left, in any home. Return whether it was."""
     if os.geteuid() != 0 or not (RUN / "pool").exists() or _links():
-        return []
+        return False
     with _locked():
         if _links():
-            return []
+            return False
         from trivisor.launch.net import table
 
         table.remove()
@@ -76,7 +76,7 @@ def sweep() -> list[str]:
         for folder in ("networks", "allowed"):
             for entry in (RUN / folder).iterdir() if (RUN / folder).is_dir() else ():
                 entry.unlink()
-    return ["network: table removed, no machine needs it"]
+    return True
 
 
 def _prepare() -> str:
