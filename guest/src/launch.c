@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #include "modes.h"
+#include "net.h"
 #include "request.h"
 
 enum { LAUNCH_FAILED = 125, LAUNCH_TIMEOUT_MS = 20000, GUEST_LINE = 3 };
@@ -52,6 +53,12 @@ static int op_loopback(struct launch *l, const struct op *op) {
     if (fd >= 0)
         close(fd);
     return r;
+}
+
+static int op_address(struct launch *l, const struct op *op) {
+    (void)l;
+    errno = net_address(op->words[1], op->words[2], op->words[3], op->count > 4 ? op->words[4] : NULL);
+    return errno ? -1 : 0;
 }
 
 static int op_oom(struct launch *l, const struct op *op) {
@@ -110,7 +117,7 @@ static const struct {
     const char *name;
     int (*run)(struct launch *l, const struct op *op);
 } OPERATIONS[] = {
-    {"hostname", op_hostname}, {"loopback", op_loopback}, {"root", op_root},
+    {"hostname", op_hostname}, {"loopback", op_loopback}, {"address", op_address}, {"root", op_root},
     {"dir", op_dir},           {"file", op_file},         {"link", op_link},
     {"bind", op_bind},         {"mount", op_mount},       {"pivot", op_pivot},
     {"rlimit", op_rlimit},     {"groups", op_groups},     {"user", op_user},

@@ -83,6 +83,9 @@ const char *namespaces_settle(pid_t pid, bool moved, const struct op *ops, size_
 /* In the child, when the parent has settled it: what is left, and becoming root where the map has one. NULL, or what failed. */
 const char *namespaces_enter(const struct op *ops, size_t count);
 
+/* adopt.c: move an interface out of the network namespace `net` into that of a process. False with errno. */
+bool adopt_interface(int net, const char *name, pid_t pid);
+
 const struct op *launch_find(const struct op *ops, size_t count, const char *name);
 
 /* Applied at exec, in this order. */

@@ -296,6 +296,9 @@ const char *namespaces_settle(pid_t pid, bool moved, const struct op *ops, size_
         return "a cgroup cannot be joined";
     if (!write_maps(pid, ops, count))
         return "the id maps cannot be written";
+    const struct op *adopt = launch_find(ops, count, "adopt");
+    if (adopt && !adopt_interface(plan_fd(adopt->words[1]), adopt->words[2], pid))
+        return "the interface cannot be adopted";
     int user_ns = open_proc(pid, "ns/user", O_RDONLY);
     bool good = user_ns >= 0 && map_ids(user_ns, ops, count, prepared);
     int saved = errno;

@@ -27,6 +27,8 @@ _CAPS = (
 )  # fmt: skip
 """Those that runsc of 2022 and later know; it refuses a name that it does not know."""
 _OPEN_FILES = 1 << 20
+_OUR_NETWORK = "/proc/1/ns/net"
+"""runsc is PID 1 in its jail."""
 _LEAST_SHARED = 16 << 20
 
 
@@ -46,7 +48,7 @@ def config(
     volumes: Sequence[Shared] = (),
     root: str = ROOT,
 ) -> dict[str, Any]:
-    """Return the config of a machine with `memory` bytes. The network is that of the namespace that runsc is run in."""
+    """Return the config of a machine with `memory` bytes. Its network is that of the jail."""
     caps = [f"CAP_{name}" for name in _CAPS]
     return {
         "ociVersion": "1.0.2",
@@ -61,8 +63,7 @@ def config(
             "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 4096, "hard": _OPEN_FILES}],
         },
         "mounts": [*_system(max(_LEAST_SHARED, memory // 2)), *(_volume(number, volume) for number, volume in enumerate(volumes))],
-        # No network namespace: the Sentry joins ours.
-        "linux": {"namespaces": [{"type": kind} for kind in ("pid", "mount", "ipc", "uts")]},
+        "linux": {"namespaces": [*({"type": kind} for kind in ("pid", "mount", "ipc", "uts")), {"type": "network", "path": _OUR_NETWORK}]},
     }
 
 

@@ -12,17 +12,19 @@ import os
 import time
 from contextlib import ExitStack
 
-from trivisor.core.errors import HostLacks, TrivisorError, UnsupportedByWall
+from trivisor.core.errors import HostLacks, TrivisorError
 from trivisor.core.paths import Home
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.undo import Undo
 from trivisor.launch import cgroup_layout, cgroups, ids, keeper, tvinit
 from trivisor.launch.cgroups import Cgroup, Limits
 from trivisor.launch.ids import Shape
+from trivisor.launch.net import provide
+from trivisor.launch.net.provide import Net
 from trivisor.vmm import layers
 from trivisor.vmm.engine import Box, Progress, Usage, WallReport
 from trivisor.vmm.engines.gvisor import bundle, control, door, jailed, probe, runsc
-from trivisor.vmm.engines.gvisor.jailed import Sandbox
+from trivisor.vmm.engines.gvisor.jailed import Link, Sandbox
 from trivisor.vmm.engines.gvisor.runsc import Runsc
 from trivisor.vos import guest
 from trivisor.vos.line import Line
@@ -60,10 +62,7 @@ class GvisorEngine:
     def check(self, spec: Spec) -> None:
         self._found()
         cgroups.limits_possible(Limits.of(spec))
-        if spec.network != "none":
-            raise UnsupportedByWall(f"have the network {spec.network!r}", self.wall, ["vm"])
-        if any(volume.named for volume in spec.volumes.values()):
-            raise UnsupportedByWall("have named volumes", self.wall, ["vm"])
+        provide.check(spec)
 
     def create(self, box: Box, undo: Undo) -> None:
         layers.make(box, ids.probe(box.home.root).ids(box.slot).owner)
@@ -76,13 +75,30 @@ class GvisorEngine:
         begun = time.monotonic()
         with ExitStack() as stack:
             group = stack.enter_context(Cgroup.create(box.home, box.id, Limits.of(box.spec)))
+            said, log = os.pipe2(os.O_CLOEXEC)
+            stack.callback(os.close, said)
+            stack.callback(os.close, log)
+            net = stack.enter_context(provide.provide(box.home, box.dir, box.id, box.slot, box.spec, "veth", undo, log=log))
             undo.add("sandbox", lambda: keeper.kill(box.dir))
-            self._run(box, found, platform, shape, group, stack)
-        _configure(box)
+            listener = stack.enter_context(door.bind(box.dir, shape.ids(box.slot).owner))
+            sandbox = _sandbox(box, found, platform, shape, group, net, log)
+            keeper.spawn(
+                box.dir,
+                processes=[*net.processes, keeper.Process("runsc", jailed.plan(sandbox))],
+                line_fd=listener.fileno(),
+                dialled=True,
+                logs={"engine": said},
+                fds=[log, *group.fds, *net.fds],
+                owner=box.owner,
+                ttl=box.spec.ttl,
+                idle=box.spec.idle,
+                wait=_WAIT,
+            )
+        _configure(box, net)
         took = f"{(time.monotonic() - begun) * 1000:.0f} ms"
         lacks = [*shape.lacks, *group.lacks]
         facts = {"runsc": found.version, "platform": platform, "start": took, "ids": str(shape)}
-        return {**facts, **({"lacks": "; ".join(lacks)} if lacks else {})}
+        return {**facts, **net.facts, **({"lacks": "; ".join(lacks)} if lacks else {})}
 
     def pause(self, box: Box) -> None:
         if group := _freezer(box):
@@ -114,51 +130,39 @@ class GvisorEngine:
     def _command(self, box: Box) -> list[str]:
         """Return runsc's argv up to its verb, as the machine was started with it."""
         found, shape = self._found()
-        return jailed.command(found, self._platform or probe.verdict(found, shape, self._home).platform, shape.ids(box.slot))
+        platform = self._platform or probe.verdict(found, shape, self._home).platform
+        return jailed.command(found, platform, shape.ids(box.slot), network=box.spec.network != "none")
 
     def _found(self) -> tuple[Runsc, Shape]:
         return runsc.inspect(runsc.locate(self._path), self._home), ids.probe(self._home.root)
 
-    def _run(self, box: Box, found: Runsc, platform: str, shape: Shape, group: Cgroup, stack: ExitStack) -> None:
-        owner = shape.ids(box.slot)
-        listener = stack.enter_context(door.bind(box.dir, owner.owner))
-        said, log = os.pipe2(os.O_CLOEXEC)
-        stack.callback(os.close, said)
-        stack.callback(os.close, log)
-        spec = box.spec
-        shared = layers.volumes(spec)
-        volumes = [bundle.Shared(bind.target, spec.volumes[bind.target].readonly) for bind in shared]
-        sandbox = Sandbox(
-            runsc=found,
-            platform=platform,
-            ids=owner,
-            namespaces=shape.namespaces,
-            config=bundle.config(hostname=spec.name, memory=spec.memory, volumes=volumes),
-            tvinit=tvinit.path(),
-            log=log,
-            door=door.path(box.dir),
-            layers=layers.layers(box),
-            volumes=shared,
-            cgroups=group.fds,
-            volatile=spec.lifetime == "process" or spec.disk == "ram",
-        )
-        keeper.spawn(
-            box.dir,
-            processes=[keeper.Process("runsc", jailed.plan(sandbox))],
-            line_fd=listener.fileno(),
-            dialled=True,
-            logs={"engine": said},
-            fds=[log, *group.fds],
-            owner=box.owner,
-            ttl=spec.ttl,
-            idle=spec.idle,
-            wait=_WAIT,
-        )
+
+def _sandbox(box: Box, found: Runsc, platform: str, shape: Shape, group: Cgroup, net: Net, log: int) -> Sandbox:
+    spec = box.spec
+    shared = layers.volumes(spec)
+    volumes = [bundle.Shared(bind.target, spec.volumes[bind.target].readonly) for bind in shared]
+    return Sandbox(
+        runsc=found,
+        platform=platform,
+        ids=shape.ids(box.slot),
+        namespaces=shape.namespaces,
+        config=bundle.config(hostname=spec.name, memory=spec.memory, volumes=volumes),
+        tvinit=tvinit.path(),
+        log=log,
+        door=door.path(box.dir),
+        layers=layers.layers(box),
+        volumes=shared,
+        cgroups=group.fds,
+        link=None if net.netns_fd is None else Link(net.netns_fd, *net.steps[1][1:]),
+        volatile=spec.lifetime == "process" or spec.disk == "ram",
+    )
 
 
-def _configure(box: Box) -> None:
+def _configure(box: Box, net: Net) -> None:
     steps: list[tuple[str, ...]] = [("hostname", box.spec.name)]
     steps.append(("machine-id", hashlib.sha256(f"machine {box.id}".encode()).hexdigest()[:32]))
+    if net.dns:
+        steps.append(("dns", *net.dns))
     if box.spec.env:
         steps.append(("env", *(f"{key}={value}" for key, value in box.spec.env.items())))
     steps.append(("hooks",))

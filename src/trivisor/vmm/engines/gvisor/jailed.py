@@ -28,6 +28,8 @@ _BUNDLE = "/box/bundle"
 NAME = "machine"
 LINE = f"{bundle.GUEST}/line"
 KVM = "/dev/kvm"
+_HOSTS_ALONE = "/proc/sys/net/core"
+_WHOLE_PROC = "/box/proc"
 
 _CAPS = (
     "chown", "dac_override", "dac_read_search", "fowner", "fsetid", "kill", "mknod", "net_admin", "net_raw", "setgid", "setpcap",
@@ -38,6 +40,18 @@ _NAMESPACES = ("user", "mount", "pid", "net", "ipc", "uts", "cgroup")
 
 LACKS = ("Landlock: runsc mounts and pivots by itself", "no capabilities: runsc has some in its user namespace")
 """What a full jail has and this one has not."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """An interface that lies ready in another network namespace. The Sentry takes its packets and its address over, and its
+    own network stack does the rest."""
+
+    netns: int
+    interface: str
+    address: str
+    prefix: str
+    gateway: str
 
 
 @dataclass(frozen=True)
@@ -59,10 +73,8 @@ class Sandbox:
     volumes: Sequence[Bind] = ()
     """In the order of the config's."""
     cgroups: Sequence[int] = ()
-    network: bool = False
-    """The Sentry's own network stack on the interfaces of the namespace; else it has a loopback alone."""
-    netns: int | None = None
-    """A network namespace to join instead of a new one."""
+    link: Link | None = None
+    """None: a loopback alone."""
     volatile: bool = False
     """What is written need not survive the host: nothing is waited for."""
 
@@ -94,19 +106,20 @@ def command(runsc: Runsc, platform: str, ids: Ids, *, network: bool = False) -> 
 
 def plan(s: Sandbox) -> Plan:
     """Return the plan that runs the machine. The order is PROTOCOL.md's; nothing is looked at."""
-    argv = command(s.runsc, s.platform, s.ids, network=s.network)
+    argv = command(s.runsc, s.platform, s.ids, network=s.link is not None)
     return (*_outside(s), *_files(s), *_root(s), ("pivot",), *_confined(s), ("exec", *argv, "run", "--bundle", _BUNDLE, NAME))
 
 
 def _outside(s: Sandbox) -> Iterator[Op]:
     if s.cgroups:
         yield ("cgroup", *(str(fd) for fd in s.cgroups))
-    yield ("namespaces", *(name for name in _NAMESPACES if name in s.namespaces and not (name == "net" and s.netns is not None)))
-    if s.netns is not None:
-        yield ("netns", str(s.netns))
+    yield ("namespaces", *(name for name in _NAMESPACES if name in s.namespaces))
+    if s.link is not None:
+        yield ("adopt", str(s.link.netns), s.link.interface)
     yield from s.ids.plan()
-    if s.netns is None:
-        yield ("loopback",)
+    yield ("loopback",)
+    if s.link is not None:
+        yield ("address", s.link.interface, s.link.address, s.link.prefix, s.link.gateway)
 
 
 def _files(s: Sandbox) -> Iterator[Op]:
@@ -119,6 +132,12 @@ def _files(s: Sandbox) -> Iterator[Op]:
     yield ("dir", "/tmp", "0755")
     yield ("mount", "tmpfs", "state", STATE, "rw", "mode=0700,size=4m")
     yield ("mount", "proc", "proc", "/proc", "rw", "")
+    if s.link is not None:
+        # runsc takes a namespace in which it finds a file of this folder for the host's own, where it would not touch
+        # interfaces. Kernels since 6.7 show it everywhere.
+        yield ("mask", _HOSTS_ALONE)
+        # A /proc of which something is hidden lets nobody mount another, as the Sentry does; this one does.
+        yield ("mount", "proc", "proc", _WHOLE_PROC, "rw", "")
     yield ("bind", str(s.tvinit), f"{bundle.GUEST}/tvinit", "ro,exec")
     if s.door is not None:
         yield ("bind", str(s.door), LINE, "rw")
