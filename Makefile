@@ -1,5 +1,5 @@
 # The two commands are `make demo` and `make test`; each does all the set-up it needs, once.
-demo:  ## take a machine through its whole life
+demo:  ## the same life behind every wall that the host offers
 	@scripts/setup.sh demo
 	@scripts/in-venv.sh python -m scripts.demo
 
@@ -12,7 +12,7 @@ lint:  ## formatting, lint, types, import layers
 	@scripts/lint.sh
 
 bench:  ## every bench, into one table
-	@scripts/setup.sh demo
+	@scripts/setup.sh bench
 	@scripts/in-venv.sh python -m scripts.bench
 
 soak:  ## lives without end for SECONDS_OF_SOAK (default 600), looking for what is left over

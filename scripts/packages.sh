@@ -1,6 +1,6 @@
 #!/bin/sh
 # Debian packages that are needed and not there: install them as root, else print the one line that does.
-#   packages.sh [demo|test]
+#   packages.sh [demo|test|bench]
 . "$(dirname -- "$0")/common.sh"
 
 missing=
@@ -19,11 +19,14 @@ need() {
 }
 
 runtime() {
+    # virtiofsd comes with it; without one volumes go by 9p. nftables and links are spoken to over netlink, without programs.
     [ -n "${TRIVISOR_QEMU:-}" ] || need qemu-system-x86 qemu-system-x86_64
+    [ -n "${TRIVISOR_RUNSC:-}" ] || need runsc runsc
+    need uidmap newuidmap
     need qemu-utils qemu-img
     need squashfs-tools sqfstar
     need mmdebstrap mmdebstrap
-    need passt passt
+    need passt pasta
     need zstd zstd
     need e2fsprogs mkfs.ext4
 }
@@ -41,6 +44,11 @@ tests() {
     need libclang-rt-dev "$(clang -print-file-name=libclang_rt.fuzzer-x86_64.a 2>/dev/null || echo none)"
 }
 
+peers() {
+    need bubblewrap bwrap
+    need runc runc
+}
+
 python() {
     "$root/scripts/python.sh" >/dev/null 2>&1 || missing="$missing python3 python3-venv"
 }
@@ -50,6 +58,7 @@ python
 case ${1:-demo} in
     demo) runtime ;;
     test) runtime && tests ;;
+    bench) runtime && peers ;;
 esac
 
 [ -n "$missing" ] || exit 0

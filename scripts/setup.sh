@@ -3,6 +3,7 @@
 #   setup.sh python   the virtual environment and the guest program
 #   setup.sh demo     and what machines need: system packages, the Debian image
 #   setup.sh test     and what only the tests need
+#   setup.sh bench    or the peers that only the benches need
 . "$(dirname -- "$0")/common.sh"
 what=${1:-demo}
 
