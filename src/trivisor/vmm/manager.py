@@ -21,6 +21,7 @@ from trivisor.core.spec import HOST_IMAGE, WALLS, Spec, Wall
 from trivisor.images.catalog import Images
 from trivisor.vmm import life, limits, names, reconcile, shares
 from trivisor.vmm import sweep as sweeping
+from trivisor.vmm.choice import choose
 from trivisor.vmm.context import Context
 from trivisor.vmm.engine import Engine, Progress, WallReport
 from trivisor.vmm.engines.container.engine import ContainerEngine
@@ -172,7 +173,7 @@ class VMM:
                 yield settled
 
     def _wall(self, wish: str) -> Wall:
-        """Decide "auto": vm with KVM, else gvisor, else vm with TCG; never container, which is asked for by name."""
+        """Return the engine's wall that is meant; "auto" is decided in choice.py."""
         engines = self._context.engines
         for wall in WALLS:
             if wish == wall:
@@ -184,11 +185,7 @@ class VMM:
         able: tuple[Wall, ...] = tuple(wall for wall in ("vm", "gvisor") if wall in engines)
         if len(able) == 1:
             return able[0]  # the engine's own check says what it lacks, without a probe
-        reports = {wall: engines[wall].report() for wall in able}
-        usable = [wall for wall in able if reports[wall].available]
-        if "vm" in usable and (reports["vm"].features.get("kvm") or "gvisor" not in usable):
-            return "vm"
-        if "gvisor" in usable:
-            return "gvisor"
-        why = "; ".join(f"{wall}: {report.why}" for wall, report in reports.items())
-        raise HostLacks(f"no wall can be used here: {why}", hint="; ".join(filter(None, (report.remedy for report in reports.values()))))
+        choice = choose([engines[wall].report() for wall in able])
+        if choice.wall is None:
+            raise HostLacks(f"no wall can be used here: {choice.why}", hint=choice.remedy)
+        return choice.wall

@@ -234,8 +234,10 @@ def test_doctor(cli: Cli) -> None:
     done = cli("doctor")
     assert done.status == 0
     assert "vm: available" in done.out and "container: not available" in done.out
-    walls = cli("doctor", "--json").json
-    assert [wall["wall"] for wall in walls] == ["vm", "gvisor", "container"]
+    assert "auto: vm\n" in done.out and "by TCG" in done.out
+    found = cli("doctor", "--json").json
+    assert [wall["wall"] for wall in found["walls"]] == ["vm", "gvisor", "container"]
+    assert found["auto"]["wall"] == "vm"
 
 
 def test_doctor_says_when_nothing_works(cli: Cli, home: TestHome, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,6 +251,7 @@ def test_doctor_says_when_nothing_works(cli: Cli, home: TestHome, monkeypatch: p
     done = cli("doctor")
     assert done.status == 1
     assert "why: no QEMU" in done.out and "remedy: apt-get install qemu" in done.out
+    assert "auto: none can be used" in done.out
 
 
 def test_names_are_completed(cli: Cli, web: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import click
 
 from trivisor.cli import render
 from trivisor.cli.options import json_option, open_vmm, verb
+from trivisor.vmm.choice import choose
 from trivisor.vmm.engine import WallReport
 
 
@@ -14,15 +15,18 @@ from trivisor.vmm.engine import WallReport
 def command(as_json: bool) -> int:
     """Say what this host offers, and what is missing.
 
-    For each wall: whether machines can run behind it, and if not why and what would help. Exit status 0 if at least
-    one wall is available, else 1.
+    For each wall: whether machines can run behind it, and if not why and what would help; and which one a machine gets that
+    names none, and why. Exit status 0 if at least one wall is available, else 1.
     """
     walls = open_vmm().walls()
+    choice = choose(walls)
     if as_json:
-        render.emit(walls)
+        render.emit({"walls": walls, "auto": choice})
     else:
         for report in walls:
             _print(report)
+        click.echo(f"{click.style('auto', bold=True)}: {choice.wall or 'none can be used'}")
+        click.echo(f"  why: {render.safe(choice.why)}")
     return 0 if any(report.available for report in walls) else 1
 
 
