@@ -88,8 +88,12 @@ def _clock() -> int:
 
 
 def _named() -> set[str]:
-    """Return what bears Trivisor's name, and every network interface."""
-    found = {f"interface {entry.name}" for entry in Path("/sys/class/net").iterdir()}
+    """Return what bears Trivisor's name, and every network interface, that nobody uses."""
+    found = set()
+    for entry in Path("/sys/class/net").iterdir():
+        with contextlib.suppress(OSError):  # one with a carrier has somebody at its other end
+            if (entry / "carrier").read_text() == "0\n":
+                found.add(f"interface {entry.name}")
     # One with processes is of machines that somebody else runs; one that went while we looked is not left.
     for path in Path("/sys/fs/cgroup").glob("**/*trivisor*"):
         with contextlib.suppress(OSError):

@@ -28,7 +28,8 @@ class TestHome:
 
     def __init__(self, root: Path, template: Path) -> None:
         self.root = root
-        shutil.copytree(template, root, symlinks=True, copy_function=_copy)
+        # Unpacked roots are many files, and made again where a wall needs one.
+        shutil.copytree(template, root, symlinks=True, copy_function=_copy, ignore=shutil.ignore_patterns("trees"))
 
     def open(self, engine: FakeEngine | None = None) -> VMM:
         return VMM(self.root, engines=[engine or FakeEngine()])

@@ -29,7 +29,7 @@ def small(tmp_path: Path, iced_home: Path, tmp_path_factory: pytest.TempPathFact
         pytest.skip("needs the right to mount a tmpfs")
     try:
         home = mount / "home"
-        shutil.copytree(iced_home, home, ignore=shutil.ignore_patterns("ice", "ran-*", "path-*", "full-*"), symlinks=True)
+        shutil.copytree(iced_home, home, ignore=shutil.ignore_patterns("ice", "ran-*", "path-*", "full-*", "trees"), symlinks=True)
         (home / "ice").mkdir()
         with VMM(home) as vmm, vmm.run("debian", wall="vm", disk="1G"):
             pass

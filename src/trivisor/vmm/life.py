@@ -8,10 +8,11 @@ takes back what it did; if its process dies, the standing operation tells the ne
 from __future__ import annotations
 
 import math
+import os
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from trivisor.core import process
@@ -138,7 +139,10 @@ def delete(context: Context, machine: str, *, force: bool = False) -> None:
         try:
             context.records.update(row.id, durable=row.owner is None, operation="delete", operator=Who.me())
         except StorageError:
-            # A full disk cannot take the note; deleting the folder is what makes room for the rest.
+            # A full disk cannot take the note; deleting the folder is what makes room for the rest. Emptied first: the kernel may
+            # hold a removed file for a second, until it has taken down the dead engine's mounts.
+            with suppress(OSError):
+                os.truncate(folder.disk, 0)
             reconcile.remove_tree(folder.root)
         reconcile.erase(context, fresh)
 
