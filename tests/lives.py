@@ -51,14 +51,14 @@ class Lives(RuleBasedStateMachine):
         return self.create()
 
     def create(self) -> str:
-        machine = self.vmm.create(self.home.image)
+        machine = self.vmm.create(self.home.image, wall="vm")
         self.model[machine.id] = State.CREATED
         return machine.id
 
     @rule(machine=machines)
     def create_with_its_name(self, machine: str) -> None:
         with pytest.raises(AlreadyExists):
-            self.vmm.create(self.home.image, name=self.get(machine).name)
+            self.vmm.create(self.home.image, wall="vm", name=self.get(machine).name)
 
     @rule(step=st.sampled_from(["disk", "disk formatted"]))
     def create_fails(self, step: str) -> None:
@@ -66,7 +66,7 @@ class Lives(RuleBasedStateMachine):
             return
         self.engine.fail = step
         with pytest.raises(EngineError):
-            self.vmm.create(self.home.image)
+            self.vmm.create(self.home.image, wall="vm")
 
     @rule(machine=machines)
     def start(self, machine: str) -> None:

@@ -54,7 +54,7 @@ def test_killed_at_each_step_of_create_and_start(home: VmHome) -> None:
         def life(number: int = number) -> None:
             with home.open() as vmm:
                 die_at(number)
-                vmm.create(home.image, name=NAME, disk="1G").start()
+                vmm.create(home.image, wall="vm", name=NAME, disk="1G").start()
 
         status = in_child(life)
         assert status in (0, KILLED)
@@ -86,7 +86,7 @@ def usable(machine: Machine) -> None:
 
 def test_run_leaves_nothing(home: VmHome) -> None:
     with home.open() as vmm:
-        with vmm.run(home.image) as machine:
+        with vmm.run(home.image, wall="vm") as machine:
             assert machine.exec(["python3", "-c", "print(6 * 7)"]).text == "42\n"
         assert vmm.list() == []
     assert_nothing_left(home.root, set())
@@ -94,7 +94,7 @@ def test_run_leaves_nothing(home: VmHome) -> None:
 
 def test_the_machine_of_a_dead_process_is_gone(home: VmHome) -> None:
     def work() -> None:
-        VMM(home.root).run(home.image)
+        VMM(home.root).run(home.image, wall="vm")
         os.kill(os.getpid(), signal.SIGKILL)
 
     assert in_child(work) == KILLED
