@@ -73,7 +73,8 @@ def await_event(place: Place, key: str, value: int, timeout: float) -> bool:
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
-            poller.poll(left * 1000)
+            # The kernel holds a second event within 10 ms of the first back for that long (cgroup_file_notify), so look between.
+            poller.poll(max(1, min(left, _POLL) * 1000))
     except OSError as error:
         if error.errno == errno.ENODEV:  # somebody else removed it
             return True
