@@ -11,6 +11,7 @@ All of it happens under the machine's lock, so it never meets an operation of a 
 from __future__ import annotations
 
 import contextlib
+import errno
 import shutil
 import stat
 import time
@@ -142,7 +143,8 @@ def remove_tree(path: Path) -> None:
         except (PermissionError, RecursionError):
             break
         except OSError as error:
-            raise StorageError(f"{path} cannot be removed: {error.strerror}", hint=_BY_HAND) from error
+            if error.errno != errno.ENOTEMPTY:  # else something was still written beside us: once more, and then by rm(1)
+                raise StorageError(f"{path} cannot be removed: {error.strerror}", hint=_BY_HAND) from error
         else:
             return
     try:
