@@ -36,6 +36,7 @@ struct sink {
     struct watch watch;
     struct command *of;
     bool watched, ended, pty;
+    int keys;          /* where its keys that signal go, -1: to the terminal (keys.h) */
     struct bytes waiting; /* until the command reads it */
     uint32_t granted;  /* what the client may still send */
     uint32_t consumed; /* what it has not been told of yet */

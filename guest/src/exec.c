@@ -17,6 +17,7 @@
 
 #include "builtins.h"
 #include "command.h"
+#include "keys.h"
 #include "line.h"
 #include "request.h"
 #include "spawn.h"
@@ -47,6 +48,7 @@ static bool closed;
 struct joint {
     int in, out, err;
     int theirs[3];
+    int keys[2]; /* what a terminal's keys say: read in its session, written by us. -1: it signals by itself */
 };
 
 int exec_open(void) {
@@ -91,6 +93,8 @@ static int join_pty(struct joint *j, const struct request *r, const struct user 
     if (fcntl(master, F_SETFL, O_RDWR | O_NONBLOCK) < 0 || fcntl(master, F_SETFD, FD_CLOEXEC) < 0 ||
         fcntl(slave, F_SETFD, FD_CLOEXEC) < 0 || (j->in = fcntl(master, F_DUPFD_CLOEXEC, 3)) < 0)
         return -1;
+    if (!keys_signal() && pipe2(j->keys, O_CLOEXEC | O_NONBLOCK) == 0)
+        fcntl(j->keys[0], F_SETFL, O_RDONLY);
     if (u->uid != geteuid() && (fchown(slave, u->uid, TTY_GROUP) < 0 || fchmod(slave, 0620) < 0))
         return -1;
     return 0;
@@ -115,6 +119,8 @@ static void close_joint(struct joint *j) {
     close_fd(&j->in);
     close_fd(&j->out);
     close_fd(&j->err);
+    close_fd(&j->keys[0]);
+    close_fd(&j->keys[1]);
 }
 
 static pid_t fork_builtin(struct spawn *s) {
@@ -173,7 +179,7 @@ static int start(uint32_t stream, const struct request *r) {
     char **env = environment_of(r, &u, &own);
     if (!env)
         return ENOMEM;
-    struct joint j = {-1, -1, -1, {-1, -1, -1}};
+    struct joint j = {-1, -1, -1, {-1, -1, -1}, {-1, -1}};
     const char *path = env_get(env, "PATH");
     struct spawn s = {.argv = r->argv, .env = env, .path = path ? path : "", .cwd = start_folder(r, &u), .pty = r->flags & EXEC_PTY};
     if (!is_us(&u) && (geteuid() == 0 || r->user[0]))
@@ -181,6 +187,7 @@ static int start(uint32_t stream, const struct request *r) {
     pid_t pid = -1;
     if ((r->flags & EXEC_PTY ? join_pty(&j, r, &u) : join_pipes(&j, r)) == 0) {
         memcpy(s.fd, j.theirs, sizeof s.fd);
+        s.keys = j.keys[0] > 0 ? j.keys[0] : 0;
         pid = r->flags & EXEC_BUILTIN ? fork_builtin(&s) : spawn(&s);
     }
     error = pid < 0 ? errno : 0;
@@ -190,12 +197,15 @@ static int start(uint32_t stream, const struct request *r) {
         failed_what = s.failed;
         error = s.error;
     }
-    if (error || !command_add(stream, r->flags, pid, j.in, j.out, j.err)) {
+    struct command *added = error ? NULL : command_add(stream, r->flags, pid, j.in, j.out, j.err);
+    if (!added) {
         close_joint(&j);
         if (!error)
             kill(-pid, SIGKILL);
         return error ? error : ENOMEM;
     }
+    added->in.keys = j.keys[1];
+    close_fd(&j.keys[0]);
     if (s.pty)
         j.theirs[0] = j.theirs[2] = -1;
     close_theirs(&j);

@@ -8,6 +8,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "keys.h"
+
 /* The child runs on a stack of its own while the parent waits; AddressSanitizer does not know it. */
 #define IN_CHILD __attribute__((no_sanitize("address", "undefined")))
 
@@ -30,6 +32,8 @@ IN_CHILD int spawn_enter(struct spawn *s) {
         failed = "setsid";
     else if (s->pty && ioctl(s->fd[0], TIOCSCTTY, 0) < 0)
         failed = "controlling terminal";
+    else if (s->keys && keys_listen(s->fd[0], s->keys) < 0)
+        failed = "keys of the terminal";
     else if (dup2(s->fd[0], 0) < 0 || dup2(s->fd[1], 1) < 0 || dup2(s->fd[2], 2) < 0)
         failed = "dup2";
     else if (s->user && become(s->user) < 0)

@@ -14,6 +14,7 @@ struct spawn {
     const struct user *user; /* NULL: stay */
     int fd[3];
     bool pty; /* fd[0] becomes the controlling terminal */
+    int keys; /* what is said of its keys (keys.h), 0: nothing */
     /* Set by the child, which shares our memory. */
     int error;
     const char *failed; /* what failed before exec; NULL if exec did, or nothing */

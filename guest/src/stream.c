@@ -5,6 +5,7 @@
 #include <sys/ioctl.h>
 #include <unistd.h>
 
+#include "keys.h"
 #include "line.h"
 
 enum {
@@ -144,7 +145,7 @@ bool source_pump(void) {
 static void sink_news(struct watch *w, uint32_t events);
 
 void sink_open(struct sink *s, struct command *of, int fd, bool pty) {
-    *s = (struct sink){.watch = {fd, sink_news}, .of = of, .pty = pty, .granted = WINDOW_SIZE};
+    *s = (struct sink){.watch = {fd, sink_news}, .of = of, .pty = pty, .keys = -1, .granted = WINDOW_SIZE};
 }
 
 void sink_close(struct sink *s) {
@@ -153,6 +154,9 @@ void sink_close(struct sink *s) {
     else if (s->watch.fd >= 0)
         close(s->watch.fd);
     s->watch.fd = -1;
+    if (s->keys >= 0)
+        close(s->keys);
+    s->keys = -1;
     bytes_clear(&s->waiting);
 }
 
@@ -167,11 +171,15 @@ static void sink_consumed(struct sink *s, size_t size) {
     s->consumed = 0;
 }
 
+static ssize_t sink_put(const struct sink *s, const uint8_t *data, size_t size) {
+    return s->keys < 0 ? write(s->watch.fd, data, size) : keys_write(s->watch.fd, s->keys, data, size);
+}
+
 /* Write what the command takes now; the number of bytes done with, which is all once nobody reads them any more. */
 static size_t sink_write(struct sink *s, const uint8_t *data, size_t size) {
     size_t done = 0;
     while (done < size) {
-        ssize_t n = s->watch.fd < 0 ? (ssize_t)(size - done) : write(s->watch.fd, data + done, size - done);
+        ssize_t n = s->watch.fd < 0 ? (ssize_t)(size - done) : sink_put(s, data + done, size - done);
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0 && errno == EAGAIN)

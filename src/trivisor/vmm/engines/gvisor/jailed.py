@@ -66,6 +66,7 @@ class Sandbox:
     config: dict[str, Any]
     tvinit: Path
     log: int
+    memory: int
     door: Path | None = None
     """The bound socket that tvinit calls; None in a trial."""
     layers: Sequence[Layer] = ()
@@ -132,12 +133,13 @@ def _files(s: Sandbox) -> Iterator[Op]:
     yield ("dir", "/tmp", "0755")
     yield ("mount", "tmpfs", "state", STATE, "rw", "mode=0700,size=4m")
     yield ("mount", "proc", "proc", "/proc", "rw", "")
-    if s.link is not None:
-        # runsc takes a namespace in which it finds a file of this folder for the host's own, where it would not touch
-        # interfaces. Kernels since 6.7 show it everywhere.
-        yield ("mask", _HOSTS_ALONE)
-        # A /proc of which something is hidden lets nobody mount another, as the Sentry does; this one does.
-        yield ("mount", "proc", "proc", _WHOLE_PROC, "rw", "")
+    # The Sentry says that it has the memory of its host, which it reads here.
+    yield ("text", "/proc/meminfo", "0444", f"MemTotal: {s.memory >> 10} kB\nMemFree: {s.memory >> 10} kB\n")
+    # runsc takes a namespace in which it finds a file of this folder for the host's own, where it would not touch interfaces.
+    # Kernels since 6.7 show it everywhere.
+    yield ("mask", _HOSTS_ALONE)
+    # A /proc of which something is hidden lets nobody mount another, as the Sentry does; this one does.
+    yield ("mount", "proc", "proc", _WHOLE_PROC, "rw", "")
     yield ("bind", str(s.tvinit), f"{bundle.GUEST}/tvinit", "ro,exec")
     if s.door is not None:
         yield ("bind", str(s.door), LINE, "rw")

@@ -27,6 +27,7 @@ from trivisor.vmm.engines.gvisor.runsc import Runsc
 LIMIT = 10.0
 KVM_LIMIT = 3.0
 """Seconds that a trial may take. On a /dev/kvm that does not work it takes for ever."""
+_MEMORY = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,10 @@ def trial(runsc: Runsc, platform: str, shape: Shape) -> str:
     """Run tvinit in a sandbox on that platform. Returns "" if that works, else what failed."""
     if platform == "kvm" and not os.access(jailed.KVM, os.R_OK | os.W_OK):
         return "there is no /dev/kvm that may be used"
-    config = bundle.config(hostname="trial", memory=0, argv=[f"{bundle.INSIDE}/tvinit", "launch"])
+    config = bundle.config(hostname="trial", memory=_MEMORY, argv=[f"{bundle.INSIDE}/tvinit", "launch"])
     limit = KVM_LIMIT if platform == "kvm" else LIMIT
     with open(os.memfd_create("plan"), "r+b") as memory, open(os.memfd_create("log"), "r+b") as log:
-        sandbox = Sandbox(runsc, platform, shape.ids(0), shape.namespaces, config, tvinit.path(), log.fileno())
+        sandbox = Sandbox(runsc, platform, shape.ids(0), shape.namespaces, config, tvinit.path(), log.fileno(), _MEMORY)
         memory.write(encode(jailed.plan(sandbox)))
         memory.flush()
         memory.seek(0)
