@@ -134,6 +134,7 @@ def used_again(machine: Machine) -> None:
     assert machine.info()["reason"] == ""
 
 
+@pytest.mark.walls("vm", "container")
 def test_memory_runs_out_in_the_guest(make: Make) -> None:
     """The kernel kills the program and not the machine: PID 1 lives."""
     machine = make(memory="256M")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import Make
 
-from trivisor import VMM, HostLacks, Machine, UnsupportedByWall
+from trivisor import VMM, GuestGone, HostLacks, Machine, State, UnsupportedByWall
 from trivisor.core.spec import Wall
 from trivisor.launch import cgroup_layout, cgroups
 from trivisor.launch.cgroups import Cgroup
@@ -41,16 +41,20 @@ def test_memory(make: Make, wall_vmm: VMM) -> None:
     needs("memory")
     machine = make(memory="128M")
     assert machine.info()["oom_kills"] == 0
-    result = machine.exec(["python3", "-c", HOG], timeout=BOUND)
     if machine.wall == "container":
-        assert result.signal == 9
+        assert machine.exec(["python3", "-c", HOG], timeout=BOUND).signal == 9
         assert machine.exec(["echo", "alive"]).text == "alive\n"
         assert machine.info()["oom_kills"] == 1
+        assert group(machine).usage().peak <= 128 * MIB
     else:
         # gVisor's kernel is one process: it goes with all that it holds.
+        with pytest.raises(GuestGone):
+            machine.exec(["python3", "-c", HOG], timeout=BOUND)
+        assert machine.state is State.FAILED
         assert machine.info()["oom_kills"] >= 1
+        machine.start()
+        assert machine.exec(["echo", "alive"]).text == "alive\n"
     assert [event.kind for event in wall_vmm.events() if event.machine == machine.id].count("oom") == 1
-    assert group(machine).usage().peak <= 128 * MIB
 
 
 @pytest.mark.walls("container")
@@ -67,13 +71,19 @@ def test_memory_of_the_machines_file_systems_counts(make: Make) -> None:
 def test_pids(make: Make) -> None:
     needs("pids")
     machine = make(pids=100)
-    result = machine.exec("i=0; while [ $i -lt 300 ]; do sleep 1000 & i=$((i + 1)); done", timeout=BOUND)
-    if machine.wall == "container":
+    many = "i=0; while [ $i -lt 300 ]; do sleep 1000 & i=$((i + 1)); done"
+    if machine.wall == "gvisor":
+        # Its kernel cannot go on when the host refuses it a process; that is the end of the machine, and of nothing else.
+        with pytest.raises(GuestGone):
+            machine.exec(many, timeout=BOUND)
+        assert machine.state is State.FAILED
+    else:
+        result = machine.exec(many, timeout=BOUND)
         assert not result.ok
         assert b"Resource temporarily unavailable" in result.stderr or b"Cannot fork" in result.stderr
         assert group(machine).counters().pids_refused > 0
-    assert group(machine).usage().pids <= machine.spec.pids  # type: ignore[operator]
-    machine.stop(timeout=1)
+        assert group(machine).usage().pids <= machine.spec.pids  # type: ignore[operator]
+        machine.stop(timeout=1)
     machine.start()
     assert machine.exec(["echo", "alive"]).text == "alive\n"
 
