@@ -20,7 +20,7 @@ PLAIN = Container(
     hostname="web",
     machine_id="0123456789abcdef0123456789abcdef",
     ids=OWN,
-    layers=[Layer(Path("/store/tree"), Path("/home/m/layers/root"))],
+    layers=[Layer(Path("/store/tree"), Path("/machines/m/layers/root"))],
     line=7,
     log=8,
     memory=256 << 20,
@@ -101,7 +101,7 @@ def test_sysfs_is_the_hosts_only_on_the_hosts_network() -> None:
 def test_ids_of_its_own_are_mapped_on_what_lies_on_a_disk() -> None:
     made = plan(binds=[Bind(Path("/data"), "/data", "rw,exec")])
     assert of(made, "map-user") == [("map-user", "0", "2100065536", "65536")]
-    assert of(made, "overlay") == [("overlay", "/store/tree", "/home/m/layers/root", "idmap,userxattr", "/")]
+    assert of(made, "overlay") == [("overlay", "/store/tree", "/machines/m/layers/root", "idmap,userxattr", "/")]
     assert ("bind", "/data", "/data", "rw,exec,idmap") in made
     made = plan(ids=SINGLE, binds=[Bind(Path("/data"), "/data", "ro")])
     assert of(made, "overlay")[0][3] == "userxattr"
