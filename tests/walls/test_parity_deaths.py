@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Make
 from machine_home import KILLED, VmHome, in_child
+from wall_fixtures import Make
 
 from trivisor import VMM, Busy, EngineError, ExecTimeout, GuestGone, InvalidState, Machine, NotFound, State
 from trivisor.core.paths import MachineDir

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Make
+from wall_fixtures import Make
 
 from trivisor import VMM, EngineError, InvalidSpec, InvalidState, Machine, State, WaitTimeout
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Make
+from wall_fixtures import Make
 
 from trivisor import VMM, GuestGone, HostLacks, Machine, State, UnsupportedByWall
 from trivisor.core.spec import Wall

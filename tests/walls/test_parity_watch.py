@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Make
 from machine_home import VmHome
+from wall_fixtures import Make
 
 from trivisor import VMM, HostError, HostLacks, InvalidSpec, InvalidState, Machine, State, UnsupportedByWall
 from trivisor.core.paths import MachineDir
