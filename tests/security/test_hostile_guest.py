@@ -3,6 +3,7 @@ and the machine can be stopped, started again and deleted."""
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import subprocess
 import time
@@ -66,7 +67,8 @@ def test_the_line_is_written_to_by_another(make: Make, writer: Path, mode: str, 
     pid = keeper(machine)
     machine.files.upload(writer, "/root/writer")
     machine.exec("echo kept >/root/file; sync", check=True)
-    attacker = machine.spawn(["/root/writer", str(size), mode], detach=True)
+    with contextlib.suppress(*REFUSALS):  # it may be quicker than the answer that it has begun
+        machine.spawn(["/root/writer", str(size), mode], detach=True)
     outcomes = [attempt(machine) for _ in range(6)]
     if size == 0 and mode != "steal":
         assert "works" not in outcomes[1:], outcomes
@@ -74,7 +76,6 @@ def test_the_line_is_written_to_by_another(make: Make, writer: Path, mode: str, 
         # When it is over, host and guest find each other again.
         assert outcomes[-1] == "works", outcomes
         assert machine.exec("echo again", timeout=BOUND).text == "again\n"
-    attacker.close()
     assert machine.state is State.RUNNING
     assert keeper(machine) == pid
     memory = Path(f"/proc/{pid}/smaps_rollup").read_text().split("\nPss:")[0]

@@ -16,17 +16,20 @@ from images_for_tests import mini_root
 from trivisor import VMM, FileError, State, StorageError
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small file system")
-SIZE = 700 << 20
+SIZE = 800 << 20
 
 
 @pytest.fixture
 def small(tmp_path: Path, iced_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A home on a file system of its own, with kit, image and ice."""
-    mount = tmp_path / "small"
+    """A home on a file system of its own (ext4 as most are, not a tmpfs), with kit, image and ice."""
+    mount, device = tmp_path / "small", tmp_path / "device"
     mount.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", mount], capture_output=True, check=False)
+    with device.open("wb") as stream:
+        stream.truncate(SIZE)
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", device], check=True, env={"PATH": "/usr/sbin:/sbin:/usr/bin:/bin"})
+    done = subprocess.run(["mount", "-o", "loop", device, mount], capture_output=True, check=False)
     if done.returncode:
-        pytest.skip("needs the right to mount a tmpfs")
+        pytest.skip("needs the right to mount a file")
     try:
         home = mount / "home"
         shutil.copytree(iced_home, home, ignore=shutil.ignore_patterns("ice", "ran-*", "path-*", "full-*", "trees"), symlinks=True)
@@ -41,17 +44,21 @@ def small(tmp_path: Path, iced_home: Path, tmp_path_factory: pytest.TempPathFact
         assert_nothing_left(home, set())
     finally:
         subprocess.run(["umount", "-l", mount], check=True)
+        device.unlink()
 
 
 def fill(home: Path, leave: int = 0) -> Path:
     """Use up the file system but for `leave` bytes."""
     filler = home.parent / "filler"
-    facts = os.statvfs(home)
     fd = os.open(filler, os.O_WRONLY | os.O_CREAT)
-    try:
-        os.posix_fallocate(fd, 0, max(1, facts.f_bavail * facts.f_bsize - leave))
-    finally:
-        os.close(fd)
+    size = 0
+    for step in (1 << 26, 1 << 20, 1 << 16, 1 << 12):
+        with contextlib.suppress(OSError):
+            while True:
+                os.posix_fallocate(fd, size, step)
+                size += step
+    os.ftruncate(fd, size - leave)
+    os.close(fd)
     return filler
 
 

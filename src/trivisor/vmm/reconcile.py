@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from trivisor.core import process
 from trivisor.core.errors import Busy, EngineError, HostError, StorageError
 from trivisor.core.paths import MachineDir
@@ -88,16 +90,25 @@ def ended(context: Context, row: Row) -> Row | None:
     clear_sockets(folder)
     limits.close(context, row)
     networks.leave(context.home, row.spec.network, row.name)
-    return context.records.update(
-        row.id,
+    return _put_right(
+        context,
+        row,
+        (verdict.state.value, verdict.reason),
         state=verdict.state,
         status=verdict.status,
         reason=verdict.reason,
         ended=verdict.time or time.time(),
         operation="",
         operator=None,
-        event=(verdict.state.value, verdict.reason),
     )
+
+
+def _put_right(context: Context, row: Row, event: tuple[str, str], **changes: Any) -> Row | None:
+    """Write down what a record should say. Where the disk has no room the answer is right all the same, and a later reader writes it."""
+    try:
+        return context.records.update(row.id, event=event, **changes)
+    except StorageError:
+        return msgspec.structs.replace(row, **changes)
 
 
 @dataclass(frozen=True)
@@ -191,8 +202,7 @@ def _recover(context: Context, row: Row) -> Row | None:
         networks.leave(context.home, row.spec.network, row.name)
     elif keeper.alive(folder):
         state = standing(context, row)
-    event = ("swept", f"{row.operation} was cut short")
-    return context.records.update(row.id, state=state, operation="", operator=None, event=event)
+    return _put_right(context, row, ("swept", f"{row.operation} was cut short"), state=state, operation="", operator=None)
 
 
 def _settle_without_folder(context: Context, row: Row) -> Row | None:
@@ -205,7 +215,7 @@ def _settle_without_folder(context: Context, row: Row) -> Row | None:
         erase(context, fresh, "swept", f"{fresh.operation} was cut short" if fresh.operation else "")
         return None
     lost: dict[str, Any] = {"state": State.FAILED, "reason": "its folder is gone", "operation": "", "operator": None}
-    return context.records.update(row.id, event=("failed", "its folder is gone"), **lost)
+    return _put_right(context, fresh, ("failed", "its folder is gone"), **lost)
 
 
 def _panic(folder: MachineDir) -> str:
