@@ -334,7 +334,7 @@ def _make(found: Hierarchy, place: Place) -> None:
                 for group in (found.base, place.path.parent):
                     _enable(group, name)
             return
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):  # the latter: it was there, and is gone again
             continue
         except OSError as error:
             raise HostLacks(f"the group {place.path} cannot be made: {error.strerror}", hint="see `trivisor doctor`") from error
