@@ -122,7 +122,7 @@ def small_home(tmp_path: Path, iced_home: Path) -> Iterator[VmHome]:
     place.mkdir()
     image = tmp_path / "image"
     with image.open("wb") as file:
-        file.truncate(900 * MIB)
+        file.truncate(1400 * MIB)
     try:
         subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True, capture_output=True)
         subprocess.run(["mount", "-o", "loop", image, place], check=True, capture_output=True)

@@ -24,7 +24,7 @@ from trivisor.launch.container import Container
 from trivisor.launch.ids import Shape
 from trivisor.launch.net import provide
 from trivisor.launch.net.provide import Net
-from trivisor.vmm import layers
+from trivisor.vmm import layers, procs
 from trivisor.vmm.engine import Box, Progress, Usage, WallReport
 from trivisor.vmm.engines.container import host
 
@@ -90,7 +90,7 @@ class ContainerEngine:
         """Its processes' and the keeper's. Private is anonymous memory; pages of files count as shared."""
         group = Cgroup.find(box.home, box.id)
         if group is None:
-            return host.usage(box.dir)
+            return procs.usage(box.dir)
         used = group.usage()
         return Usage(private=used.anonymous, shared=max(0, used.memory - used.anonymous), cpu_seconds=used.cpu_seconds)
 

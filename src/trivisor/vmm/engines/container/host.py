@@ -1,41 +1,18 @@
-"""What a container takes of the host beside its ids and layers: what confines it, what it takes where nothing counts."""
+"""What a container takes of the host beside its ids and layers: what confines it."""
 
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from trivisor.core.paths import MachineDir
 from trivisor.launch.jail import probe
-from trivisor.vmm.engine import Usage
 
-_PAGE, _TICK = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_CLK_TCK")
 _PROFILE = "docker-default"
 """Docker's AppArmor profile. It is Docker's to load: a profile of our own would need root to install."""
 _APPARMOR = Path("/sys/module/apparmor/parameters/enabled")
 _PROFILES = Path("/sys/kernel/security/apparmor/profiles")
 _PROCESSORS = Path("/sys/devices/system/cpu")
-
-
-def usage(place: MachineDir) -> Usage:
-    """Return what the machine's processes take, where no control group counts it: those there are now (proc(5), statm)."""
-    private = shared = 0
-    seconds = 0.0
-    waiting = [place.keeper.read_text().split()[0]] if place.keeper.exists() else []
-    while waiting:
-        folder = Path("/proc") / waiting.pop()
-        try:
-            _, resident, file, *_ = (int(word) for word in (folder / "statm").read_text().split())
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            waiting += (folder / "task" / folder.name / "children").read_text().split()
-        except OSError:  # it has ended
-            continue
-        private += (resident - file) * _PAGE
-        shared += file * _PAGE
-        seconds += (int(fields[11]) + int(fields[12])) / _TICK
-    return Usage(private=private, shared=shared, cpu_seconds=seconds)
 
 
 @functools.cache

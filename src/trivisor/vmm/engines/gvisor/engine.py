@@ -12,7 +12,7 @@ import os
 import time
 from contextlib import ExitStack
 
-from trivisor.core.errors import HostLacks, TrivisorError
+from trivisor.core.errors import TrivisorError
 from trivisor.core.paths import Home
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.undo import Undo
@@ -21,7 +21,7 @@ from trivisor.launch.cgroups import Cgroup, Limits
 from trivisor.launch.ids import Shape
 from trivisor.launch.net import provide
 from trivisor.launch.net.provide import Net
-from trivisor.vmm import layers
+from trivisor.vmm import layers, procs
 from trivisor.vmm.engine import Box, Progress, Usage, WallReport
 from trivisor.vmm.engines.gvisor import bundle, control, door, jailed, probe, runsc
 from trivisor.vmm.engines.gvisor.jailed import Link, Sandbox
@@ -96,7 +96,8 @@ class GvisorEngine:
             )
         _configure(box, net)
         took = f"{(time.monotonic() - begun) * 1000:.0f} ms"
-        lacks = [*shape.lacks, *group.lacks]
+        # Without a freezer runsc pauses it.
+        lacks = [*shape.lacks, *(lack for lack in group.lacks if not lack.startswith("pause:"))]
         facts = {"runsc": found.version, "platform": platform, "start": took, "ids": str(shape)}
         return {**facts, **net.facts, **({"lacks": "; ".join(lacks)} if lacks else {})}
 
@@ -120,7 +121,7 @@ class GvisorEngine:
         """All of the sandbox's, the Sentry included. Private is anonymous memory; pages of files count as shared."""
         group = Cgroup.find(box.home, box.id)
         if group is None:
-            raise HostLacks("it has no control group", machine=box.spec.name, hint="see `trivisor doctor`")
+            return procs.usage(box.dir)
         used = group.usage()
         return Usage(private=used.anonymous, shared=max(0, used.memory - used.anonymous), cpu_seconds=used.cpu_seconds)
 

@@ -1,0 +1,307 @@
+"""What is only the gVisor wall's: each runsc and platform, the jail, a line that comes back, a host without freezer or root."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from machine_home import VmHome, in_child
+
+from trivisor import VMM, EngineError, GuestGone, Machine, State
+from trivisor.core.errors import HostLacks
+from trivisor.core.paths import Home
+from trivisor.launch import ids, tvinit
+from trivisor.launch.cgroups import Cgroup
+from trivisor.vmm.engines.gvisor import control, door, probe, runsc
+from trivisor.vmm.engines.gvisor.engine import GvisorEngine
+
+USER = 61236
+"""An id that no account has."""
+BOUND = 60.0
+COUNT = "i=0; while :; do i=$((i + 1)); echo $i > /run/count; done"
+_PIDFD_GETFD = 438
+
+
+def binaries() -> list[str]:
+    """The runsc in PATH and the one that $TRIVISOR_RUNSC names."""
+    found = [os.environ.get("TRIVISOR_RUNSC"), shutil.which("runsc")]
+    return list(dict.fromkeys(path for path in found if path))
+
+
+@pytest.fixture(autouse=True)
+def available(wall_home: VmHome) -> None:
+    with VMM(wall_home.root) as vmm:
+        report = next(report for report in vmm.walls() if report.wall == "gvisor")
+    if not report.available:
+        missing = f"needs the gvisor wall: {report.why} ({report.remedy})"
+        pytest.fail(missing) if os.environ.get("CI") == "true" else pytest.skip(missing)
+
+
+@pytest.fixture
+def machine(wall_vmm: VMM) -> Machine:
+    made = wall_vmm.create("debian", wall="gvisor")
+    made.start()
+    return made
+
+
+def processes(machine: Machine) -> list[int]:
+    """Everything on the host that is the machine's, its keeper not."""
+    waiting = [control.engine(machine._context.box(machine._context.row(machine.id)))]
+    found = []
+    while waiting:
+        pid = waiting.pop()
+        found.append(pid)
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            waiting += [int(child) for child in (task / "children").read_text().split()]
+    return found
+
+
+def status(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+# -- every binary, every platform ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("binary", binaries())
+@pytest.mark.parametrize("platform", runsc.PLATFORMS)
+def test_a_life(wall_home: VmHome, binary: str, platform: str) -> None:
+    home = Home(wall_home.root)
+    found, shape = runsc.inspect(binary, home), ids.probe(home.root)
+    fault = probe.trial(found, platform, shape) if platform in found.platforms else f"runsc {found.version} was not built with it"
+    if fault:
+        pytest.skip(f"needs the platform {platform}: {fault}")
+    with VMM(home.root, engines=[GvisorEngine(home, binary, platform=platform)]) as vmm:
+        machine = vmm.create("debian", wall="gvisor")
+        try:
+            machine.start()
+            assert (machine.info()["facts"]["runsc"], machine.info()["facts"]["platform"]) == (found.version, platform)
+            assert machine.exec(["cat"], stdin=b"through").stdout == b"through"
+            assert machine.exec("kill -7 $$").signal == 7
+            machine.files.write("/root/kept", b"kept" * 100_000)
+            frozen(machine)
+            machine.stop()
+            assert machine.state is State.STOPPED
+            machine.start()
+            assert machine.files.read("/root/kept") == b"kept" * 100_000
+            with machine.spawn(["cat"], pty=True) as terminal:
+                terminal.stdin.write(b"\x03")
+                assert terminal.wait(BOUND) == 130
+        finally:
+            machine.delete(force=True)
+
+
+def frozen(machine: Machine) -> None:
+    """Pause it while a program counts: not one step further. Then let it go on."""
+    with machine.spawn(COUNT):
+        while not machine.files.exists("/run/count"):
+            pass
+        machine.pause()
+        spent = [clock(pid) for pid in everything(machine)]
+        time.sleep(0.3)  # in which it could run
+        assert [clock(pid) for pid in everything(machine)] == spent
+        machine.resume()
+        before = int(machine.files.read_text("/run/count") or 0)
+        deadline = time.monotonic() + BOUND
+        while int(machine.files.read_text("/run/count") or 0) <= before:
+            assert time.monotonic() < deadline
+
+
+def everything(machine: Machine) -> list[int]:
+    """As `processes`, of a machine whose keeper's engine is asked of the records: nothing frozen answers."""
+    return sorted(processes(machine))
+
+
+def clock(pid: int) -> tuple[str, ...]:
+    """The processor time that a process took (proc(5), fields 14 and 15 of stat)."""
+    return tuple(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13])
+
+
+def test_the_best_platform_is_tried_once_a_boot(wall_home: VmHome) -> None:
+    home = Home(wall_home.root)
+    found, shape = runsc.inspect(runsc.locate(), home), ids.probe(home.root)
+    verdict = probe.verdict(found, shape, home)
+    assert verdict.platform in found.platforms
+    began = time.monotonic()
+    assert probe.verdict(found, shape, home) == verdict
+    assert time.monotonic() - began < 0.05
+
+
+def test_no_platform_works(wall_home: VmHome, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Home(wall_home.root)
+    found, shape = runsc.inspect(runsc.locate(), home), ids.probe(home.root)
+    monkeypatch.setattr(probe, "trial", lambda *_: "it does not")
+    with pytest.raises(HostLacks, match="it does not"):
+        probe._look(found, shape)
+
+
+def test_not_installed(wall_home: VmHome) -> None:
+    engine = GvisorEngine(Home(wall_home.root), "/no/such/runsc")
+    report = engine.report()
+    assert not report.available
+    assert "/no/such/runsc" in report.why
+    assert report.remedy
+
+
+# -- the jail -----------------------------------------------------------------------------------------
+
+
+def test_all_of_it_is_jailed(machine: Machine) -> None:
+    """Each process: other namespaces than ours, ids that own nothing here, no new privileges, a filter."""
+    first = ids.probe(machine._context.home.root).ids(machine._context.row(machine.id).slot).users[0][1]
+    found = processes(machine)
+    assert len(found) >= 4  # runsc, the gofer, the Sentry, and what it traces
+    for pid in found:
+        for kind in ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup"):
+            assert os.readlink(f"/proc/{pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}"), (pid, kind)
+        facts = status(pid)
+        assert (facts["NoNewPrivs"], facts["Seccomp"]) == ("1", "2")
+        if os.geteuid() == 0:
+            assert all(first <= int(uid) < first + 65536 for uid in facts["Uid"].split())
+
+
+def test_the_jail_holds_nothing_of_the_host(machine: Machine) -> None:
+    engine = processes(machine)[0]
+    # What the launcher makes the root from has names that begin with a dot.
+    seen = {name for name in os.listdir(f"/proc/{engine}/root") if not name.startswith(".")}
+    assert seen == {"box", "dev", "proc", "run", "runsc", "tmp"}
+    for pid in processes(machine):
+        held = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+        assert not [path for path in held if path.endswith(("trivisor.db", "alive", "line.sock"))]
+
+
+def test_another_user_of_the_machine_cannot_take_the_line(machine: Machine) -> None:
+    code = "import socket; socket.socket(socket.AF_UNIX).connect('/.trivisor/line')"
+    done = machine.exec(["python3", "-c", code], user="nobody")
+    assert "PermissionError" in done.stderr.decode()
+
+
+# -- the line -----------------------------------------------------------------------------------------
+
+
+def test_the_line_comes_back(machine: Machine) -> None:
+    """What a checkpoint will do: the connection goes, the machine does not."""
+    kept = machine.spawn(["sleep", "1000"], detach=True)
+    cut(machine)
+    deadline = time.monotonic() + BOUND
+    while True:
+        try:
+            assert machine.exec(f"kill -0 {kept.pid} && echo alive").text == "alive\n"
+            break
+        except GuestGone:  # until the new line stands, or with the old one
+            assert time.monotonic() < deadline
+    assert machine.state is State.RUNNING
+
+
+def cut(machine: Machine) -> None:
+    """Shut the connection down that the keeper has to the guest."""
+    keeper = int((machine._context.folder(machine._context.row(machine.id)).root / "keeper").read_text().split()[0])
+    place = str(door.path(machine._context.folder(machine._context.row(machine.id))))
+    libc = ctypes.CDLL(None, use_errno=True)
+    pidfd = os.pidfd_open(keeper)
+    try:
+        for name in os.listdir(f"/proc/{keeper}/fd"):
+            if not os.readlink(f"/proc/{keeper}/fd/{name}").startswith("socket:"):
+                continue
+            copy = libc.syscall(_PIDFD_GETFD, pidfd, int(name), 0)
+            if copy < 0:
+                pytest.skip(f"needs pidfd_getfd: {os.strerror(ctypes.get_errno())}")
+            with socket.socket(fileno=copy) as end:
+                listens = end.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                if not listens and str(end.getsockname()).endswith(Path(place).name):
+                    end.shutdown(socket.SHUT_RDWR)
+                    return
+    finally:
+        os.close(pidfd)
+    raise AssertionError("the keeper has no such connection")
+
+
+# -- less of a host -----------------------------------------------------------------------------------
+
+
+def test_pause_without_a_freezer(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cgroup, "can_freeze", False)
+    with machine.spawn(COUNT):
+        while not machine.files.exists("/run/count"):
+            pass
+        machine.pause()
+        engine = machine._context.engine("gvisor")
+        box = machine._context.box(machine._context.row(machine.id))
+        assert engine.paused(box)
+        machine.resume()
+        assert not engine.paused(box)
+        assert machine.exec(["echo", "back"]).text == "back\n"
+
+
+def test_runsc_that_cannot_be_asked(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose Sentry is gone is no traceback of a decoder."""
+    monkeypatch.setattr(control, "_inside", lambda *_: b"not JSON")
+    box = machine._context.box(machine._context.row(machine.id))
+    with pytest.raises(EngineError, match="cannot be read"):
+        control.paused(box, [])
+
+
+@pytest.fixture
+def user_folder() -> Iterator[Path]:
+    """A folder of USER, where USER may go: pytest's own are closed."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become somebody else")
+    for path in (tvinit.path(), *tvinit.path().parents):
+        if not path.stat().st_mode & 0o005:
+            pytest.skip(f"needs {path} to be readable to all")
+    base = Path(tempfile.mkdtemp(prefix="user-"))
+    os.chown(base, USER, USER)
+    yield base
+    ids.remove_tree(base)
+
+
+@pytest.mark.parametrize("binary", binaries())
+def test_rootless(user_folder: Path, binary: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user without subordinate ids, control groups or a freezer: a whole life, paused by runsc itself."""
+    monkeypatch.setenv("TRIVISOR_RUNSC", binary)
+
+    def work() -> None:
+        os.setgroups([])
+        os.setresgid(USER, USER, USER)
+        os.setresuid(USER, USER, USER)
+        with VMM(user_folder / "home") as vmm:
+            report = next(report for report in vmm.walls() if report.wall == "gvisor")
+            if not report.available:
+                (user_folder / "said").write_text(f"skip: {report.why}")
+                return
+            with vmm.run("host", wall="gvisor") as machine:
+                machine.exec("mkdir /made && touch /usr/made", check=True)
+                assert machine.stats().private > 0
+                machine.pause()
+                assert machine.state is State.PAUSED
+                machine.resume()
+                machine.stop()
+                machine.start()
+                (user_folder / "said").write_text(machine.exec("id -u; test -e /usr/made && echo kept").text)
+
+    assert in_child(work) == 0
+    text = (user_folder / "said").read_text()
+    if text.startswith("skip"):
+        pytest.skip(text)
+    assert text.split() == ["0", "kept"]
+    assert list((user_folder / "home/machines").iterdir()) == []
+
+
+def test_a_machine_that_its_host_will_not_start_says_why(wall_vmm: VMM, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = wall_vmm.create("debian", wall="gvisor")
+    monkeypatch.setattr("trivisor.vmm.engines.gvisor.jailed._CAPS", ("chown",))
+    with pytest.raises(EngineError) as caught:
+        machine.start()
+    assert caught.value.machine
+    assert "runsc" in str(caught.value) or "sandbox" in str(caught.value) or "container" in str(caught.value)
+    with contextlib.suppress(EngineError):
+        assert machine.state is not State.RUNNING
