@@ -1,0 +1,146 @@
+"""A hostile tvinit, behind every wall: it answers with garbage, with frames that are too large, or never.
+
+Calls end within their bounds and say whose fault it is; the keeper stays small and alive, the logs under their cap; the
+machine can be stopped and deleted. The guest program is tvinit itself with a few functions replaced (hostile_guest.c).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from machine_home import VmHome
+from wall_fixtures import Make
+
+from trivisor import VMM, EngineError, ExecTimeout, GuestError, HostError, InvalidState, Machine, State
+from trivisor.core.spec import Wall
+from trivisor.launch import tvinit
+
+BOUND = 60.0
+ROOT = Path(__file__).parents[2]
+MODES = (
+    "garbage", "endless garbage", "oversized", "half a frame", "too much data", "nobody's stream", "its own kind", "request",
+    "short end", "wrong end", "endless log", "endless bye", "endless synced", "silence",
+)  # fmt: skip
+WRAPPED = ("line_open", "exec_frame", "line_synced")
+Install = Callable[[Path], None]
+
+
+def build(flags: tuple[str, ...]) -> Iterator[Path]:
+    """Compile tvinit with the hostile functions linked over its own."""
+    if shutil.which("gcc") is None:
+        pytest.skip("needs gcc")
+    folder = Path(tempfile.mkdtemp(prefix="trivisor-hostile-"))
+    folder.chmod(0o755)  # a jailed engine of another id runs it
+    sources = [*(ROOT / "guest/src").glob("*.c"), Path(__file__).with_name("hostile_guest.c")]
+    wraps = [f"-Wl,--wrap={name}" for name in WRAPPED]
+    include = ["-I", ROOT / "guest/src", "-std=c11", "-D_GNU_SOURCE", "-O1", "-static", *flags]
+    subprocess.run(["gcc", *include, *wraps, "-o", folder / "tvinit", *sources], check=True)
+    shutil.copy(tvinit.path().with_name("probe.bin"), folder)
+    yield folder / "tvinit"
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def liar() -> Iterator[Path]:
+    yield from build(())
+
+
+@pytest.fixture(scope="module")
+def mute() -> Iterator[Path]:
+    yield from build(("-DSILENT",))
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Have machines started from now on run that tvinit."""
+
+    def installed(program: Path) -> None:
+        digest = hashlib.sha256(program.read_bytes()).hexdigest()
+        monkeypatch.setattr(tvinit, "path", lambda: program)
+        monkeypatch.setattr(tvinit, "digest", lambda: digest)
+        monkeypatch.setenv("TRIVISOR_ICE", "off")
+
+    return installed
+
+
+def outcome(machine: Machine, mode: str) -> str:
+    """An exec that cues the guest: it ends in time, with an error of the guest's or with what the guest says."""
+    begun = time.monotonic()
+    try:
+        machine.exec([f"hostile {mode}"], timeout=1, max_output=1 << 20)
+        return "answered"
+    except (GuestError, InvalidState) as error:
+        assert str(error)
+        return type(error).__name__
+    finally:
+        assert time.monotonic() - begun < 30
+
+
+@pytest.fixture
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little of it: what was killed must have ended in half a second."""
+    monkeypatch.setattr("trivisor.vos.capture.KILL_WAIT", 0.5)
+    monkeypatch.setattr("trivisor.vos.command.KILL_WAIT", 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("patience")
+@pytest.mark.timeout(600)
+def test_lies(wall_home: VmHome, wall: Wall, make: Make, liar: Path, install: Install) -> None:
+    """Each lie in a life of its own of one machine, with an honest machine beside it."""
+    honest = make(name="honest")
+    install(liar)
+    with VMM(wall_home.root) as vmm:
+        machine = vmm.create("debian", wall=wall, name="liar")
+        try:
+            for mode in MODES:
+                lie(machine, mode, honest)
+        finally:
+            machine.delete(force=True)
+
+
+def lie(machine: Machine, mode: str, honest: Machine) -> None:
+    machine.start()
+    assert machine.exec(["echo", "honest"], timeout=BOUND).text == "honest\n"
+    folder = Path(machine.info()["folder"])
+    keeper = int((folder / "keeper").read_text().split()[0])
+    for _ in range(2):
+        said = outcome(machine, mode)
+        assert said != "answered" or mode in ("wrong end", "short end"), mode
+    if machine.state is State.RUNNING:
+        status = Path(f"/proc/{keeper}/status").read_text()
+        resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+        assert resident < 8192, f"the keeper has {resident} KiB after {mode!r}"
+        with suppress(GuestError, HostError):
+            machine.stats(timeout=1)
+    assert sum(path.stat().st_size for path in (folder / "logs").iterdir()) < 32 << 20, mode
+    assert honest.exec(["echo", "here"], timeout=BOUND).text == "here\n"
+    begun = time.monotonic()
+    if machine.state is State.RUNNING:
+        machine.stop(timeout=1)
+    assert time.monotonic() - begun < 20, mode
+    assert machine.state in (State.STOPPED, State.FAILED)
+
+
+@pytest.mark.walls("container", "gvisor")
+def test_one_that_never_answers(wall_home: VmHome, wall: Wall, mute: Path, install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start gives up when its time is over, and leaves nothing; as with vm, whose time is longer."""
+    install(mute)
+    monkeypatch.setattr(f"trivisor.vmm.engines.{wall}.engine._WAIT", 2.0)
+    with VMM(wall_home.root) as vmm:
+        machine = vmm.create("debian", wall=wall)
+        begun = time.monotonic()
+        with pytest.raises((EngineError, GuestError)) as caught:
+            machine.start()
+        assert time.monotonic() - begun < 20
+        assert not isinstance(caught.value, ExecTimeout)
+        assert machine.state is State.CREATED
+        machine.delete()
