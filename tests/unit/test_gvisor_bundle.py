@@ -48,8 +48,8 @@ def sandbox(**changes: object) -> Sandbox:
         tvinit=Path("/lib/tvinit"),
         log=7,
         memory=256 << 20,
-        door=Path("/home/m/door.sock"),
-        layers=(Layer(Path("/home/tree"), Path("/home/m/layers/root")),),
+        door=Path("/srv/m/door.sock"),
+        layers=(Layer(Path("/srv/tree"), Path("/srv/m/layers/root")),),
     )
     return replace(plain, **changes)  # type: ignore[arg-type]
 
@@ -114,13 +114,13 @@ def test_the_plan_jails() -> None:
         **dict.fromkeys(("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"), "rw,dev"),
         "/usr/bin/runsc": "ro,exec",
         "/lib/tvinit": "ro,exec",
-        "/home/m/door.sock": "rw",
+        "/srv/m/door.sock": "rw",
     }
     assert encode(plan)
 
 
 def test_the_layer() -> None:
-    assert named(jailed.plan(sandbox()), "overlay") == [("overlay", "/home/tree", "/home/m/layers/root", "idmap,userxattr", "/box/root")]
+    assert named(jailed.plan(sandbox()), "overlay") == [("overlay", "/srv/tree", "/srv/m/layers/root", "idmap,userxattr", "/box/root")]
     ram = sandbox(layers=(Layer(Path("/t"), 4096), Layer(Path("/usr"), 4096, "/usr")), ids=SINGLE, volatile=True)
     assert named(jailed.plan(ram), "overlay") == [
         ("overlay", "/t", "ram:4096", "userxattr,volatile", "/box/root"),
