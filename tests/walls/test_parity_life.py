@@ -134,12 +134,11 @@ def used_again(machine: Machine) -> None:
     assert machine.info()["reason"] == ""
 
 
-@pytest.mark.walls("vm", "container")
-@pytest.mark.timeout(300)
+@pytest.mark.walls("container")
 def test_memory_runs_out_in_the_guest(make: Make) -> None:
-    """The kernel kills the program and not the machine: PID 1 lives. A translated guest reads its programs anew for a while before."""
+    """The kernel kills the program and not the machine: PID 1 lives. A translated guest may thrash for minutes before its kernel does."""
     machine = make(memory="256M")
-    result = machine.exec(["python3", "-c", "a = []\nwhile True: a.append(b'x' * (1 << 20))"], timeout=4 * BOUND)
+    result = machine.exec(["python3", "-c", "a = []\nwhile True: a.append(b'x' * (1 << 20))"], timeout=BOUND)
     assert result.signal == 9 or b"MemoryError" in result.stderr
     assert machine.exec(["echo", "alive"]).text == "alive\n"
 
