@@ -229,6 +229,8 @@ static void run(uint32_t stream, const uint8_t *data, size_t size) {
         refuse(stream, ESHUTDOWN, r.argv[0]);
     } else if (r.flags & EXEC_BUILTIN && r.flags & EXEC_PTY) {
         refuse(stream, EINVAL, "a builtin has no terminal");
+    } else if (r.flags & EXEC_POLICY) {
+        refuse(stream, EOPNOTSUPP, "policy");
     } else if (command_count() >= COMMANDS_MAX) {
         refuse(stream, EAGAIN, "too many commands");
     } else {

@@ -8,31 +8,36 @@
 
 #include "wire.h"
 
-bool plan_decode(const void *data, size_t size, struct plan *out) {
-    struct reader r = reader_of(data, size);
-    uint32_t count = read_u32(&r);
+bool plan_take(struct reader *r, struct plan *out) {
+    uint32_t count = read_u32(r);
     *out = (struct plan){0};
-    if (r.bad || count > r.left / 4)
+    if (count > r->left / 4)
+        r->bad = true;
+    if (r->bad)
         return false;
     out->ops = calloc(count ? count : 1, sizeof *out->ops);
-    if (!out->ops)
-        return false;
-    for (uint32_t i = 0; i < count; i++) {
-        char **words = read_strings(&r);
+    r->bad = !out->ops;
+    for (uint32_t i = 0; i < count && !r->bad; i++) {
+        char **words = read_strings(r);
         size_t n = 0;
         while (words && words[n])
             n++;
         out->ops[i] = (struct op){.words = words, .count = n};
         out->count = i + 1;
-        if (n == 0) {
-            r.bad = true;
-            break;
-        }
+        r->bad |= n == 0;
     }
-    if (reader_done(&r))
-        return true;
-    plan_free(out);
-    return false;
+    if (r->bad)
+        plan_free(out);
+    return !r->bad;
+}
+
+bool plan_decode(const void *data, size_t size, struct plan *out) {
+    struct reader r = reader_of(data, size);
+    if (!plan_take(&r, out))
+        return false;
+    if (!reader_done(&r))
+        plan_free(out);
+    return reader_done(&r);
 }
 
 bool plan_read(int fd, struct plan *out) {

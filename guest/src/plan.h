@@ -21,6 +21,12 @@ struct plan {
     size_t count;
 };
 
+struct reader;
+
+/* Read u32 count, then that many lists of words, none empty. False if they are malformed: the reader is bad then, and
+ * there is nothing to free. */
+bool plan_take(struct reader *r, struct plan *out);
+
 /* Decode a plan. False if it is malformed, with nothing to free. */
 bool plan_decode(const void *data, size_t size, struct plan *out);
 

@@ -23,6 +23,8 @@ bool request_decode(const void *data, size_t size, struct request *out) {
     out->cwd = read_string(&r);
     out->argv = read_strings(&r);
     out->env = read_strings(&r);
+    if (out->flags & EXEC_POLICY)
+        plan_take(&r, &out->policy);
     if (!reader_done(&r) || out->flags & ~(uint32_t)EXEC_FLAGS || !out->argv[0] || !out->argv[0][0])
         return false;
     for (char **e = out->env; *e; e++)
@@ -36,6 +38,7 @@ void request_free(struct request *r) {
     free(r->cwd);
     free_strings(r->argv);
     free_strings(r->env);
+    plan_free(&r->policy);
     *r = (struct request){0};
 }
 

@@ -6,14 +6,16 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "plan.h"
 #include "users.h"
 
-enum { EXEC_PTY = 1, EXEC_BUILTIN = 2, EXEC_DETACH = 4, EXEC_NO_STDIN = 8, EXEC_FLAGS = 15, REQUEST_MAX = 1 << 20 };
+enum { EXEC_PTY = 1, EXEC_BUILTIN = 2, EXEC_DETACH = 4, EXEC_NO_STDIN = 8, EXEC_POLICY = 16, EXEC_FLAGS = 31, REQUEST_MAX = 1 << 20 };
 
 struct request {
     uint32_t flags;
     uint16_t rows, columns;
     char *user, *cwd, **argv, **env;
+    struct plan policy; /* EXEC_POLICY: its operations, not looked at yet (policy.h) */
 };
 
 /* True if the bytes are one well-formed request. Free it in any case. */

@@ -67,6 +67,8 @@ class Flag(IntEnum):
     BUILTIN = 2
     DETACH = 4
     NO_STDIN = 8
+    POLICY = 16
+    """Set by `exec_request` where a policy is given."""
 
 
 _HEADER = struct.Struct("<BBHII")
@@ -230,9 +232,12 @@ def exec_request(
     size: tuple[int, int] = (0, 0),
     user: str = "",
     cwd: str = "",
+    policy: Sequence[Sequence[str]] | None = None,
 ) -> bytes:
-    """Return an EXEC request. Raises InvalidSpec if it is over 1 MiB."""
+    """Return an EXEC request; `policy`: the operations that its policy is made of. Raises InvalidSpec if it is over 1 MiB."""
+    flags |= 0 if policy is None else Flag.POLICY
     request = struct.pack("<IHH", flags, *size) + string(user) + string(cwd) + strings(argv) + strings(env)
+    request += b"" if policy is None else steps(policy)
     if len(request) > EXEC_MAX:
         raise InvalidSpec(
             f"the arguments and environment of a command take {len(request)} bytes, at most {EXEC_MAX} go",
