@@ -1,6 +1,8 @@
-/* tvinit fence: between QEMU and passt, so that a guest reaches through passt what it may.
+/* tvinit fence: between a machine and passt, so that it reaches through passt what it may.
  *
  *   tvinit fence FD OWN [DENIED]... -- PROGRAM ARG...    PROGRAM gets its end of the line as descriptor 3
+ *
+ * FD is QEMU's end of a stream of frames, or `uplink:FD` where the packet socket of an uplink (uplink.c) will come from.
  *
  * passt connects to whatever a frame names. Its versions before 2024 do that for the host's loopback too, which a guest's own
  * kernel never sends but its root may forge. So frames are looked at: a process a direction, since both ends are slow at times and
@@ -106,6 +108,65 @@ static void carry(int from, int to, const struct fence *f) {
     }
 }
 
+/* Wait for the packet socket. -1: its machine ended before it was there. */
+static int take_uplink(int from) {
+    char byte;
+    union { struct cmsghdr header; char room[CMSG_SPACE(sizeof(int))]; } control;
+    struct iovec data = {.iov_base = &byte, .iov_len = 1};
+    struct msghdr message = {.msg_iov = &data, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
+    ssize_t n;
+    int fd = -1;
+    while ((n = recvmsg(from, &message, MSG_CMSG_CLOEXEC)) < 0 && errno == EINTR)
+        ;
+    struct cmsghdr *c = n > 0 ? CMSG_FIRSTHDR(&message) : NULL;
+    if (c && c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS && c->cmsg_len == CMSG_LEN(sizeof fd))
+        memcpy(&fd, CMSG_DATA(c), sizeof fd);
+    return fd;
+}
+
+/* The same as `carry`, where a machine's frames come and go one by one. What does not fit or finds no room is lost, as on a wire. */
+static void carry_out(int packets, int to, const struct fence *f) {
+    static uint8_t buffer[LENGTH + FRAME_MAX];
+    for (;;) {
+        ssize_t n = recv(packets, buffer + LENGTH, FRAME_MAX, MSG_TRUNC);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            return; /* its interface is gone */
+        if (n > FRAME_MAX || !fence_passes(f, buffer + LENGTH, (size_t)n))
+            continue;
+        uint32_t length = htonl((uint32_t)n);
+        memcpy(buffer, &length, LENGTH);
+        if (!write_all(to, buffer, LENGTH + (size_t)n))
+            return;
+    }
+}
+
+static void carry_in(int from, int packets) {
+    static uint8_t buffer[BUFFER];
+    size_t size = 0;
+    for (;;) {
+        ssize_t n = read(from, buffer + size, sizeof buffer - size);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0)
+            return;
+        size += (size_t)n;
+        size_t at = 0;
+        uint32_t length;
+        for (; size - at >= LENGTH; at += LENGTH + length) {
+            memcpy(&length, buffer + at, LENGTH);
+            if ((length = ntohl(length)) > FRAME_MAX)
+                return;
+            if (size - at < LENGTH + length)
+                break;
+            if (send(packets, buffer + at + LENGTH, length, 0) < 0 && (errno == ENETDOWN || errno == ENXIO || errno == ENODEV))
+                return;
+        }
+        memmove(buffer, buffer + at, size -= at);
+    }
+}
+
 /* A child that goes with us; its pid, 0 in the child. */
 static pid_t child(void) {
     pid_t pid = fork();
@@ -122,7 +183,7 @@ static int run(char **program, int theirs) {
 }
 
 static int usage(void) {
-    fprintf(stderr, "usage: tvinit fence FD OWN [DENIED]... -- PROGRAM ARG...\n");
+    fprintf(stderr, "usage: tvinit fence FD|uplink:FD OWN [DENIED]... -- PROGRAM ARG...\n");
     return 2;
 }
 
@@ -136,10 +197,12 @@ int fence_main(int argc, char **argv) {
             return usage();
     if (i + 1 >= argc)
         return usage();
-    int guest = dup(atoi(argv[0])); /* the program's own descriptor may be that one */
+    bool uplink = !strncmp(argv[0], "uplink:", 7);
+    int given = atoi(argv[0] + (uplink ? 7 : 0));
+    int guest = uplink ? take_uplink(given) : dup(given); /* the program's own descriptor may be that one */
     if (guest < 0 || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) < 0)
         return perror("fence"), 1;
-    close(atoi(argv[0]));
+    close(given);
     signal(SIGPIPE, SIG_IGN);
     pid_t program = child();
     if (program == 0) {
@@ -152,9 +215,9 @@ int fence_main(int argc, char **argv) {
     if (back < 0)
         return perror("fence"), 1;
     if (back == 0)
-        carry(pair[0], guest, NULL);
+        uplink ? carry_in(pair[0], guest) : carry(pair[0], guest, NULL);
     else
-        carry(guest, pair[0], &f);
+        uplink ? carry_out(guest, pair[0], &f) : carry(guest, pair[0], &f);
     /* One end is gone: the other process and the program learn it from here, and end too. */
     shutdown(guest, SHUT_RDWR);
     shutdown(pair[0], SHUT_RDWR);

@@ -126,6 +126,7 @@ static const struct {
     {"env", op_env},           {"fd", op_fd},             {"overlay", op_overlay},
     {"text", op_text},         {"mask", op_mask},         {"readonly", op_readonly},
     {"apparmor", op_apparmor}, {"hooks", op_hooks},       {"landlock-domain", op_landlock_domain},
+    {"uplink", op_uplink},
 };
 
 static void become_default(void) {

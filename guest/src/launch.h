@@ -49,6 +49,7 @@ struct prepared {
 pid_t launch_start(const struct op *ops, size_t count, char *message);
 
 /* Operations. Each returns 0, or -1 with errno. */
+int op_uplink(struct launch *l, const struct op *op);
 int op_root(struct launch *l, const struct op *op);
 int op_dir(struct launch *l, const struct op *op);
 int op_file(struct launch *l, const struct op *op);

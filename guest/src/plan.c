@@ -91,7 +91,7 @@ static const struct kind {
     unsigned char rank, least, most; /* words after the name; most 255: any number */
 } KINDS[] = {
     {"cgroup", CGROUP, 1, 255},      {"namespaces", NAMESPACES, 1, 8}, {"netns", NETNS, 1, 1},
-    {"adopt", NETNS, 2, 2},          {"address", NAMES, 3, 4},
+    {"adopt", NETNS, 2, 2},          {"address", NAMES, 3, 4},        {"uplink", NAMES, 4, 4},
     {"map-user", MAPS, 3, 3},        {"map-group", MAPS, 3, 3},        {"hostname", NAMES, 1, 1},
     {"loopback", NAMES, 0, 0},       {"root", ROOT, 1, 1},             {"dir", FILES, 2, 2},
     {"file", FILES, 2, 2},           {"link", FILES, 2, 2},            {"text", FILES, 3, 3},
@@ -135,7 +135,7 @@ static const char *lacks_namespace(const struct op *ops, size_t count, const str
         return "needs a uts namespace";
     if (!strcmp(k->name, "netns") && has_namespace(ops, count, "net"))
         return "goes with no new net namespace";
-    if ((!strcmp(k->name, "adopt") || !strcmp(k->name, "address")) && !has_namespace(ops, count, "net"))
+    if ((!strcmp(k->name, "adopt") || !strcmp(k->name, "address") || !strcmp(k->name, "uplink")) && !has_namespace(ops, count, "net"))
         return "needs a net namespace";
     if (!strcmp(k->name, "guest") && !(has_namespace(ops, count, "pid") && has_namespace(ops, count, "mount")))
         return "needs a pid and a mount namespace";
