@@ -1,10 +1,16 @@
 """Numbers of Linux system calls, by name, for the architectures that we run on.
 
 Kept as runs of names from a first number, as the kernel's own tables are (arch/x86/entry/syscalls/syscall_64.tbl,
-include/uapi/asm-generic/unistd.h), up to Linux 6.15. A call that is not here can be in no filter, and so is refused.
+include/uapi/asm-generic/unistd.h, scripts/syscall.tbl), up to Linux 6.18. A call that is not here can be in no filter, and
+so is refused by those that allow by name. A name that no table has is an error; one that only another architecture has is passed over.
 """
 
 from __future__ import annotations
+
+import difflib
+import os
+
+from trivisor.core.errors import HostLacks, InvalidSpec
 
 _X86_64: dict[int, str] = {
     0: """
@@ -34,13 +40,13 @@ _X86_64: dict[int, str] = {
         rt_tgsigqueueinfo perf_event_open recvmmsg fanotify_init fanotify_mark prlimit64 name_to_handle_at open_by_handle_at
         clock_adjtime syncfs sendmmsg setns getcpu process_vm_readv process_vm_writev kcmp finit_module sched_setattr sched_getattr
         renameat2 seccomp getrandom memfd_create kexec_file_load bpf execveat userfaultfd membarrier mlock2 copy_file_range preadv2
-        pwritev2 pkey_mprotect pkey_alloc pkey_free statx io_pgetevents rseq""",
+        pwritev2 pkey_mprotect pkey_alloc pkey_free statx io_pgetevents rseq uretprobe uprobe""",
     424: """
         pidfd_send_signal io_uring_setup io_uring_enter io_uring_register open_tree move_mount fsopen fsconfig fsmount fspick pidfd_open
         clone3 close_range openat2 pidfd_getfd faccessat2 process_madvise epoll_pwait2 mount_setattr quotactl_fd landlock_create_ruleset
         landlock_add_rule landlock_restrict_self memfd_secret process_mrelease futex_waitv set_mempolicy_home_node cachestat fchmodat2
         map_shadow_stack futex_wake futex_wait futex_requeue statmount listmount lsm_get_self_attr lsm_set_self_attr lsm_list_modules
-        mseal setxattrat getxattrat listxattrat removexattrat open_tree_attr""",
+        mseal setxattrat getxattrat listxattrat removexattrat open_tree_attr file_getattr file_setattr""",
 }
 
 _AARCH64: dict[int, str] = {
@@ -51,7 +57,7 @@ _AARCH64: dict[int, str] = {
         symlinkat linkat renameat umount2 mount pivot_root nfsservctl statfs fstatfs truncate ftruncate fallocate faccessat chdir fchdir
         chroot fchmod fchmodat fchownat fchown openat close vhangup pipe2 quotactl getdents64 lseek read write readv writev pread64
         pwrite64 preadv pwritev sendfile pselect6 ppoll signalfd4 vmsplice splice tee readlinkat newfstatat fstat sync fsync fdatasync
-        sync_file_range2 timerfd_create timerfd_settime timerfd_gettime utimensat acct capget capset personality exit exit_group waitid
+        sync_file_range timerfd_create timerfd_settime timerfd_gettime utimensat acct capget capset personality exit exit_group waitid
         set_tid_address unshare futex set_robust_list get_robust_list nanosleep getitimer setitimer kexec_load init_module delete_module
         timer_create timer_gettime timer_getoverrun timer_settime timer_delete clock_settime clock_gettime clock_getres clock_nanosleep
         syslog ptrace sched_setparam sched_setscheduler sched_getscheduler sched_getparam sched_setaffinity sched_getaffinity
@@ -75,7 +81,7 @@ _AARCH64: dict[int, str] = {
         clone3 close_range openat2 pidfd_getfd faccessat2 process_madvise epoll_pwait2 mount_setattr quotactl_fd landlock_create_ruleset
         landlock_add_rule landlock_restrict_self memfd_secret process_mrelease futex_waitv set_mempolicy_home_node cachestat fchmodat2
         map_shadow_stack futex_wake futex_wait futex_requeue statmount listmount lsm_get_self_attr lsm_set_self_attr lsm_list_modules
-        mseal setxattrat getxattrat listxattrat removexattrat open_tree_attr""",
+        mseal setxattrat getxattrat listxattrat removexattrat open_tree_attr file_getattr file_setattr""",
 }
 
 
@@ -85,3 +91,27 @@ def _table(runs: dict[int, str]) -> dict[str, int]:
 
 SYSCALLS: dict[str, dict[str, int]] = {"x86_64": _table(_X86_64), "aarch64": _table(_AARCH64)}
 """Machine name (as `os.uname().machine`) to name to number."""
+
+
+def table(machine: str = "") -> dict[str, int]:
+    """Return the calls of `machine`, as os.uname() names it; "" this one. Raises HostLacks for one that we have no numbers for."""
+    machine = machine or os.uname().machine
+    if machine not in SYSCALLS:
+        raise HostLacks(f"no system call table for {machine}", hint=f"there are tables for {', '.join(SYSCALLS)}")
+    return SYSCALLS[machine]
+
+
+def number(name: str, machine: str = "") -> int | None:
+    """Return the number of a call; None if only other architectures have it. Raises InvalidSpec, with the nearest name, if none has."""
+    calls = table(machine)
+    if name in calls:
+        return calls[name]
+    if any(name in other for other in SYSCALLS.values()):
+        return None
+    near = difflib.get_close_matches(name, {known for calls in SYSCALLS.values() for known in calls}, n=1, cutoff=0.5)
+    raise InvalidSpec(f"there is no system call {name!r}", hint=f"did you mean {near[0]}?" if near else "syscalls(2) lists them")
+
+
+def names(machine: str = "") -> dict[int, str]:
+    """Return number to name."""
+    return {number: name for name, number in table(machine).items()}

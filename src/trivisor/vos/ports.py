@@ -1,0 +1,49 @@
+"""What a service of the virtual operating system needs of the wall under it: plain values, which engines give and Machine wires.
+
+vos knows no wall. A wall says here what it can do and where things are; a service compiles for that, and raises UnsupportedByWall
+for what is not in `features`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trivisor.core.errors import UnsupportedByWall
+from trivisor.core.spec import Wall
+from trivisor.launch.seccomp import Profile
+
+FEATURES: dict[str, tuple[str, tuple[Wall, ...]]] = {
+    "kernel": ("answer system calls in the kernel", ("container", "gvisor", "vm")),
+    "notify": ("answer system calls outside of the program", ("container", "vm")),
+    "landlock": ("bind programs to paths", ("container", "vm")),
+    "log": ("have the kernel log system calls", ("container", "vm")),
+    "trace": ("trace system calls", ("container", "gvisor", "vm")),
+    "no-vdso": ("take the vDSO from programs", ("container", "gvisor", "vm")),
+}
+"""A feature, to what it is for and the walls that may have it."""
+
+
+@dataclass(frozen=True)
+class SyscallPort:
+    """What one machine's wall does for vos.syscalls."""
+
+    wall: Wall
+    features: frozenset[str]
+    """Of FEATURES."""
+    profile: Profile
+    """What a command without a policy may call."""
+    answer: Path | None = None
+    """The socket at which an owner with handlers attaches; None: through the line."""
+    machine: str = ""
+    """The guest's architecture, as os.uname() names it; "" the host's."""
+    why: str = ""
+    """Why a feature that the wall may have is not there on this host."""
+
+    def need(self, feature: str, name: str = "") -> None:
+        """Raise UnsupportedByWall for the machine `name` unless the wall has `feature`."""
+        if feature not in self.features:
+            what, walls = FEATURES[feature]
+            raise UnsupportedByWall(
+                f"{what}{f' ({self.why})' if self.why else ''}", self.wall, [wall for wall in walls if wall != self.wall], machine=name
+            )
