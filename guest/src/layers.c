@@ -25,12 +25,31 @@ static int keep_errno(int fd, int result) {
     return result;
 }
 
-/* The writable layer: a folder with `upper` and `work`, or a new tmpfs (`ram:BYTES`). */
+int disk_tree(const char *layer) {
+    char device[NAME];
+    const char *end = strchr(layer + strlen(LAYER_DISK), ':');
+    int size = end ? (int)(end - layer - strlen(LAYER_DISK)) : NAME;
+    if (size >= NAME) {
+        errno = EINVAL;
+        return -1;
+    }
+    snprintf(device, sizeof device, "%.*s", size, layer + strlen(LAYER_DISK));
+    /* A fresh file reads as zeros, so inode tables need no initialising; what is deleted is given back to the host. */
+    return new_filesystem("ext4", device, "noinit_itable,discard,errors=remount-ro");
+}
+
+/* Where in a layer's tree its `upper` and `work` are, with a slash before it. */
+static const char *layer_folder(const char *layer) {
+    const char *colon = strncmp(layer, LAYER_DISK, strlen(LAYER_DISK)) ? NULL : strchr(layer + strlen(LAYER_DISK), ':');
+    return colon ? colon + 1 : "";
+}
+
+/* The writable layer: a folder with `upper` and `work`, one on a disk that the parent mounted, or a new tmpfs. */
 static int layer_tree(const struct launch *l, const struct op *op) {
     char data[64];
-    if (strncmp(op->words[2], "ram:", 4))
+    if (strncmp(op->words[2], LAYER_RAM, strlen(LAYER_RAM)))
         return launch_tree(l, op, 1, op->words[2], BIND_ALONE);
-    snprintf(data, sizeof data, "mode=0755,size=%.40s", op->words[2] + 4);
+    snprintf(data, sizeof data, "mode=0755,size=%.40s", op->words[2] + strlen(LAYER_RAM));
     int tree = new_filesystem("tmpfs", "layer", data);
     if (tree >= 0 && (mkdirat(tree, "upper", 0755) < 0 || mkdirat(tree, "work", 0700) < 0))
         return keep_errno(tree, -1);
@@ -57,9 +76,11 @@ static int set_flags(int fs, const char *words) {
 
 /* Names are relative to the base, which is the working folder: the kernel looks them up as the child may. */
 static int overlay_tree(const char *lower, const char *layer, const char *flags) {
-    char upper[2 * NAME], work[2 * NAME];
-    snprintf(upper, sizeof upper, "%s/upper", layer);
-    snprintf(work, sizeof work, "%s/work", layer);
+    char upper[PATH_MAX], work[PATH_MAX];
+    if (snprintf(upper, sizeof upper, "%s/upper", layer) >= (int)sizeof upper || snprintf(work, sizeof work, "%s/work", layer) >= (int)sizeof work) {
+        errno = ENAMETOOLONG;
+        return -1;
+    }
     int fs = fsopen("overlay", FSOPEN_CLOEXEC);
     if (fs < 0)
         return -1;
@@ -71,7 +92,7 @@ static int overlay_tree(const char *lower, const char *layer, const char *flags)
 }
 
 int op_overlay(struct launch *l, const struct op *op) {
-    char lower[NAME], layer[NAME], at[NAME + 1];
+    char lower[NAME], layer[NAME], at[NAME + 1], inside[PATH_MAX];
     bool whole = !strcmp(op->words[4], "/");
     unsigned part = l->parts++;
     snprintf(lower, sizeof lower, ".lower.%u", part);
@@ -84,7 +105,8 @@ int op_overlay(struct launch *l, const struct op *op) {
     snprintf(at, sizeof at, "/%s", layer);
     if (tree < 0 || attach(l->base, tree, PLAIN, at, true) < 0 || fchdir(l->base) < 0)
         return -1;
-    tree = overlay_tree(lower, layer, op->words[3]);
+    snprintf(inside, sizeof inside, "%s%s", layer, layer_folder(op->words[2]));
+    tree = overlay_tree(lower, inside, op->words[3]);
     int root = tree >= 0 && whole ? fcntl(tree, F_DUPFD_CLOEXEC, 3) : -1;
     if (tree < 0 || (whole && root < 0) || attach(l->root, tree, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, op->words[4], true) < 0)
         return -1;

@@ -9,6 +9,13 @@
 
 enum bind_flag { BIND_IDMAP = 1, BIND_ALONE = 2, BIND_STRAIGHT = 4 };
 
+/* What an overlay's writable layer may begin with, if it is not a folder's path. */
+#define LAYER_RAM "ram:"
+#define LAYER_DISK "disk:"
+
+/* Mount the ext4 of a layer `disk:DEVICE:FOLDER`, detached. -1 with errno. */
+int disk_tree(const char *layer);
+
 /* Open path under root, whose links cannot lead out of it. */
 int open_in(int root, const char *path, uint64_t flags);
 

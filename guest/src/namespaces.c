@@ -98,7 +98,11 @@ static size_t sources_of(const struct op *op, const char *sources[2], unsigned *
     *bind = BIND_ALONE | (strstr(op->words[3], "idmap") ? BIND_IDMAP : 0);
     sources[0] = op->words[1];
     sources[1] = op->words[2];
-    return strncmp(sources[1], "ram:", 4) ? 2 : 1;
+    return strncmp(sources[1], LAYER_RAM, strlen(LAYER_RAM)) ? 2 : 1;
+}
+
+static int open_source(const char *source, unsigned bind) {
+    return strncmp(source, LAYER_DISK, strlen(LAYER_DISK)) ? clone_tree(source, bind) : disk_tree(source);
 }
 
 bool namespaces_prepare(const struct op *ops, size_t count, struct prepared *prepared) {
@@ -112,7 +116,7 @@ bool namespaces_prepare(const struct op *ops, size_t count, struct prepared *pre
         unsigned bind;
         size_t n = sources_of(&ops[i], sources, &bind);
         for (size_t k = 0; k < n; k++) {
-            prepared[i].tree[k] = clone_tree(sources[k], bind);
+            prepared[i].tree[k] = open_source(sources[k], bind);
             /* EPERM: root, but of a container that may not mount: the child tries for itself. */
             if (prepared[i].tree[k] < 0 && errno != EPERM) {
                 int saved = errno;

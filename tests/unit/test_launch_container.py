@@ -118,6 +118,11 @@ def test_a_layer_in_memory_and_one_that_need_not_last() -> None:
     ]
 
 
+def test_a_layer_on_a_disk_of_its_own() -> None:
+    made = plan(layers=[Layer(Path("/t"), Path("/root"), device=Path("/dev/loop7"))])
+    assert of(made, "overlay") == [("overlay", "/t", "disk:/dev/loop7:/root", "idmap,userxattr", "/")]
+
+
 def test_what_docker_masks_is_masked() -> None:
     made = plan(hide=["/sys/devices/system/cpu/cpu0/thermal_throttle"])
     masked = of(made, "mask")[0]

@@ -27,6 +27,7 @@ MIN_MEMORY: dict[Wall, int] = {"vm": 96 * MIB, "gvisor": 32 * MIB, "container": 
 MIN_CPUS, MAX_CPUS = 0.01, 64
 MAX_PIDS = 1 << 22
 LIMITS = ("cpus", "memory", "swap", "cpuset", "pids", "io")
+"""What control groups, or the wall itself, bound."""
 MIN_DISK = 16 * MIB
 MAX_DISK = 16 * TIB
 """As much as ext4 holds with blocks of 4 KiB."""
@@ -71,7 +72,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Seconds without traffic from any host client until the keeper stops the machine."""
     labels: dict[str, str] = {}
     asked: tuple[str, ...] = ()
-    """Which of LIMITS were given rather than left to their defaults: if one cannot be enforced, that is an error. Set by make."""
+    """Which of LIMITS, and "disk", were given, not left to their defaults: if one cannot be enforced, that is an error. Set by make."""
 
     @classmethod
     def make(cls, **wishes: Any) -> Self:
@@ -84,7 +85,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         for field, read in _READERS.items():
             if field in given:
                 given[field] = read(given[field])
-        given["asked"] = tuple(field for field in LIMITS if field in given)
+        given["asked"] = tuple(field for field in (*LIMITS, "disk") if field in given)
         try:
             spec = msgspec.convert(given, cls)
         except msgspec.ValidationError as error:

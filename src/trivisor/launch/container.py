@@ -75,6 +75,15 @@ class Layer:
     upper: Path | int
     """A folder that holds `upper` and `work`, or the size in bytes of a tmpfs."""
     target: str = "/"
+    device: Path | None = None
+    """A block device with an ext4, in which the folder lies; None: it is one of the host's."""
+
+    @property
+    def word(self) -> str:
+        """Where what is written goes, as a plan says it."""
+        if isinstance(self.upper, int):
+            return f"ram:{self.upper}"
+        return f"disk:{self.device}:{self.upper}" if self.device else str(self.upper)
 
 
 @dataclass(frozen=True)
@@ -139,8 +148,7 @@ def _root(c: Container) -> Iterator[Op]:
     # Overlayfs in a user namespace keeps its marks in the user's own extended attributes.
     flags += ["userxattr", *(["volatile"] if c.volatile else [])]
     for layer in c.layers:
-        upper = f"ram:{layer.upper}" if isinstance(layer.upper, int) else str(layer.upper)
-        yield ("overlay", str(layer.lower), upper, ",".join(flags), layer.target)
+        yield ("overlay", str(layer.lower), layer.word, ",".join(flags), layer.target)
 
 
 def _devices(c: Container) -> Iterator[Op]:

@@ -12,6 +12,7 @@ import os
 import resource
 import socket
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from trivisor.core.errors import HostLacks, TrivisorError
@@ -20,7 +21,7 @@ from trivisor.core.spec import Spec, Wall
 from trivisor.core.undo import Undo
 from trivisor.launch import cgroup_layout, cgroups, container, ids, keeper
 from trivisor.launch.cgroups import Cgroup, Limits
-from trivisor.launch.container import Container
+from trivisor.launch.container import Container, Layer
 from trivisor.launch.ids import Shape
 from trivisor.launch.net import provide
 from trivisor.launch.net.provide import Net
@@ -46,16 +47,17 @@ class ContainerEngine:
         except TrivisorError as error:
             return WallReport(wall=self.wall, available=False, why=str(error), remedy=error.hint, details=details)
         details |= {"ids": str(shape), "namespaces": ", ".join(shape.namespaces)}
-        details["disk"] = "its size is not enforced: what a machine writes is bounded by the file system of the home alone"
+        sized, details["disk"] = layers.disk_sizes()
         if shape.lacks:
             details["lacks"] = ", ".join(shape.lacks)
         freezer = cgroup_layout.layout().of("freezer") is not None
-        features = {"pause": freezer, "disk": True, "own_kernel": False, "host_image": True, "disk_size": False}
+        features = {"pause": freezer, "disk": True, "own_kernel": False, "host_image": True, "disk_size": sized}
         return WallReport(wall=self.wall, available=True, features=features, details=details)
 
     def check(self, spec: Spec) -> None:
         ids.probe(self._home.root)
         cgroups.limits_possible(Limits.of(spec))
+        layers.possible(spec)
         provide.check(spec)
 
     def create(self, box: Box, undo: Undo) -> None:
@@ -102,7 +104,8 @@ class ContainerEngine:
             ours, theirs = socket.socketpair()
             stack.enter_context(ours)
             stack.enter_context(theirs)
-            plan = container.plan(_container(box, shape, group, net, theirs.fileno(), log))
+            found = stack.enter_context(layers.ready(box))
+            plan = container.plan(_container(box, found, shape, group, net, theirs.fileno(), log))
             keeper.spawn(
                 box.dir,
                 processes=[*net.processes, keeper.Process("container", plan)],
@@ -116,13 +119,13 @@ class ContainerEngine:
             )
 
 
-def _container(box: Box, shape: Shape, group: Cgroup, net: Net, line: int, log: int) -> Container:
+def _container(box: Box, found: Sequence[Layer], shape: Shape, group: Cgroup, net: Net, line: int, log: int) -> Container:
     spec = box.spec
     return Container(
         hostname=spec.name,
         machine_id=hashlib.sha256(f"machine {box.id}".encode()).hexdigest()[:32],
         ids=shape.ids(box.slot),
-        layers=layers.layers(box),
+        layers=found,
         line=line,
         log=log,
         memory=spec.memory,
@@ -136,7 +139,7 @@ def _container(box: Box, shape: Shape, group: Cgroup, net: Net, line: int, log: 
         dns=net.dns,
         open_files=min(container.OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
         apparmor=host.apparmor(),
-        volatile=spec.lifetime == "process" or spec.disk == "ram",
+        volatile=layers.volatile(spec),
         hide=host.hidden(),
     )
 

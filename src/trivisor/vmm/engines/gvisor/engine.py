@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 
 from trivisor.core.errors import TrivisorError
@@ -18,6 +19,7 @@ from trivisor.core.spec import Spec, Wall
 from trivisor.core.undo import Undo
 from trivisor.launch import cgroup_layout, cgroups, ids, keeper, tvinit
 from trivisor.launch.cgroups import Cgroup, Limits
+from trivisor.launch.container import Layer
 from trivisor.launch.ids import Shape
 from trivisor.launch.net import provide
 from trivisor.launch.net.provide import Net
@@ -55,13 +57,14 @@ class GvisorEngine:
             return WallReport(wall=self.wall, available=False, why=str(error), remedy=error.hint, details=details)
         details["platform"] = verdict.platform + (f" ({verdict.why})" if verdict.why else "")
         details["jail"] = f"its own namespaces, seccomp; lacks {'; '.join((*jailed.LACKS, *shape.lacks))}"
-        details["disk"] = "its size is not enforced: what a machine writes is bounded by the file system of the home alone"
-        features = {"pause": True, "disk": True, "own_kernel": True, "host_image": True, "disk_size": False}
+        sized, details["disk"] = layers.disk_sizes()
+        features = {"pause": True, "disk": True, "own_kernel": True, "host_image": True, "disk_size": sized}
         return WallReport(wall=self.wall, available=True, features=features, details=details)
 
     def check(self, spec: Spec) -> None:
         self._found()
         cgroups.limits_possible(Limits.of(spec))
+        layers.possible(spec)
         provide.check(spec)
 
     def create(self, box: Box, undo: Undo) -> None:
@@ -81,7 +84,7 @@ class GvisorEngine:
             net = stack.enter_context(provide.provide(box.home, box.dir, box.id, box.slot, box.spec, "veth", undo, log=log))
             undo.add("sandbox", lambda: keeper.kill(box.dir))
             listener = stack.enter_context(door.bind(box.dir, shape.ids(box.slot).owner))
-            sandbox = _sandbox(box, found, platform, shape, group, net, log)
+            sandbox = _sandbox(box, found, platform, shape, group, net, log, stack.enter_context(layers.ready(box)))
             keeper.spawn(
                 box.dir,
                 processes=[*net.processes, keeper.Process("runsc", jailed.plan(sandbox))],
@@ -138,7 +141,7 @@ class GvisorEngine:
         return runsc.inspect(runsc.locate(self._path), self._home), ids.probe(self._home.root)
 
 
-def _sandbox(box: Box, found: Runsc, platform: str, shape: Shape, group: Cgroup, net: Net, log: int) -> Sandbox:
+def _sandbox(box: Box, found: Runsc, platform: str, shape: Shape, group: Cgroup, net: Net, log: int, lies: Sequence[Layer]) -> Sandbox:
     spec = box.spec
     shared = layers.volumes(spec)
     volumes = [bundle.Shared(bind.target, spec.volumes[bind.target].readonly) for bind in shared]
@@ -152,11 +155,11 @@ def _sandbox(box: Box, found: Runsc, platform: str, shape: Shape, group: Cgroup,
         log=log,
         memory=spec.memory,
         door=door.path(box.dir),
-        layers=layers.layers(box),
+        layers=lies,
         volumes=shared,
         cgroups=group.fds,
         link=None if net.netns_fd is None else Link(net.netns_fd, *net.steps[1][1:]),
-        volatile=spec.lifetime == "process" or spec.disk == "ram",
+        volatile=layers.volatile(spec),
     )
 
 

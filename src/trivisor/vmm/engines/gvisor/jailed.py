@@ -152,8 +152,7 @@ def _root(s: Sandbox) -> Iterator[Op]:
     if not s.layers:
         yield ("mount", "tmpfs", "root", bundle.ROOT, "rw", "mode=0755,size=1m")
     for layer in s.layers:
-        upper = f"ram:{layer.upper}" if isinstance(layer.upper, int) else str(layer.upper)
-        yield ("overlay", str(layer.lower), upper, flags, bundle.ROOT + layer.target.rstrip("/"))
+        yield ("overlay", str(layer.lower), layer.word, flags, bundle.ROOT + layer.target.rstrip("/"))
     for number, volume in enumerate(s.volumes):
         yield ("bind", str(volume.source), f"{bundle.VOLUMES}/{number}", ",".join([volume.flags, *mapped]))
 
