@@ -1,6 +1,6 @@
 /* tvinit fence: between a machine and passt, so that it reaches through passt what it may.
  *
- *   tvinit fence FD OWN [DENIED]... -- PROGRAM ARG...    PROGRAM gets its end of the line as descriptor 3
+ *   tvinit fence FD OWN GATEWAY [DENIED]... -- PROGRAM ARG...   PROGRAM gets its end of the line as descriptor 3
  *
  * FD is QEMU's end of a stream of frames, or `uplink:FD` where the packet socket of an uplink (uplink.c) will come from.
  *
@@ -23,7 +23,8 @@
 
 #include "modes.h"
 
-enum { ETHERNET = 14, TYPE = 12, SOURCE = 12, TARGET = 16, LENGTH = 4, PROGRAM_FD = 3 };
+enum { ETHERNET = 14, TYPE = 12, FRAGMENT = 6, PROTOCOL = 9, SOURCE = 12, TARGET = 16, TCP_FLAGS = 13, TCP_SYN = 2, TCP_ACK = 16 };
+enum { LENGTH = 4, PROGRAM_FD = 3 };
 #define FRAME_MAX 69632 /* QEMU's NET_BUFSIZE */
 #define BUFFER (4 * FRAME_MAX)
 
@@ -31,6 +32,17 @@ enum { ETHERNET = 14, TYPE = 12, SOURCE = 12, TARGET = 16, LENGTH = 4, PROGRAM_F
 static bool never(uint32_t address) {
     uint32_t a = ntohl(address);
     return a >> 24 == 0 || a >> 24 == 127 || a >> 16 == 0xa9fe || a >> 28 >= 14;
+}
+
+/* Part of a TCP connection that did not begin with us: those from the host, by a published port, come from the gateway. To begin one
+ * there is to reach whoever has this address in the host's own networks. */
+static bool answers(const uint8_t *ip, size_t size) {
+    size_t header = 4 * (size_t)(ip[0] & 15);
+    bool fragment = (ip[FRAGMENT] & 0x3f) || ip[FRAGMENT + 1];
+    if (header < 20 || size < header + 20 || fragment || ip[PROTOCOL] != IPPROTO_TCP)
+        return false;
+    uint8_t flags = ip[header + TCP_FLAGS];
+    return !(flags & TCP_SYN) || flags & TCP_ACK;
 }
 
 bool fence_passes(const struct fence *f, const uint8_t *frame, size_t size) {
@@ -45,7 +57,7 @@ bool fence_passes(const struct fence *f, const uint8_t *frame, size_t size) {
     uint32_t source, target;
     memcpy(&source, ip + SOURCE, sizeof source);
     memcpy(&target, ip + TARGET, sizeof target);
-    if (source != f->own || never(target))
+    if (source != f->own || never(target) || (target == f->gateway && !answers(ip, size - ETHERNET)))
         return false;
     for (int i = 0; i < f->count; i++)
         if (target == f->denied[i])
@@ -183,14 +195,14 @@ static int run(char **program, int theirs) {
 }
 
 static int usage(void) {
-    fprintf(stderr, "usage: tvinit fence FD|uplink:FD OWN [DENIED]... -- PROGRAM ARG...\n");
+    fprintf(stderr, "usage: tvinit fence FD|uplink:FD OWN GATEWAY [DENIED]... -- PROGRAM ARG...\n");
     return 2;
 }
 
 int fence_main(int argc, char **argv) {
     struct fence f = {0};
-    int i = 2, pair[2];
-    if (argc < 4 || inet_pton(AF_INET, argv[1], &f.own) != 1)
+    int i = 3, pair[2];
+    if (argc < 5 || inet_pton(AF_INET, argv[1], &f.own) != 1 || inet_pton(AF_INET, argv[2], &f.gateway) != 1)
         return usage();
     for (; i < argc && strcmp(argv[i], "--"); i++)
         if (f.count == FENCE_DENIED || inet_pton(AF_INET, argv[i], &f.denied[f.count++]) != 1)

@@ -10,6 +10,7 @@
 
 struct fence {
     uint32_t own;                  /* the guest's address; all addresses are in network order */
+    uint32_t gateway;              /* who connects to published ports; nobody else, so nothing begins with the guest */
     uint32_t denied[FENCE_DENIED]; /* the host's own, beyond those that are denied always */
     int count;
 };

@@ -32,6 +32,6 @@ int main(int argc, char **argv) {
     /* A kernel hands options that it does not know to init as arguments: as PID 1 they mean nothing. */
     if (getpid() == 1)
         return guest_main(0, argv);
-    fprintf(stderr, "usage: tvinit guest [--fd N | --connect PATH] | launch FD | keep FD | relay WORD... | fence FD|uplink:FD OWN... -- PROGRAM ARG...\n");
+    fprintf(stderr, "usage: tvinit guest [--fd N | --connect PATH] | launch FD | keep FD | relay WORD... | fence FD|uplink:FD OWN GATEWAY... -- PROGRAM ARG...\n");
     return 2;
 }

@@ -37,6 +37,27 @@ static void addresses(void) {
     CHECK(!packet("10.0.2.16", "192.0.2.1"));
 }
 
+/* A published port's connections come from the gateway: they are answered, and that is all. */
+static void gateway(void) {
+    enum { SYN = 2, RST = 4, ACK = 16 };
+    static const struct { uint8_t flags; bool passes; } TCP[] = {{SYN | ACK, true}, {ACK, true}, {RST, true}, {SYN, false}, {SYN | RST, false}};
+    for (size_t i = 0; i < sizeof TCP / sizeof *TCP; i++) {
+        CHECK(!packet("10.0.2.15", "10.0.2.2"));
+        frame[23] = 6;
+        frame[47] = TCP[i].flags;
+        CHECK(fence_passes(&fence, frame, 54) == TCP[i].passes);
+        CHECK(!fence_passes(&fence, frame, 53));
+        frame[21] = 1; /* a later fragment, in which there are no flags */
+        CHECK(!fence_passes(&fence, frame, 54));
+        frame[21] = 0, frame[20] = 0x20;
+        CHECK(!fence_passes(&fence, frame, 54));
+        frame[20] = 0, frame[23] = 17;
+        CHECK(!fence_passes(&fence, frame, 54));
+        frame[23] = 6, frame[14] = 0x4f; /* more options than there is frame */
+        CHECK(!fence_passes(&fence, frame, 54));
+    }
+}
+
 static void shapes(void) {
     packet("10.0.2.15", "192.0.2.1");
     for (size_t size = 0; size < 34; size++)
@@ -88,8 +109,10 @@ static void stream(void) {
 
 int main(void) {
     fence.own = address("10.0.2.15");
+    fence.gateway = address("10.0.2.2");
     fence.denied[fence.count++] = address("192.0.2.7");
     addresses();
+    gateway();
     shapes();
     stream();
     return 0;

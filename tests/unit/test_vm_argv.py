@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from trivisor.core.paths import Home
-from trivisor.vmm.engines.vm import argv, net, qemu
+from trivisor.launch.net import passt
+from trivisor.vmm.engines.vm import argv, qemu
 from trivisor.vmm.engines.vm.argv import Places, Shape
 
 MIB = 1 << 20
@@ -82,8 +83,9 @@ def test_without_namespaces_the_places_are_the_hosts() -> None:
 
 
 def test_passt_plan() -> None:
-    plan = net.plan("/usr/bin/passt", {8080: 80}, 9, 7)
+    plan = passt.plan("/usr/bin/passt", {8080: 80}, 9, 7)
     words = plan[-1]
+    assert {"fence", "100.100.100.200", "168.63.129.16"} <= {*words[: words.index("--")]}
     assert words[0] == "exec"
     assert "--no-map-gw" in words
     assert words[words.index("-t") + 1] == "127.0.0.1/8080:80"

@@ -103,6 +103,8 @@ class Container:
     namespaces: Sequence[str] = NAMESPACES
     netns: int | None = None
     """A network namespace to join instead of a new one."""
+    outward: Plan = ()
+    """What gives the new one its interface."""
     host_network: bool = False
     cgroups: Sequence[int] = ()
     hierarchies: Sequence[tuple[str, str]] = ()
@@ -139,6 +141,7 @@ def _outside(c: Container) -> Iterator[Op]:
     yield ("hostname", c.hostname)
     if own_network:
         yield ("loopback",)
+        yield from c.outward
 
 
 def _root(c: Container) -> Iterator[Op]:

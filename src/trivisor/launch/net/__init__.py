@@ -6,6 +6,7 @@ links.py       a veth pair into a namespace of the machine's own, or a tap, by p
 rules.py       what machines may reach, as data; table.py brings it into nftables
 networks.py    named networks of a home, and the names of machines on them
 resolvers.py   who the host asks for names
+passt.py       instead of all this, for whoever is not root: user-mode NAT
 relay.py       the helper on the host for published ports and names (guest/src/relay.c)
 
 Every link lives no longer than its machine: a veth goes with the namespace, a tap with its descriptor. What stays on the host is one

@@ -1,7 +1,7 @@
 """A machine's network, as engines ask for it: one call, the same behind every wall.
 
     with provide(home, place, id, slot, spec, "veth", undo) as net:
-        ...  a plan with `netns {net.netns_fd}`, or QEMU with `-netdev tap,fd=`; net.processes before the engine's own
+        ...  a plan with `netns {net.netns_fd}` or net.outward, or QEMU with `-netdev tap,fd=`; net.processes before the engine's own
         keeper.spawn(..., fds=[..., *net.fds])
         ...  net.steps for the guest
 
@@ -24,9 +24,10 @@ from trivisor.core.paths import Home, MachineDir
 from trivisor.core.spec import Spec
 from trivisor.core.undo import Undo
 from trivisor.launch.keeper import Process
-from trivisor.launch.net import host, links, networks, pool, relay
+from trivisor.launch.net import host, links, networks, passt, pool, relay
 from trivisor.launch.net.links import INSIDE
 from trivisor.launch.net.resolvers import reachable, resolvers
+from trivisor.launch.plan import Plan
 
 Kind = Literal["veth", "tap"]
 """veth: a namespace with a configured eth0 (container, gvisor). tap: a descriptor for QEMU, whose guest is configured by steps."""
@@ -41,6 +42,8 @@ class Net:
     netns_fd: int | None = None
     """The namespace to join. None: an empty one is the launcher's to make, or ("host") none at all."""
     tap_fd: int | None = None
+    outward: Plan = ()
+    """What a plan with a net namespace of its own does in it, after `loopback`, to have an interface."""
     steps: tuple[Step, ...] = ()
     """For a guest that configures itself (PROTOCOL.md, Steps)."""
     dns: tuple[str, ...] = ()
@@ -60,8 +63,11 @@ def possible() -> str:
 
 def check(spec: Spec) -> None:
     """Raise HostLacks for a network that cannot be made here, before anything is made."""
-    if spec.network not in ("none", "host") and (why := possible()):
-        raise HostLacks(why, hint='run as root, or use network="none"')
+    if spec.network in ("none", "host") or not (why := possible()):
+        return
+    if networks.named(spec.network):
+        raise HostLacks(f"{why}, and a named network is made of them", hint='run as root, or use network="nat"')
+    passt.check()
 
 
 @contextlib.contextmanager
@@ -73,6 +79,10 @@ def provide(
         yield Net(dns=tuple(resolvers()) if spec.network == "host" else (), facts={"network": spec.network})
         return
     check(spec)
+    if possible():
+        with _unprivileged(machine, spec, log) as net:
+            yield net
+        return
     with ExitStack() as stack:
         listening = relay.listen(stack, spec.ports, spec.name)
         folder = networks.place(home, spec.network) if networks.named(spec.network) else None
@@ -100,6 +110,22 @@ def provide(
             processes=(helper.process,) if helper else (),
             fds=(link.fd, *(helper.fds if helper else ())),
             facts={"network": spec.network, "address": block.address, "interface": block.interface},
+        )
+
+
+@contextlib.contextmanager
+def _unprivileged(machine: str, spec: Spec, log: int | None) -> Iterator[Net]:
+    """Make what passt and the machine's plan need to find each other."""
+    passt.free(spec.ports, spec.name)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        helper = passt.plan(passt.check(), spec.ports, theirs.fileno(), 2 if log is None else log, uplink=True)
+        yield Net(
+            outward=passt.outward(ours.fileno(), mac(machine)),
+            dns=(passt.DNS,),
+            processes=(Process("passt", helper),),
+            fds=(ours.fileno(), theirs.fileno()),
+            facts={"network": spec.network, "address": passt.ADDRESS},
         )
 
 

@@ -131,6 +131,7 @@ def _container(box: Box, found: Sequence[Layer], shape: Shape, group: Cgroup, ne
         memory=spec.memory,
         namespaces=shape.namespaces,
         netns=net.netns_fd,
+        outward=net.outward,
         host_network=spec.network == "host",
         cgroups=group.fds,
         hierarchies=group.hierarchies,

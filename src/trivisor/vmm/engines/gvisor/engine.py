@@ -159,6 +159,7 @@ def _sandbox(box: Box, found: Runsc, platform: str, shape: Shape, group: Cgroup,
         volumes=shared,
         cgroups=group.fds,
         link=None if net.netns_fd is None else Link(net.netns_fd, *net.steps[1][1:]),
+        outward=net.outward,
         volatile=layers.volatile(spec),
     )
 

@@ -75,7 +75,8 @@ class Sandbox:
     """In the order of the config's."""
     cgroups: Sequence[int] = ()
     link: Link | None = None
-    """None: a loopback alone."""
+    outward: Plan = ()
+    """Instead: what makes an interface in the jail's own. Neither: a loopback alone."""
     volatile: bool = False
     """What is written need not survive the host: nothing is waited for."""
 
@@ -107,7 +108,7 @@ def command(runsc: Runsc, platform: str, ids: Ids, *, network: bool = False) -> 
 
 def plan(s: Sandbox) -> Plan:
     """Return the plan that runs the machine. The order is PROTOCOL.md's; nothing is looked at."""
-    argv = command(s.runsc, s.platform, s.ids, network=s.link is not None)
+    argv = command(s.runsc, s.platform, s.ids, network=s.link is not None or bool(s.outward))
     return (*_outside(s), *_files(s), *_root(s), ("pivot",), *_confined(s), ("exec", *argv, "run", "--bundle", _BUNDLE, NAME))
 
 
@@ -121,6 +122,7 @@ def _outside(s: Sandbox) -> Iterator[Op]:
     yield ("loopback",)
     if s.link is not None:
         yield ("address", s.link.interface, s.link.address, s.link.prefix, s.link.gateway)
+    yield from s.outward
 
 
 def _files(s: Sandbox) -> Iterator[Op]:

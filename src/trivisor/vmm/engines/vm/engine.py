@@ -20,10 +20,11 @@ from trivisor.core.paths import Home, MachineDir
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.undo import Undo
 from trivisor.launch import jail, keeper
-from trivisor.launch.net import networks, provide
+from trivisor.launch.net import networks, passt, provide
+from trivisor.launch.net.links import INSIDE
 from trivisor.launch.net.provide import Net
 from trivisor.vmm.engine import Box, Progress, Usage, WallReport
-from trivisor.vmm.engines.vm import argv, disks, ice, kit, limits, making, net, probe, proc, qemu, ram, runner, sharing
+from trivisor.vmm.engines.vm import argv, disks, ice, kit, limits, making, probe, proc, qemu, ram, runner, sharing
 from trivisor.vmm.engines.vm.ice import Ice
 from trivisor.vmm.engines.vm.making import Image
 from trivisor.vmm.engines.vm.qmp import Qmp, StateRefused
@@ -64,7 +65,7 @@ class VmEngine:
             return WallReport(wall=self.wall, available=False, why=str(error), remedy=error.hint, details=details)
         nat = True
         try:
-            details["network"] = f"{net.check()} (nat only)" if provide.possible() else "links of their own, nftables"
+            details["network"] = f"{passt.check()} (nat only)" if provide.possible() else "links of their own, nftables"
         except HostLacks as error:
             nat = False
             details["network"] = f"none only: {error} ({error.hint})"
@@ -100,7 +101,7 @@ class VmEngine:
                 link = stack.enter_context(provide.provide(box.home, box.dir, box.id, box.slot, box.spec, "tap", undo))
                 setup = replace(setup, net=link)
             elif setup.shape.network:
-                net.free(box.spec.ports, box.spec.name)
+                passt.free(box.spec.ports, box.spec.name)
             setup = replace(setup, cgroups=stack.enter_context(limits.group(box)))
             undo.add("qemu", lambda: keeper.kill(box.dir))
             way = self._run(box, setup, progress)
@@ -235,7 +236,7 @@ def _check_network(spec: Spec) -> None:
     if networks.named(spec.network):
         provide.check(spec)
     elif spec.network == "nat" and provide.possible():
-        net.check()
+        passt.check()
 
 
 def _first() -> list[Sequence[str]]:
@@ -248,7 +249,7 @@ def _steps(box: Box, link: Net | None) -> list[Sequence[str]]:
     if link is not None:
         steps += link.steps
     elif box.spec.network != "none":
-        steps += [("mac", net.INTERFACE, provide.mac(box.id)), *net.steps()]
+        steps += [("mac", INSIDE, provide.mac(box.id)), *passt.steps()]
     if box.spec.env:
         steps.append(("env", *(f"{key}={value}" for key, value in box.spec.env.items())))
     steps.append(("hooks",))

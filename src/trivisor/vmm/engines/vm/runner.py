@@ -18,9 +18,10 @@ from trivisor.core.process import start_time
 from trivisor.core.spec import Spec
 from trivisor.launch import jail, keeper, tvinit
 from trivisor.launch.jail import Bind, JailReport
+from trivisor.launch.net import passt
 from trivisor.launch.net.provide import Net, bare
 from trivisor.launch.plan import Op, Plan
-from trivisor.vmm.engines.vm import argv, files, net, sharing
+from trivisor.vmm.engines.vm import argv, files, sharing
 from trivisor.vmm.engines.vm.argv import Memory, Places, Shape
 from trivisor.vmm.engines.vm.kit import Kit
 from trivisor.vmm.engines.vm.qemu import Qemu
@@ -145,7 +146,7 @@ def _link(stack: contextlib.ExitStack, setup: Setup, work: Work, fds: dict[int, 
     if not setup.shape.network:
         return [], []
     end = _pair(stack, fds, argv.NET)
-    return [keeper.Process("passt", net.plan(net.check(), work.ports, end, log))], [*fds, end]
+    return [keeper.Process("passt", passt.plan(passt.check(), work.ports, end, log))], [*fds, end]
 
 
 def engine(place: MachineDir) -> int | None:

@@ -1,8 +1,10 @@
-"""User-mode NAT by passt, a helper process beside QEMU that needs no root and shuts itself in (passt(1), "Security").
+"""User-mode NAT by passt, a helper process that needs no root and shuts itself in (passt(1), "Security"): for whoever is not root.
 
-QEMU keeps its empty network namespace and talks to passt through a socket pair. The guest has a fixed address; the
-gateway is not mapped to the host's loopback. Since passt before 2024 connects to the loopback all the same for a guest that forges
-frames, `tvinit fence` stands between: no loopback, no link-local or metadata address, none of the host's own.
+A machine has a fixed address of a network that passt makes up; its gateway is not mapped to the host's loopback. passt takes frames:
+from QEMU through a socket pair (`plan`), and behind the other walls from an interface of the machine's own namespace, whose other end is a
+packet socket (`outward`, guest/src/uplink.c). Since passt before 2024 connects to the host's loopback all the same for a machine that
+forges frames, and to the host's other addresses always, `tvinit fence` stands between: none of those, no link-local or metadata
+address. It lies outside the machine's namespace, so nothing that a machine's root, or runsc's jail, does to its interface moves it.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ from pathlib import Path
 from trivisor.core.errors import EngineError
 from trivisor.core.process import find
 from trivisor.launch import tvinit
+from trivisor.launch.net.links import INSIDE, uplink_mtu
+from trivisor.launch.net.rules import DENIED
 from trivisor.launch.plan import Op, Plan
 
-INTERFACE = "eth0"
 ADDRESS, PREFIX, GATEWAY, DNS = "10.0.2.15", "24", "10.0.2.2", "10.0.2.3"
 PASST_FD = 3
 _DENIED = 64
@@ -45,19 +48,27 @@ def free(ports: Mapping[int, int], machine: str) -> None:
                 ) from error
 
 
-def plan(passt: str, ports: Mapping[int, int], fd: int, log: int) -> Plan:
-    """Return the plan of the helper: `fd` is its end of the pair, `log` takes what it says."""
+def plan(passt: str, ports: Mapping[int, int], fd: int, log: int, *, uplink: bool = False) -> Plan:
+    """Return the plan of the helper: `fd` is its end of the pair, `log` takes what it says. `uplink`: frames do not come
+    over `fd`, but a socket that they come from."""
     argv = [passt, "--foreground", "--fd", str(PASST_FD), "--quiet", "-4", "--no-map-gw", "--no-dhcp"]
     argv += ["--address", ADDRESS, "--netmask", PREFIX, "--gateway", GATEWAY, "--dns-forward", DNS]
+    if uplink:
+        argv += ["--mtu", str(uplink_mtu())]
     for host, guest in sorted(ports.items()):
         argv += ["-t", f"127.0.0.1/{host}:{guest}"]
     if not ports:
         argv += ["-t", "none"]
-    denied = [address for address in own_addresses() if address not in (GATEWAY, DNS)]
-    fence = [str(tvinit.path()), "fence", str(PASST_FD), ADDRESS, *denied[:_DENIED], "--"]
+    denied = [*_METADATA, *(address for address in own_addresses() if address not in (GATEWAY, DNS))]
+    end = f"uplink:{PASST_FD}" if uplink else str(PASST_FD)
+    fence = [str(tvinit.path()), "fence", end, ADDRESS, GATEWAY, *denied[:_DENIED], "--"]
     operations: list[Op] = [("fd", str(fd), str(PASST_FD)), ("fd", str(log), "1"), ("fd", str(log), "2")]
     operations += [("env", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"), ("exec", *fence, *argv, "-u", "none")]
     return tuple(operations)
+
+
+_METADATA = tuple(denied.removesuffix("/32") for denied in DENIED if denied.endswith("/32"))
+"""The fence denies the others of DENIED always."""
 
 
 def own_addresses() -> list[str]:
@@ -70,6 +81,11 @@ def own_addresses() -> list[str]:
     return sorted(address for address in local if not address.startswith("127."))
 
 
+def outward(fd: int, mac: str) -> Plan:
+    """Return the operations of a machine's plan, after `loopback`, that give it its interface; `fd` is the other end of the helper's."""
+    return (("uplink", str(fd), INSIDE, mac, str(uplink_mtu())), ("address", INSIDE, ADDRESS, PREFIX, GATEWAY))
+
+
 def steps() -> list[tuple[str, ...]]:
-    """Return the guest's side of it."""
-    return [("address", INTERFACE, ADDRESS, PREFIX, GATEWAY), ("dns", DNS)]
+    """Return what a guest that configures itself does."""
+    return [("address", INSIDE, ADDRESS, PREFIX, GATEWAY), ("dns", DNS)]
