@@ -134,21 +134,13 @@ static const char *configure(struct keeper *k, const struct plan *plan) {
     return NULL;
 }
 
-/* setsid(2) and a second fork: no terminal, no parent that would have to reap us. */
+/* No terminal, and no parent that would have to reap us. Not the second fork that makes sure that no terminal comes
+ * back: a leader of a session gets one only by opening one, and we open none. */
 static void become_daemon(void) {
     pid_t pid = fork();
-    if (pid == 0) {
-        setsid();
-        pid = fork();
-        if (pid == 0)
-            return;
+    if (pid != 0)
         _exit(pid < 0);
-    }
-    int status = 1;
-    if (pid > 0)
-        while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
-            ;
-    _exit(status != 0);
+    setsid();
 }
 
 static void detach(void) {

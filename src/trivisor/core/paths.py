@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ class Home:
         return self.root / "tmp"
 
     def machine(self, machine_id: str) -> MachineDir:
-        return MachineDir(self.machines / machine_id)
+        return _machine_dir(self.root, machine_id)
 
     def open(self) -> None:
         """Make the folders. Raises StorageError if the home is another user's or cannot be written."""
@@ -92,43 +93,49 @@ class MachineDir:
 
     root: Path
 
-    @property
+    @functools.cached_property
     def alive(self) -> Path:
         """Locked (flock) by the keeper for as long as the machine lives."""
         return self.root / "alive"
 
-    @property
+    @functools.cached_property
     def lock(self) -> Path:
         """Locked (flock) by the process that carries out an operation, and names it."""
         return self.root / "lock"
 
-    @property
+    @functools.cached_property
     def line(self) -> Path:
         """The keeper's unix socket."""
         return self.root / "line.sock"
 
-    @property
+    @functools.cached_property
     def qmp(self) -> Path:
         return self.root / "qmp.sock"
 
-    @property
+    @functools.cached_property
     def keeper(self) -> Path:
         """ "PID STARTTIME" of the keeper."""
         return self.root / "keeper"
 
-    @property
+    @functools.cached_property
     def exit(self) -> Path:
         """How the last life ended, written aside and renamed by the keeper."""
         return self.root / "exit"
 
-    @property
+    @functools.cached_property
     def disk(self) -> Path:
         return self.root / "disk.qcow2"
 
-    @property
+    @functools.cached_property
     def logs(self) -> Path:
         return self.root / "logs"
 
     def log(self, name: str) -> Path:
         """`name` is serial, init or engine."""
         return self.logs / f"{name}.log"
+
+
+@functools.lru_cache(maxsize=1024)
+def _machine_dir(home: Path, machine_id: str) -> MachineDir:
+    """One object for a machine: an operation asks for its paths some fifty times."""
+    return MachineDir(home / "machines" / machine_id)

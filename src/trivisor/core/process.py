@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -56,18 +57,58 @@ def run(
     return done.stdout
 
 
+def glance(path: str | os.PathLike[str], most: int = 1 << 16) -> bytes:
+    """Return what one read(2) of a file gives, at most `most` bytes: all of a small one, or of one of /proc. Raises OSError.
+
+    A life reads some thirty such files, and open() asks the kernel four more questions of each.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, most)
+    finally:
+        os.close(fd)
+
+
 def start_time(pid: int) -> int | None:
     """Return when `pid` started (clock ticks since boot, proc(5) field 22), or None if it is gone."""
+    fields = _stat(pid)
+    return int(fields[19]) if fields else None
+
+
+def running(pid: int, start: int) -> bool:
+    """Return whether the process that started then still runs (a zombie has ended)."""
+    fields = _stat(pid)
+    return bool(fields) and int(fields[19]) == start and fields[0] not in (b"Z", b"X")
+
+
+def _stat(pid: int) -> list[bytes]:
+    """Return the fields of proc(5) from the third on, none for a process that is gone."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        return glance(f"/proc/{pid}/stat").rpartition(b")")[2].split()
     except OSError:
-        return None
-    return int(stat.rpartition(b")")[2].split()[19])
+        return []
 
 
+@functools.cache
 def boot_id() -> str:
     """Return the host's boot id (random(4))."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+_own: list[int] = []
+_hooked: list[bool] = []
+
+
+def _own_start() -> int:
+    """Return when this process started; asked once, and again in a forked child."""
+    if not _hooked:
+        _hooked.append(True)
+        os.register_at_fork(after_in_child=_own.clear)
+    start = next(iter(_own), None)
+    if start is None:
+        start = start_time(os.getpid()) or 0
+        _own[:] = [start]
+    return start
 
 
 @dataclass(frozen=True)
@@ -80,8 +121,7 @@ class Who:
     @classmethod
     def me(cls) -> Self:
         """Return this process (not its parent's, after a fork)."""
-        pid = os.getpid()
-        return cls(pid, start_time(pid) or 0)
+        return cls(os.getpid(), _own_start())
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
@@ -93,12 +133,9 @@ class Who:
 
     def alive(self) -> bool:
         """Return whether that very process still runs (a zombie has ended)."""
-        try:
-            stat = Path(f"/proc/{self.pid}/stat").read_bytes()
-        except OSError:
-            return False
-        fields = stat.rpartition(b")")[2].split()
-        return int(fields[19]) == self.start and fields[0] not in (b"Z", b"X")
+        if self.pid == os.getpid() and self.start == _own_start():
+            return True
+        return running(self.pid, self.start)
 
     def __str__(self) -> str:
         return f"{self.pid} {self.start}"

@@ -134,10 +134,10 @@ class Images:
         if not self._store.exists(image.digest):
             self._trees.drop(image.digest)
 
-    def pin(self, image: Image, owner: str) -> None:
-        """Keep the image's root until `owner` unpins it. Raises NotFound if it went in the meantime."""
+    def pin(self, image: Image, owner: str, *, durable: bool = True) -> None:
+        """Keep the image's root until `owner` unpins it; without `durable` until a power cut at most. Raises NotFound if it is gone."""
         if not image.digest.startswith(host.PREFIX):
-            self._store.pin(image.digest, owner)
+            self._store.pin(image.digest, owner, durable=durable)
 
     def unpin(self, owner: str) -> None:
         """Drop the owner's pins. Roots that nobody needs any more go at the next collection."""

@@ -15,11 +15,10 @@ import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from trivisor.core.errors import EngineError, StorageError
 from trivisor.core.paths import MachineDir
-from trivisor.core.process import TAIL, start_time
+from trivisor.core.process import TAIL, glance, running, start_time
 from trivisor.core.units import MIB
 from trivisor.launch import tvinit
 from trivisor.launch.alive import LOOK, alive, lock_alive, open_alive
@@ -29,6 +28,8 @@ __all__ = ["Exit", "Kept", "Process", "alive", "ended", "kill", "spawn", "stop"]
 
 _KEEPER_STOP = 0x43
 _KEEP_TIMEOUT = 10.0
+_CHILDREN = 4096
+"""Bytes of the pids of a keeper's processes, which are ten at most."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def _await(reports: _Ready, begin: Callable[[], object] | None) -> int:
 def _identity(machine: MachineDir) -> tuple[int, int]:
     """Return (pid, start time) of the keeper that last ran; (0, 0) if there was none."""
     try:
-        pid, start = machine.keeper.read_text().split()
+        pid, start = glance(machine.keeper).split()
         return int(pid), int(start)
     except (FileNotFoundError, ValueError):
         return 0, 0
@@ -288,7 +289,7 @@ def spawn(
 def _children(pid: int) -> list[int]:
     """Return the processes that the keeper runs (proc(5), "children")."""
     try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        return [int(child) for child in glance(f"/proc/{pid}/task/{pid}/children", _CHILDREN).split()]
     except OSError:
         return []
 
@@ -314,7 +315,7 @@ def kill(machine: MachineDir, timeout: float = 5.0) -> None:
     deadline = time.monotonic() + timeout
     with contextlib.ExitStack() as stack:
         pidfds = []
-        if pid and start_time(pid) == start:
+        if pid and running(pid, start):  # a dead one, of whom nobody has taken note yet, has no children
             # A pidfd keeps meaning the process it was opened for, so what is checked after it is what is killed.
             for each in (pid, *_children(pid)):
                 with contextlib.suppress(ProcessLookupError):

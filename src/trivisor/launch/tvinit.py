@@ -11,10 +11,15 @@ from trivisor.core.errors import HostLacks
 
 def path() -> Path:
     """Return where tvinit is. Raises HostLacks if it was not built (a source tree before `make`)."""
-    found = Path(__file__).resolve().parent.parent / "_guest" / "tvinit"
+    found = _place()
     if not found.is_file():
         raise HostLacks("the guest program is not built", hint="run: make -C guest")
     return found
+
+
+@functools.cache
+def _place() -> Path:
+    return Path(__file__).resolve().parent.parent / "_guest" / "tvinit"
 
 
 @functools.cache

@@ -115,9 +115,12 @@ class Store:
 
     # Who needs what
 
-    def pin(self, digest: str, owner: str) -> None:
-        """Keep `digest`, and what it links to, until `owner` unpins it. Raises NotFound if it is not there."""
-        with self._transaction() as index:
+    def pin(self, digest: str, owner: str, *, durable: bool = True) -> None:
+        """Keep `digest`, and what it links to, until `owner` unpins it. Raises NotFound if it is not there.
+
+        Without `durable` a power cut may take the pin: for an owner that it takes as well.
+        """
+        with self._transaction(durable=durable) as index:
             self.path(digest)  # inside the transaction: no collect can take it before the pin is there
             index.execute("INSERT OR IGNORE INTO pins VALUES (?, ?)", (digest, owner))
 
@@ -201,7 +204,8 @@ class Store:
                 view = view[os.write(sink, view) :]
 
     def _transaction(self, *, write: bool = True, durable: bool = True) -> AbstractContextManager[sqlite3.Connection]:
-        self.open()
+        if not os.path.exists(self._index):  # noqa: PTH110 - raises nothing
+            self.open()
         return transaction(self._index, write=write, durable=durable)
 
     def _place(self, aside: Path, digest: str, owner: str, expected: str, links: Iterable[str]) -> str:

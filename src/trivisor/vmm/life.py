@@ -52,7 +52,7 @@ def create(context: Context, spec: Spec, image: Image) -> Row:
         undo.add("row", lambda: context.records.remove(row))
         row = _add(context, row)
         undo.add("pin", lambda: context.images.unpin(pin_owner(row.id)))
-        context.images.pin(image, pin_owner(row.id))
+        context.images.pin(image, pin_owner(row.id), durable=row.owner is None)
         undo.add("folder", lambda: reconcile.remove_tree(folder.root))
         _make_folder(context, row)
         with locks.hold(folder.lock, "create", row.name):
