@@ -18,13 +18,14 @@ a path that lies in the program's own memory is an observation, however it is an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trivisor.core.errors import InvalidSpec
 from trivisor.core.rules import MAX_RULES, Condition, Paths, Rule, SyscallSpec, parse
 from trivisor.launch import syscalls
+from trivisor.vos.syscalls.table import signature
 
 if TYPE_CHECKING:
     from trivisor.vos.syscalls.call import Call
@@ -62,7 +63,8 @@ class Policy:
     The methods that add a rule return it. They raise InvalidSpec: a name that is no call's (the hint has the nearest), a
     contradiction, a wish that could only pretend.
 
-    A rule's `args` are conditions on argument registers, by number: {0: 1}, {1: "&0x40 == 0x40"}, {2: (">=", 4096)}; all must hold.
+    A rule's `args` are conditions on argument registers, by number or by the name that the man page has: {"fd": 1},
+    {1: "&0x40 == 0x40"}, {"count": (">=", 4096)}; all must hold.
     `path` is a glob of the path, or of the path behind the file descriptor, that the call is given. Of the calls that match,
     `after` are left alone first, then every `every`-th is taken, at most `times`, each with `probability`, drawn from `seed`.
     """
@@ -109,37 +111,37 @@ class Policy:
 
     def fail(self, calls: Calls, errno: str | int, **when: Any) -> Rule:
         """Have calls fail with `errno` (a name or number): args, path, after, every, times, probability, seed, delay (seconds)."""
-        return self.add(Rule.make(calls, "errno", errno=errno, **when))
+        return self._make(calls, "errno", errno=errno, **when)
 
     def errno(self, calls: Calls, errno: str | int, *, args: object = None, delay: float | None = None) -> Rule:
         """Have calls that meet the conditions fail with `errno`, each of them."""
-        return self.add(Rule.make(calls, "errno", errno=errno, args=args, delay=delay))
+        return self._make(calls, "errno", errno=errno, args=args, delay=delay)
 
     def returns(self, calls: Calls, value: int, **when: Any) -> Rule:
         """Have calls return `value` without being made; conditions as of `fail`."""
-        return self.add(Rule.make(calls, "return", value=value, **when))
+        return self._make(calls, "return", value=value, **when)
 
     def delay(self, calls: Calls, seconds: float | str, **when: Any) -> Rule:
         """Have calls wait before they are made; conditions as of `fail`. Observation only: it changes nothing but time."""
-        return self.add(Rule.make(calls, "delay", delay=seconds, **when))
+        return self._make(calls, "delay", delay=seconds, **when)
 
     def kill(self, calls: Calls, **when: Any) -> Rule:
         """Kill the process (SIGSYS) that makes the call; conditions as of `fail`."""
-        return self.add(Rule.make(calls, "kill", **when))
+        return self._make(calls, "kill", **when)
 
     def log(self, calls: Calls, *, args: object = None) -> Rule:
         """Have the kernel note calls in its log (SECCOMP_RET_LOG), and make them."""
-        return self.add(Rule.make(calls, "log", args=args))
+        return self._make(calls, "log", args=args)
 
     def allow(self, calls: Calls, *, args: object = None, path: str | None = None) -> Rule:
         """Have calls be made whatever the rules behind this one say. It never gives more than the wall does without a policy."""
         _no_path("allow", path)
-        return self.add(Rule.make(calls, "allow", args=args))
+        return self._make(calls, "allow", args=args)
 
     def deny(self, calls: Calls, *, args: object = None, path: str | None = None) -> Rule:
         """Have calls that meet the conditions fail with EPERM. Enforced by the kernel."""
         _no_path("deny", path)
-        return self.add(Rule.make(calls, "errno", errno="EPERM", args=args))
+        return self._make(calls, "errno", errno="EPERM", args=args)
 
     def add(self, rule: Rule | str) -> Rule:
         """Add a rule, or one that is written as `trivisor.core.rules.parse` reads it."""
@@ -154,6 +156,12 @@ class Policy:
         agree([*self._rules, rule], self._handlers)
         self._rules.append(rule)
         return rule
+
+    def _make(self, calls: Calls, action: str, *, args: object = None, **fields: Any) -> Rule:
+        names = (calls,) if isinstance(calls, str) else tuple(calls)
+        if isinstance(args, Mapping):
+            args = {_index(names, key): value for key, value in args.items()}
+        return self.add(Rule.make(names, action, args=args, **fields))
 
     # -- the rest ---------------------------------------------------------------------------------
 
@@ -253,6 +261,22 @@ def _range(condition: Condition) -> tuple[int, int]:
         ">": (value + 1, condition.mask),
         ">=": (value, condition.mask),
     }[condition.test]
+
+
+def _index(calls: Sequence[str], key: object) -> object:
+    """Return the number of the argument that all of `calls` call `key`; what is no text is left as it is."""
+    if not isinstance(key, str):
+        return key
+    found: set[int] = set()
+    for name in calls:
+        syscalls.number(name)
+        known = {argument.name: argument.index for argument in signature(name).arguments}
+        if key not in known:
+            raise InvalidSpec(f"{name} has no argument {key!r}", hint=f"it has {', '.join(known) or 'none'}")
+        found.add(known[key])
+    if len(found) > 1:
+        raise InvalidSpec(f"{key} is not the same argument of all of {', '.join(calls)}", hint="give each call a rule of its own")
+    return found.pop()
 
 
 def _no_path(verb: str, path: str | None) -> None:
