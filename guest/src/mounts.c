@@ -108,7 +108,7 @@ bool parse_flags(const char *words, uint64_t *attributes, unsigned *bind) {
     static const struct { const char *word; uint64_t clears; unsigned bind; } FLAGS[] = {
         {"ro", 0, 0},          {"rw", MOUNT_ATTR_RDONLY, 0},  {"nodev", 0, 0},         {"dev", MOUNT_ATTR_NODEV, 0}, {"noexec", 0, 0},
         {"exec", MOUNT_ATTR_NOEXEC, 0}, {"nosuid", 0, 0}, {"idmap", 0, BIND_IDMAP}, {"alone", 0, BIND_ALONE},
-        {"straight", 0, BIND_STRAIGHT},
+        {"straight", 0, BIND_STRAIGHT}, {"owner", 0, BIND_OWNER},
     };
     *attributes = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC | MOUNT_ATTR_NOSUID;
     if (bind)

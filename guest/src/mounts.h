@@ -7,7 +7,7 @@
 #include <stdint.h>
 #include <sys/types.h>
 
-enum bind_flag { BIND_IDMAP = 1, BIND_ALONE = 2, BIND_STRAIGHT = 4 };
+enum bind_flag { BIND_IDMAP = 1, BIND_ALONE = 2, BIND_STRAIGHT = 4, BIND_OWNER = 8 };
 
 /* What an overlay's writable layer may begin with, if it is not a folder's path. */
 #define LAYER_RAM "ram:"

@@ -20,6 +20,7 @@
 
 #include "launch.h"
 #include "mounts.h"
+#include "owner.h"
 
 #ifndef MOUNT_ATTR_IDMAP
 #define MOUNT_ATTR_IDMAP 0x00100000
@@ -101,22 +102,34 @@ static size_t sources_of(const struct op *op, const char *sources[2], unsigned *
     return strncmp(sources[1], LAYER_RAM, strlen(LAYER_RAM)) ? 2 : 1;
 }
 
-static int open_source(const char *source, unsigned bind) {
-    return strncmp(source, LAYER_DISK, strlen(LAYER_DISK)) ? clone_tree(source, bind) : disk_tree(source);
+/* user: the plan's, as whose the files of a bind's owner are shown, if it asks for that. */
+static int open_source(const char *source, unsigned bind, const struct op *user) {
+    if (!strncmp(source, LAYER_DISK, strlen(LAYER_DISK)))
+        return disk_tree(source);
+    int tree = clone_tree(source, bind);
+    if (tree >= 0 && user && bind & BIND_OWNER && owner_shown_as(tree, user->words[1], user->words[2]) < 0) {
+        int saved = errno;
+        close(tree);
+        errno = saved;
+        return -1;
+    }
+    return tree;
 }
 
 bool namespaces_prepare(const struct op *ops, size_t count, struct prepared *prepared) {
     for (size_t i = 0; i < count; i++)
         prepared[i] = (struct prepared){{-1, -1}};
     /* Anyone but root can clone mounts only in the child, who is then the same user as here. */
-    if (geteuid() != 0 || !(flags_of(ops, count) & CLONE_NEWUSER))
+    if (geteuid() != 0)
         return true;
+    const struct op *user = launch_find(ops, count, "user");
+    bool all = flags_of(ops, count) & CLONE_NEWUSER;
     for (size_t i = 0; i < count; i++) {
         const char *sources[2];
-        unsigned bind;
+        unsigned bind = 0;
         size_t n = sources_of(&ops[i], sources, &bind);
-        for (size_t k = 0; k < n; k++) {
-            prepared[i].tree[k] = open_source(sources[k], bind);
+        for (size_t k = 0; k < n && (all || (user && bind & BIND_OWNER)); k++) {
+            prepared[i].tree[k] = open_source(sources[k], bind, user);
             /* EPERM: root, but of a container that may not mount: the child tries for itself. */
             if (prepared[i].tree[k] < 0 && errno != EPERM) {
                 int saved = errno;

@@ -225,9 +225,11 @@ def _plan(setup: Setup, work: Work, places: Places, command: list[str], fds: Map
     )
     if work.cgroups:
         plan = (("cgroup", *(str(fd) for fd in work.cgroups)), *plan)
-    if work.ram.memory != "sealed":
+    nine = setup.shape.shares is not None and setup.shape.shares.kind == "9p"
+    if work.ram.memory != "sealed" and not nine:
         return plan
-    # The one name by which a descriptor can be opened again is in /proc; QEMU's own pid namespace holds nothing else.
+    # The one name by which a descriptor can be opened again is in /proc, and so are extended attributes of what must not be a link; QEMU's
+    # own pid namespace holds nothing else.
     proc: Op = ("mount", "proc", "proc", "/proc", "ro", "")
     return tuple(word for op in plan for word in ((proc, op) if op[0] == "pivot" else (op,)))
 

@@ -2,8 +2,11 @@
 
 virtiofs, where there is root and a virtiofsd: a daemon a folder, as root since it must act as any of the guest's users, but in
 namespaces of its own with nothing in them but that folder, and with the capabilities alone that files take. 9p else, by QEMU
-itself in its jail, which needs a kernel that has it ("full") and writes files as the caller; what the guest believes of owners
-is kept in extended attributes.
+itself in its jail, which needs a kernel that has it ("full") and writes files as the caller, or as root by the folder's owner: an
+idmapped mount shows QEMU, which has an id of its own and no capability, that owner's files as its own; of others' it gets what
+everybody gets. What the guest believes of owners, modes and links is kept in extended attributes (mapped-xattr): a guest can put
+no symbolic link and no setuid file into the folder (devices and fifos its filter refuses), and QEMU opens paths part by part and
+follows no link. All that its root holds is the folder and QEMU's own files, so one that was led astray would find nothing.
 
 The daemon's socket is bound and connected here, before either side runs: nobody has to poll for it.
 """
@@ -23,12 +26,14 @@ from trivisor.core.errors import HostLacks, InvalidSpec
 from trivisor.core.paths import MachineDir
 from trivisor.core.process import find, run
 from trivisor.core.spec import Spec
+from trivisor.launch import jail
 from trivisor.launch.jail import Bind
 from trivisor.launch.keeper import Process
 from trivisor.launch.plan import Op, Plan
 from trivisor.vmm.engines.vm.argv import MAX_SHARES, SHARE, Shares
 
 _DAEMONS = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/lib/virtiofsd")
+_PACKAGES = "apt-get install qemu-system-common (Debian 12) or virtiofsd (later)"
 _CAPS = ("chown", "dac_override", "dac_read_search", "fowner", "fsetid", "mknod", "setfcap", "setgid", "setpcap", "setuid", "sys_chroot")
 _LISTEN_FD = 3
 
@@ -53,12 +58,14 @@ def shares(spec: Spec) -> Shares | None:
     if len(spec.volumes) > MAX_SHARES:
         raise InvalidSpec(f"a machine on the vm wall may have {MAX_SHARES} volumes, not {len(spec.volumes)}")
     readonly = tuple(volume.readonly for volume in spec.volumes.values())
-    if os.geteuid() == 0:
-        if _daemon() is None:
-            raise HostLacks("virtiofsd is not installed", hint="apt-get install qemu-system-common (Debian 12) or virtiofsd (later)")
+    root = os.geteuid() == 0
+    if root and _daemon() is not None:
         return Shares("virtiofs", readonly)
+    why, remedy = ("virtiofsd is not installed", f"{_PACKAGES}, or ") if root else ("there is no root", "")
     if spec.kernel == "micro":
-        raise HostLacks("without root folders are shared by 9p, which the micro kernel has not", hint='give kernel="full"')
+        raise HostLacks(f"{why}: then folders are shared by 9p, which the micro kernel has not", hint=f'{remedy}give kernel="full"')
+    if not jail.probe().namespaces:
+        raise HostLacks(f"{why}, and 9p needs namespaces: {jail.probe().why}", hint=f"{remedy}{jail.probe().remedy}")
     return Shares("9p", readonly)
 
 
@@ -77,7 +84,7 @@ def give(stack: ExitStack, place: MachineDir, spec: Spec, found: Shares | None, 
     if found is None:
         return Given()
     if found.kind == "9p":
-        modes = {True: "ro,straight", False: "rw,straight"}
+        modes = {True: "ro,straight,alone,owner", False: "rw,straight,alone,owner"}
         binds = [
             Bind(Path(volume.source), f"/shares/{number}", modes[volume.readonly]) for number, volume in enumerate(spec.volumes.values())
         ]
