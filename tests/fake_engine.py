@@ -18,8 +18,9 @@ from trivisor.core.paths import Home
 from trivisor.core.process import Who, start_time
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.undo import Undo
-from trivisor.launch import keeper, tvinit
+from trivisor.launch import keeper, seccomp, tvinit
 from trivisor.vmm.engine import Box, Progress, Usage, WallReport
+from trivisor.vos.ports import SyscallPort
 
 DISK = "disk.qcow2"
 PID = "engine"
@@ -84,6 +85,9 @@ class FakeEngine:
 
     def usage(self, box: Box) -> Usage:
         return Usage(private=1 << 20, shared=0, cpu_seconds=0.5)
+
+    def syscalls(self, box: Box | None = None) -> SyscallPort:
+        return SyscallPort(self.wall, frozenset({"kernel"}), seccomp.OPEN)
 
     def sweep(self, home: Home, machines: set[str]) -> list[str]:
         self.swept.append(set(machines))

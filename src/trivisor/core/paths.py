@@ -109,6 +109,11 @@ class MachineDir:
         return self.root / "line.sock"
 
     @functools.cached_property
+    def answer(self) -> Path:
+        """The socket at which owners of handlers attach (container)."""
+        return self.root / "answer.sock"
+
+    @functools.cached_property
     def qmp(self) -> Path:
         return self.root / "qmp.sock"
 

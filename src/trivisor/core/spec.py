@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 import msgspec
 
 from trivisor.core.errors import InvalidSpec
+from trivisor.core.rules import SyscallSpec, syscalls
 from trivisor.core.units import GIB, MIB, TIB, parse_duration, parse_size
 from trivisor.core.wishes import IoLimits, Volume, cpuset, io_limits, volumes
 
@@ -71,6 +72,8 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     idle: float | None = None
     """Seconds without traffic from any host client until the keeper stops the machine."""
     labels: dict[str, str] = {}
+    syscalls: SyscallSpec | None = None
+    """What its programs get from their system calls, whoever starts them: rules and paths (core/rules.py)."""
     asked: tuple[str, ...] = ()
     """Which of LIMITS, and "disk", were given, not left to their defaults: if one cannot be enforced, that is an error. Set by make."""
 
@@ -181,6 +184,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "kernel": lambda wish: os.fspath(wish) if isinstance(wish, os.PathLike) else wish,
     "ports": _ports,
     "volumes": volumes,
+    "syscalls": syscalls,
     "ttl": lambda wish: parse_duration(wish, "ttl"),
     "idle": lambda wish: parse_duration(wish, "idle"),
 }

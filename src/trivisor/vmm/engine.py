@@ -14,6 +14,7 @@ from typing import Protocol
 from trivisor.core.paths import Home, MachineDir
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.undo import Undo
+from trivisor.vos.ports import SyscallPort
 
 Progress = Callable[[str], None]
 """Told, in a few words, what takes time now."""
@@ -99,6 +100,10 @@ class Engine(Protocol):
         ...
 
     def usage(self, box: Box) -> Usage: ...
+
+    def syscalls(self, box: Box | None = None) -> SyscallPort:
+        """Say what the wall does for vos.syscalls; of a machine, or of all."""
+        ...
 
     def sweep(self, home: Home, machines: set[str]) -> list[str]:
         """Remove what a crash left outside the folders of `machines` (half-made kits, ice); say what."""

@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 from trivisor.core.errors import HostLacks, TrivisorError
 from trivisor.core.paths import Home
@@ -28,6 +29,7 @@ from trivisor.launch.net.provide import Net
 from trivisor.vmm import layers, procs
 from trivisor.vmm.engine import Box, Progress, Usage, WallReport
 from trivisor.vmm.engines.container import host
+from trivisor.vos.ports import SyscallPort
 
 _WAIT = 60.0
 
@@ -95,6 +97,10 @@ class ContainerEngine:
             return procs.usage(box.dir)
         used = group.usage()
         return Usage(private=used.anonymous, shared=max(0, used.memory - used.anonymous), cpu_seconds=used.cpu_seconds)
+
+    def syscalls(self, box: Box | None = None) -> SyscallPort:
+        port = host.syscalls()
+        return port if box is None else replace(port, answer=box.dir.answer)
 
     def sweep(self, home: Home, machines: set[str]) -> list[str]:
         return []

@@ -6,12 +6,15 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
+from trivisor.launch import seccomp
 from trivisor.launch.jail import probe
+from trivisor.vos.ports import SyscallPort
 
 _PROFILE = "docker-default"
 """Docker's AppArmor profile. It is Docker's to load: a profile of our own would need root to install."""
 _APPARMOR = Path("/sys/module/apparmor/parameters/enabled")
 _PROFILES = Path("/sys/kernel/security/apparmor/profiles")
+_ACTIONS = Path("/proc/sys/kernel/seccomp/actions_avail")
 _PROCESSORS = Path("/sys/devices/system/cpu")
 
 
@@ -44,6 +47,21 @@ def _apparmor_lacks() -> Iterator[str]:
 def lacks() -> list[str]:
     """Return what would confine a container more and is not there, in words."""
     return [*([] if probe().landlock >= 2 else ["Landlock"]), *_apparmor_lacks()]
+
+
+@functools.cache
+def syscalls() -> SyscallPort:
+    """Return what this host's kernel does for vos.syscalls, of no machine yet."""
+    try:
+        actions = set(_ACTIONS.read_text().split())
+    except OSError:  # a kernel without, or a host that hides it: what is needed is then asked for in vain, and says so
+        actions = {"user_notif", "trace", "log"}
+    features = {"kernel"}
+    features |= {"notify"} if "user_notif" in actions else set()
+    features |= {"log"} if "log" in actions else set()
+    features |= {"trace", "no-vdso"} if "trace" in actions else set()
+    features |= {"landlock"} if probe().landlock else set()
+    return SyscallPort("container", frozenset(features), seccomp.CONTAINER, why="this host's kernel lacks it")
 
 
 def confinement() -> dict[str, str]:

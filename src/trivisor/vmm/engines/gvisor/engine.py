@@ -17,7 +17,7 @@ from trivisor.core.errors import TrivisorError
 from trivisor.core.paths import Home
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.undo import Undo
-from trivisor.launch import cgroup_layout, cgroups, ids, keeper, tvinit
+from trivisor.launch import cgroup_layout, cgroups, ids, keeper, seccomp, tvinit
 from trivisor.launch.cgroups import Cgroup, Limits
 from trivisor.launch.container import Layer
 from trivisor.launch.ids import Shape
@@ -30,6 +30,7 @@ from trivisor.vmm.engines.gvisor.jailed import Link, Sandbox
 from trivisor.vmm.engines.gvisor.runsc import Runsc
 from trivisor.vos import guest
 from trivisor.vos.line import Line
+from trivisor.vos.ports import SyscallPort
 
 _WAIT = 60.0
 _STEPS = 60.0
@@ -127,6 +128,10 @@ class GvisorEngine:
             return procs.usage(box.dir)
         used = group.usage()
         return Usage(private=used.anonymous, shared=max(0, used.memory - used.anonymous), cpu_seconds=used.cpu_seconds)
+
+    def syscalls(self, box: Box | None = None) -> SyscallPort:
+        # The Sentry knows neither Landlock nor SECCOMP_RET_USER_NOTIF and _LOG.
+        return SyscallPort(self.wall, frozenset({"kernel", "trace", "no-vdso"}), seccomp.OPEN)
 
     def sweep(self, home: Home, machines: set[str]) -> list[str]:
         return []

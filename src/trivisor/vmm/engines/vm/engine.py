@@ -19,7 +19,7 @@ from trivisor.core.errors import EngineError, HostLacks, InvalidSpec, StorageErr
 from trivisor.core.paths import Home, MachineDir
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.undo import Undo
-from trivisor.launch import jail, keeper
+from trivisor.launch import jail, keeper, seccomp
 from trivisor.launch.net import networks, passt, provide
 from trivisor.launch.net.links import INSIDE
 from trivisor.launch.net.provide import Net
@@ -31,6 +31,7 @@ from trivisor.vmm.engines.vm.qmp import Qmp, StateRefused
 from trivisor.vmm.engines.vm.runner import Ram, Setup, Work
 from trivisor.vos import guest
 from trivisor.vos.line import Line
+from trivisor.vos.ports import FEATURES, SyscallPort
 
 _STEPS = 60.0
 _FEATURES = {"pause": True, "disk": True, "own_kernel": True, "ice": True}
@@ -130,6 +131,9 @@ class VmEngine:
     def usage(self, box: Box) -> Usage:
         """QEMU's and the keeper's. Private is anonymous memory: what ice, programs and libraries share with others is not."""
         return proc.usage([pid for pid in (runner.engine(box.dir), proc.keeper_pid(box.dir)) if pid is not None])
+
+    def syscalls(self, box: Box | None = None) -> SyscallPort:
+        return SyscallPort(self.wall, frozenset(FEATURES), seccomp.OPEN)
 
     def sweep(self, home: Home, machines: set[str]) -> list[str]:
         return kit.sweep(home) + ice.sweep(home)
