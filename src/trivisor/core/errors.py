@@ -18,6 +18,8 @@
         ├── ExecFailed           `check=True` and the command's exit status is not 0
         ├── FileError            a file operation in the machine failed: errno and path
         ├── WaitTimeout          the machine did not end in the time given
+        ├── BadArgument          a program's system call points nowhere, or to too much
+        ├── CallGone             the program died, or was interrupted, while its call was held
         ├── GuestProtocolError   the guest sent what the protocol does not allow
         └── GuestGone            the line to the machine closed
 
@@ -178,6 +180,18 @@ class FileError(GuestError, OSError):
 
 class WaitTimeout(GuestError, TimeoutError):
     """The machine did not end in the time given."""
+
+
+class BadArgument(GuestError):
+    """An argument of a program's system call cannot be read or written: `errno` is what the kernel would have answered."""
+
+    def __init__(self, code: int, message: str, *, machine: str = "") -> None:
+        self.errno = code
+        super().__init__(f"{message}: {os.strerror(code)}", machine=machine)
+
+
+class CallGone(GuestError):
+    """The program died, or was interrupted, while its system call was held: nobody waits for the answer."""
 
 
 class GuestProtocolError(GuestError):

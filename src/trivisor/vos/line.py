@@ -80,7 +80,7 @@ class Line:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             sock.settimeout(timeout)
-            _dial(sock, path)
+            dial(sock, path)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * wire.WINDOW)
         except OSError as error:
             sock.close()
@@ -297,7 +297,7 @@ def _forked() -> None:
         line.forget()
 
 
-def _dial(sock: socket.socket, path: Path) -> None:
+def dial(sock: socket.socket, path: Path) -> None:
     if len(os.fsencode(path)) <= _PATH_MAX:
         sock.connect(os.fspath(path))
         return

@@ -1,0 +1,95 @@
+"""What answers system calls through a kernel's listener, wherever that kernel is.
+
+A Listener is one filter's seccomp user notification: direct.py holds the descriptor itself (container wall), remote.py
+talks to the guest, which holds it (vm wall). Supervisor and Call know only this. A notification stays the plain tuple that
+the struct unpacks to: on the way of each call nothing is built that its handler does not ask for.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Protocol
+
+Notification = tuple[int, ...]
+"""struct seccomp_notif: id, pid (a thread's), flags, call number, AUDIT_ARCH, instruction pointer, six arguments."""
+ID, PID, FLAGS, NR, ARCH, IP, ARGS = range(7)
+NOTIFICATION = struct.Struct("<QIIiIQ6Q")
+CONTINUE = 1
+"""SECCOMP_USER_NOTIF_FLAG_CONTINUE: the kernel carries the call out."""
+ARCHS = {0xC000003E: "x86_64", 0xC00000B7: "aarch64"}
+"""AUDIT_ARCH to the name of a machine (os.uname().machine)."""
+MAX_COPY = 16 << 20
+"""Bytes that one pointer argument may make us copy."""
+
+
+class Listener(Protocol):
+    """One filter's held calls. `receive` is called by one thread at a time, the rest by any.
+
+    What names a call (`notification`) raises CallGone once nobody waits for it any more.
+    """
+
+    held: set[int]
+    """Ids that were received earlier and are still unanswered: whoever goes on to the next call keeps them here."""
+
+    def fileno(self) -> int:
+        """Return a descriptor that is readable when there may be something to receive."""
+        ...
+
+    def receive(self) -> Notification | None:
+        """Return the next held call, None if there is none after all. Raises GuestGone when none will come any more."""
+        ...
+
+    def returned(self) -> Sequence[int]:
+        """Return the ids of calls handed off with `back` for which no rule matched."""
+        ...
+
+    def valid(self, notification: Notification) -> bool:
+        """Whether the call is still held."""
+        ...
+
+    def read(self, notification: Notification, address: int, size: int) -> bytes:
+        """Copy up to `size` bytes of the program's memory: fewer where what follows is not mapped. Raises BadArgument if nothing is."""
+        ...
+
+    def write(self, notification: Notification, address: int, data: bytes) -> None:
+        """Copy `data` into the program's memory. Raises BadArgument."""
+        ...
+
+    def link(self, notification: Notification, name: str) -> str:
+        """Return where /proc/PID/`name` (cwd, fd/3) leads, as the program sees it. Raises FileNotFoundError."""
+        ...
+
+    def answer(self, notification: Notification, value: int, error: int, flags: int) -> bool:
+        """Answer the call: `value` if `error` is 0, or CONTINUE in `flags`. False if nobody waits for it any more."""
+        ...
+
+    def give(self, notification: Notification, source: bytes | int, number: int | None, cloexec: bool, send: bool) -> int:
+        """Give the program a descriptor and return its number: of a file that holds these bytes, or a duplicate of one of ours.
+
+        With `number` it takes the place of that one. `send` answers the call with the number, in one step.
+        """
+        ...
+
+    def hand_off(self, notification: Notification, back: bool) -> None:
+        """Have the rules answer the call; with `back`, it comes again by `returned` if none matches. Raises OSError if nobody takes it."""
+        ...
+
+    def open(self, notification: Notification, dirfd: int, path: bytes, flags: int, mode: int, resolve: int) -> None:
+        """Open for the program, in its root, cwd, credentials and umask, and answer the call with the new descriptor.
+
+        Raises OSError as open(2) fails for the program; the call is then unanswered.
+        """
+        ...
+
+    def mount(self, notification: Notification, source: bytes, target: bytes, kind: bytes, flags: int, data: bytes) -> None:
+        """mount(2) for the program, with what its own user namespace allows. Raises OSError."""
+        ...
+
+    def mknod(self, notification: Notification, dirfd: int, path: bytes, mode: int, device: int) -> None:
+        """mknod(2) for the program, of what is safe to have. Raises OSError."""
+        ...
+
+    def close(self) -> None:
+        """Leave it: calls that only a handler may answer fail from now on."""
+        ...
