@@ -36,15 +36,19 @@ struct command *command_add(uint32_t stream, uint32_t flags, pid_t pid, int in, 
     sink_open(&c->in, c, in, pty);
     source_open(&c->out, c, out, CH_STDOUT, pty);
     source_open(&c->err, c, err, CH_STDERR, false);
+    c->trace.watch.fd = -1;
     commands = c;
     count++;
     return c;
 }
 
+void command_trace(struct command *c, int fd) { source_open(&c->trace, c, fd, CH_TRACE, false); }
+
 static void detach(struct command *c) {
     c->attached = false;
     source_wake(&c->out);
     source_wake(&c->err);
+    source_wake(&c->trace);
 }
 
 void command_data(const struct frame *f) {
@@ -73,6 +77,8 @@ void command_window(const struct frame *f) {
         source_grant(&c->out, more);
     else if (channel == CH_STDERR)
         source_grant(&c->err, more);
+    else if (channel == CH_TRACE)
+        source_grant(&c->trace, more);
 }
 
 void command_signal(const struct frame *f) {
@@ -162,10 +168,12 @@ static void send_exited(const struct command *c) {
 
 bool command_pump(void) { return source_pump(); }
 
+static bool source_open_yet(const struct source *s) { return s->watch.fd >= 0 || s->queued; }
+
 void command_bury(void) {
     for (struct command **at = &commands; *at;) {
         struct command *c = *at;
-        if (!c->ended || c->out.watch.fd >= 0 || c->err.watch.fd >= 0 || c->out.queued || c->err.queued) {
+        if (!c->ended || source_open_yet(&c->out) || source_open_yet(&c->err) || source_open_yet(&c->trace)) {
             at = &c->next;
             continue;
         }

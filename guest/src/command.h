@@ -20,7 +20,7 @@ enum { COMMANDS_MAX = 512 };
 
 struct command;
 
-/* The command's stdout or stderr, or its terminal. */
+/* The command's stdout or stderr, its terminal, or the records of its trace. */
 struct source {
     struct watch watch;
     struct command *of;
@@ -50,11 +50,14 @@ struct command {
     int status;
     struct rusage usage;
     struct sink in;
-    struct source out, err;
+    struct source out, err, trace;
 };
 
 /* Our ends of a new command's descriptors; -1 for none. They are watched and closed from here on. */
 struct command *command_add(uint32_t stream, uint32_t flags, pid_t pid, int in, int out, int err);
+
+/* Records of its tracer come from `fd`, until its end of file: the tracer closes it when the command has ended. */
+void command_trace(struct command *c, int fd);
 
 size_t command_count(void);
 struct command *command_of(uint32_t stream);

@@ -52,7 +52,7 @@ enum frame_type {
     F_KEEPER_STOP = 0x43,
 };
 
-enum channel { CH_STDIN = 0, CH_STDOUT = 1, CH_STDERR = 2 };
+enum channel { CH_STDIN = 0, CH_STDOUT = 1, CH_STDERR = 2, CH_TRACE = 3 };
 
 struct frame {
     uint8_t type;

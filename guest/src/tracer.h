@@ -15,7 +15,7 @@ struct user; /* users.h: not included here, <sys/user.h> has one of its own */
 enum {
     TRACE_CALLS = 1024,     /* call numbers are below */
     TRACE_STRING = 4096,    /* bytes copied of a path ... */
-    TRACE_STRUCT = 256,     /* ... of a structure or socket address ... */
+    TRACE_STRUCT = 512,     /* ... of a structure or socket address ... */
     TRACE_VECTOR = 32,      /* ... and strings of a vector ... */
     TRACE_VECTOR_TEXT = 256 /* ... with at most so many bytes each */
 };

@@ -227,7 +227,7 @@ static void never_born(void) {
 
 static void words(void) {
     static struct asked a;
-    static const char *const bad[] = {"", "x", "1024", "1:", "1:6s", "1:0", "1:0q", "1:0s,", "1:0b", "1:0b6", "1:0f257", "1:0s 1s",
+    static const char *const bad[] = {"", "x", "1024", "1:", "1:6s", "1:0", "1:0q", "1:0s,", "1:0b", "1:0b6", "1:0f513", "1:0s 1s",
                                       "99999999999999999999", "bytes=4097", "bytes=", "bytes=1x", "-1", "1:0s,0s,0s,0s,0s,0s,0s"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
         CHECK(!asked_parse(&a, (char *const *)(uintptr_t)WORDS(bad[i])));

@@ -31,6 +31,7 @@ STREAMS: Final = 65535
 STDIN: Final = 0
 STDOUT: Final = 1
 STDERR: Final = 2
+TRACE: Final = 3
 
 
 class Type(IntEnum):
