@@ -25,10 +25,11 @@ from typing import Self
 
 from trivisor.core.errors import EngineError, HostLacks
 from trivisor.core.paths import Home
+from trivisor.launch import cgroup_freeze
 from trivisor.launch import cgroup_layout as layouts
 from trivisor.launch.cgroup_layout import Hierarchy, Layout
 from trivisor.launch.cgroup_limits import CONTROLLER, Limits, Setting, settings
-from trivisor.launch.cgroup_place import Place, await_event, folders, kill_each, poll_until, remove_tree, write
+from trivisor.launch.cgroup_place import Place, await_event, folders, kill_each, remove_tree, write
 
 __all__ = ["Cgroup", "Counters", "Limits", "Usage", "limits_possible", "names", "remove", "sweep"]
 
@@ -154,25 +155,16 @@ class Cgroup:
     @property
     def frozen(self) -> bool:
         place = self._of("freezer")
-        if place is None:
-            return False
-        return place.table("cgroup.events").get("frozen") == 1 if place.unified else place.read("freezer.state").strip() == "FROZEN"
+        return place is not None and cgroup_freeze.frozen(place)
 
     def _set_frozen(self, frozen: bool, timeout: float) -> None:
         place = self._of("freezer")
         if place is None:
             raise HostLacks("this host has no freezer that can be used", hint=layouts.layout().remedies.get("freezer", ""))
-        file, value = ("cgroup.freeze", str(int(frozen))) if place.unified else ("freezer.state", "FROZEN" if frozen else "THAWED")
         try:
-            write(place.path / file, value)
-            if place.unified:
-                done = await_event(place, "frozen", int(frozen), timeout)
-            else:
-                done = poll_until(lambda: place.read("freezer.state").strip() == value, timeout)
-            if not done and frozen:
-                write(place.path / file, "0" if place.unified else "THAWED")
+            done = (cgroup_freeze.freeze if frozen else cgroup_freeze.thaw)(place, timeout)
         except OSError as error:
-            raise EngineError(f"{place.path / file} cannot be written", output=str(error)) from error
+            raise EngineError(f"the freezer of {place.path} cannot be written", output=str(error)) from error
         if not done:
             verb = "freeze" if frozen else "thaw"
             raise EngineError(f"the machine did not {verb} in {timeout:g} s", hint="a process in it waits for a disk")
