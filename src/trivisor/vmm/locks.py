@@ -26,18 +26,19 @@ _hooked = False
 
 
 class FolderGone(StorageError):
-    """The folder that holds the lock is not there."""
+    """The folder that holds the lock is not there, or is being removed."""
 
 
 @contextmanager
-def hold(path: Path, operation: str, machine: str, *, wait: float = 0.0) -> Iterator[None]:
+def hold(path: Path, operation: str, machine: str, *, wait: float = 0.0, make: bool = True) -> Iterator[None]:
     """Hold the lock at `path` for `operation`, waiting at most `wait` seconds for another to end.
 
-    A machine that is only being put right is waited for in any case. Raises Busy naming the operation
-    that holds it, FolderGone where there is no folder.
+    A machine that is only being put right is waited for in any case. Without `make` there must be a file to lock: who
+    removes a folder holds the lock of a file that goes with it, and another made in its place would lock nothing.
+    Raises Busy naming the operation that holds it, FolderGone where there is no folder, or file.
     """
     _hook()
-    fd = _open(path, machine)
+    fd = _open(path, machine, os.O_CREAT if make else 0)
     _held.add(fd)
     try:
         _acquire(fd, operation, machine, wait)
@@ -71,9 +72,9 @@ def held(path: Path) -> bool:
     return False
 
 
-def _open(path: Path, machine: str) -> int:
+def _open(path: Path, machine: str, flags: int) -> int:
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        return os.open(path, os.O_RDWR | flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except FileNotFoundError as error:
         raise FolderGone(f"the folder {path.parent} is gone", machine=machine, hint="delete the machine") from error
     except OSError as error:

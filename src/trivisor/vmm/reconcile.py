@@ -42,7 +42,7 @@ def settle(context: Context, row: Row) -> Row | None:
     if not _doubtful(context, row):
         return row
     try:
-        with locks.hold(context.folder(row).lock, locks.SETTLE, row.name):
+        with locks.hold(context.folder(row).lock, locks.SETTLE, row.name, make=False):
             return settle_held(context, row.id)
     except Busy:
         return context.records.row(row.id)
@@ -206,7 +206,7 @@ def _recover(context: Context, row: Row) -> Row | None:
 
 
 def _settle_without_folder(context: Context, row: Row) -> Row | None:
-    """There is nothing to lock: the row is before its folder (create), after it (delete), or the folder was taken away."""
+    """There is nothing to lock: the row is before its folder (create), after it (delete), or something was taken away."""
     fresh = context.records.row(row.id)
     if fresh is None or (fresh.operator is not None and fresh.operator.alive()):
         return fresh
@@ -214,6 +214,12 @@ def _settle_without_folder(context: Context, row: Row) -> Row | None:
     if orphan or fresh.operation in ("create", "delete"):
         erase(context, fresh, "swept", f"{fresh.operation} was cut short" if fresh.operation else "")
         return None
+    if context.folder(fresh).root.is_dir():  # it was the lock's file that was taken away
+        try:
+            with locks.hold(context.folder(fresh).lock, locks.SETTLE, fresh.name):
+                return settle_held(context, fresh.id)
+        except (Busy, locks.FolderGone):
+            return context.records.row(fresh.id)
     lost: dict[str, Any] = {"state": State.FAILED, "reason": "its folder is gone", "operation": "", "operator": None}
     return _put_right(context, fresh, ("failed", "its folder is gone"), **lost)
 

@@ -109,6 +109,12 @@ def test_no_folder(tmp_path: Path) -> None:
     assert not locks.held(tmp_path / "no" / "lock")
 
 
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(locks.FolderGone), locks.hold(tmp_path / "lock", "start", "web", make=False):
+        pytest.fail("held nothing")
+    assert not (tmp_path / "lock").exists()
+
+
 def test_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "lock").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(StorageError), locks.hold(tmp_path / "lock", "start", "web"):
