@@ -53,7 +53,7 @@ class Condition(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __str__(self) -> str:
         mask = "" if self.mask == WHOLE else f"&{self.mask:#x}"
-        return f"arg{self.index}{mask}{self.test}{self.value:#x}" if self.value > 4096 else f"arg{self.index}{mask}{self.test}{self.value}"
+        return f"arg{self.index}{mask}{self.test}" + (f"{self.value:#x}" if mask or self.value > 4096 else f"{self.value}")
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -113,6 +113,14 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise InvalidSpec(f"a delay is seconds, more than 0 and at most {MAX_DELAY:g}, not {self.delay!r}")
         if self.delay and self.action in ("kill", "log"):
             raise InvalidSpec(f"a delay goes with errno, return and allow, not with {self.action}")
+        if self.path and self.action == "allow":
+            raise InvalidSpec(
+                "allow by path would only pretend: the program may change the path after it was looked at",
+                hint="paths (read, write, execute) are enforced by the kernel; a rule with an errno and a path injects a fault",
+            )
+        self._check_conditions()
+
+    def _check_conditions(self) -> None:
         if len(self.args) > MAX_CONDITIONS:
             raise InvalidSpec(f"a rule has at most {MAX_CONDITIONS} conditions on arguments")
         for condition in self.args:

@@ -58,9 +58,9 @@ Verdicts = Mapping[str, Sequence[tuple[Rule, int]]]
 """A call's name to what it gets, in order: the first whose conditions all hold decides; none: the profile does."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Profile:
-    """What calls get that no rule decides."""
+    """What calls get that no rule decides. Two are the same only if they are one: what is compiled out of one is kept by it."""
 
     allowed: Allowed = field(default_factory=dict)
     errnos: Mapping[str, int] = field(default_factory=dict)

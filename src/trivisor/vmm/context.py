@@ -16,6 +16,8 @@ from trivisor.vmm.engine import Box, Engine
 from trivisor.vmm.guestline import Lines
 from trivisor.vmm.records import Records, Row
 from trivisor.vmm.shares import folders
+from trivisor.vos.syscalls.service import Held
+from trivisor.vos.syscalls.supervisor import Supervisor
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class Context:
     images: Images
     engines: Mapping[Wall, Engine]
     lines: Lines = field(default_factory=Lines)
+    _held: dict[str, Held] = field(default_factory=dict)
+    _supervisors: dict[str, Supervisor] = field(default_factory=dict)
 
     def engine(self, wall: Wall, machine: str = "") -> Engine:
         """Return the engine of `wall`. Raises UnsupportedByWall where this version has none."""
@@ -34,6 +38,14 @@ class Context:
         if engine is None:
             raise UnsupportedByWall("run machines in this version of Trivisor", wall, self.engines, machine=machine)
         return engine
+
+    def held(self, machine: str) -> Held:
+        """Return what this process holds of a machine's system calls."""
+        return self._held.setdefault(machine, Held())
+
+    def supervisor(self, machine: str, name: str) -> Supervisor:
+        """Return what runs this process's handlers for a machine."""
+        return self._supervisors.setdefault(machine, Supervisor(name))
 
     def row(self, machine: str) -> Row:
         """Return the record of the machine with this id, as it stands. Raises NotFound."""

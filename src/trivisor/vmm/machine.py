@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import msgspec
 
-from trivisor.core.errors import NotFound, WaitTimeout
+from trivisor.core.errors import NotFound, UnsupportedByWall, WaitTimeout
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.state import State, check
 from trivisor.vmm import life, limits, logs, reconcile, watch
@@ -25,8 +25,14 @@ from trivisor.vos.capture import Sink, Stdin
 from trivisor.vos.files import Files
 from trivisor.vos.forward import Forward, forward
 from trivisor.vos.line import Line
+from trivisor.vos.ports import SyscallPort
 from trivisor.vos.process import Process
 from trivisor.vos.processes import MAX_OUTPUT, Argv, ExecResult, Processes
+from trivisor.vos.syscalls import direct
+from trivisor.vos.syscalls.compile import Compiled
+from trivisor.vos.syscalls.policy import Policy
+from trivisor.vos.syscalls.service import Syscalls
+from trivisor.vos.syscalls.supervisor import Attachment
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,11 +148,14 @@ class Machine:
         on_stderr: Sink | None = None,
         check: bool = False,
         max_output: int = MAX_OUTPUT,
+        policy: Policy | None = None,
     ) -> ExecResult:
         """Run a command to its end and return how it went; a str is a line for /bin/sh. vos.processes.Processes.exec says more.
 
+        `policy` says what it gets from system calls, beside the machine's own rules (vos/syscalls).
+
         Raises InvalidState, ExecTimeout after `timeout` seconds (its process group is killed), ExecFailed with `check`,
-        GuestGone, GuestProtocolError.
+        GuestGone, GuestProtocolError, UnsupportedByWall.
         """
         return self._processes("exec").exec(
             argv,
@@ -159,6 +168,7 @@ class Machine:
             on_stderr=on_stderr,
             check=check,
             max_output=max_output,
+            policy=policy,
         )
 
     def spawn(
@@ -172,12 +182,20 @@ class Machine:
         size: tuple[int, int] = (24, 80),
         stdin: bool = True,
         detach: bool = False,
+        policy: Policy | None = None,
     ) -> Process:
         """Start a command and return it running: with pipes, or with `pty` a terminal of `size` (rows, columns).
 
         It is killed when this process ends or closes the VMM, unless `detach`. Raises InvalidState, GuestGone.
         """
-        return self._processes("spawn").spawn(argv, env=env, cwd=cwd or "", user=user or "", pty=pty, size=size, stdin=stdin, detach=detach)
+        return self._processes("spawn").spawn(
+            argv, env=env, cwd=cwd or "", user=user or "", pty=pty, size=size, stdin=stdin, detach=detach, policy=policy
+        )
+
+    @property
+    def syscalls(self) -> Syscalls:
+        """What its programs get from their system calls."""
+        return Syscalls(self.name, self.spec.syscalls, self._port, self._context.held(self.id), self._attach)
 
     @property
     def files(self) -> Files:
@@ -245,7 +263,19 @@ class Machine:
             return False
 
     def _processes(self, verb: str) -> Processes:
-        return Processes(self._line_for(verb), self.name, self.spec.env)
+        return Processes(self._line_for(verb), self.name, self.spec.env, self.syscalls)
+
+    def _attach(self, compiled: Compiled) -> Attachment:
+        """Have this process's handlers answer the command that what was compiled goes with."""
+        answer = self._port().answer
+        if answer is None or compiled.policy is None:
+            raise UnsupportedByWall("have Python functions answer system calls", self.wall, ["container"], machine=self.name)
+        listener = direct.dial(answer, compiled.token, self.name)
+        supervisor = self._context.supervisor(self.id, self.name)
+        return supervisor.attach(listener, compiled.policy.handlers, ruled=compiled.ruled, refused=compiled.refused)
+
+    def _port(self) -> SyscallPort:
+        return self._context.engine(self.wall, self.name).syscalls(self._context.box(self._first))
 
     def _line_for(self, verb: str) -> Callable[[], Line]:
         def line() -> Line:

@@ -31,6 +31,8 @@ from trivisor.vmm.imports import NotedImages
 from trivisor.vmm.machine import Machine
 from trivisor.vmm.records import Records, Row
 from trivisor.vmm.volumes import Volumes
+from trivisor.vos.syscalls.compile import compile_exec
+from trivisor.vos.syscalls.policy import Policy
 
 _EVENT_POLL = 0.1
 _LOOK = 1.0
@@ -74,6 +76,8 @@ class VMM:
     def create(self, image: str, *, name: str | None = None, wall: str = "auto", **spec: Any) -> Machine:
         """Make a machine from an image, without starting it. `spec`: the fields of core.spec.Spec.
 
+        `syscalls` may be a Policy: its rules and paths are the machine's, its handlers answer the commands that this process starts.
+
         Raises InvalidSpec, NotFound (image), AlreadyExists (name), UnsupportedByWall, HostLacks, StorageError.
         """
         chosen = self._wall(wall)
@@ -82,6 +86,7 @@ class VMM:
             raise UnsupportedByWall("run on the host's own root", chosen, [wall for wall in self._context.engines if wall != "vm"])
         found = self._context.images.get(image)
         self._context.engine(chosen).check(wishes)
+        handlers = self._handlers(wishes, spec.get("syscalls"))
         if wishes.volumes:
             spec["volumes"] = shares.settle(self._context.home, wishes.volumes)
         # What the image wants in the environment lies under what the caller wants.
@@ -89,7 +94,9 @@ class VMM:
         for attempt in range(_NAME_TRIES):
             wishes = Spec.make(image=image, name=names.readable(attempt) if name is None else name, wall=chosen, **spec)
             try:
-                return Machine(self._context, life.create(self._context, wishes, found))
+                machine = Machine(self._context, life.create(self._context, wishes, found))
+                self._context.held(machine.id).policy = handlers
+                return machine
             except AlreadyExists:
                 if name is not None or attempt == _NAME_TRIES - 1:
                     raise
@@ -165,6 +172,13 @@ class VMM:
 
     def __repr__(self) -> str:
         return f"VMM({os.fspath(self.home)!r})"
+
+    def _handlers(self, wishes: Spec, policy: object) -> Policy | None:
+        """Return what of a machine's policy is not in its spec. Raises what a command of it would raise."""
+        held = policy.answering() if isinstance(policy, Policy) else None
+        if wishes.syscalls or held:
+            compile_exec(self._context.engine(wishes.wall).syscalls(), wishes.syscalls, held, wishes.name)
+        return held
 
     def _settled(self, rows: Iterable[Row]) -> Iterator[Row]:
         for row in rows:

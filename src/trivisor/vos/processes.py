@@ -17,6 +17,9 @@ from trivisor.vos.capture import QUIET_WAKE, Capture, Sink, Stdin
 from trivisor.vos.command import Command
 from trivisor.vos.line import Line
 from trivisor.vos.process import Process
+from trivisor.vos.syscalls.compile import Compiled
+from trivisor.vos.syscalls.policy import Policy
+from trivisor.vos.syscalls.service import Answering, Syscalls
 from trivisor.vos.wire import STDERR, STDOUT, Flag
 
 MAX_OUTPUT = 256 << 20
@@ -65,8 +68,11 @@ class ExecResult:
 class Processes:
     """Runs commands in one machine. Thread-safe. `env` lies under the env of each command."""
 
-    def __init__(self, line_of: Callable[[], Line], machine: str, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, line_of: Callable[[], Line], machine: str, env: Mapping[str, str] | None = None, syscalls: Syscalls | None = None
+    ) -> None:
         self.machine = machine
+        self._syscalls = syscalls
         self._line_of = line_of
         self._env = dict(env or {})
 
@@ -83,22 +89,26 @@ class Processes:
         on_stderr: Sink | None = None,
         check: bool = False,
         max_output: int = MAX_OUTPUT,
+        policy: Policy | None = None,
     ) -> ExecResult:
         """Run `argv` to its end.
 
         `user` is a name or uid, with `:group` if wanted (root unless given); `cwd` the user's home unless given.
         `stdin` is bytes, text, a binary file or an iterable of bytes; empty means /dev/null. `on_stdout` and `on_stderr`
         are called with bytes as they come. At most `max_output` bytes of each output are kept: more is an error, but
-        with a callback the rest is only not kept.
+        with a callback the rest is only not kept. `policy` says what it, and what it starts, gets from system calls.
 
         Raises ExecTimeout after `timeout` seconds (the process group is killed), ExecFailed with `check` if the exit
         code is not 0, GuestError if the guest refuses (no such user or cwd), GuestGone and GuestProtocolError if the
-        line fails. What a callback or `stdin` raises kills the command and goes through; so does Ctrl-C.
+        line fails, InvalidSpec and UnsupportedByWall for a policy. What a callback or `stdin` raises kills the command
+        and goes through; so does Ctrl-C.
         """
         words = _words(argv)
         capture = Capture(self.machine, max_output, {STDOUT: on_stdout, STDERR: on_stderr})
-        request = wire.exec_request(words, self._environment(env), flags=_stdin_flag(stdin), user=user, cwd=cwd)
-        result = self._run(words, request, capture, stdin, timeout)
+        compiled = self._compiled(policy)
+        operations = compiled.operations if compiled else None
+        request = wire.exec_request(words, self._environment(env), flags=_stdin_flag(stdin), user=user, cwd=cwd, policy=operations)
+        result = self._run(words, request, capture, stdin, timeout, compiled)
         if check and not result.ok:
             raise ExecFailed(self.machine, result, _failure(result))
         return result
@@ -114,6 +124,7 @@ class Processes:
         size: tuple[int, int] = (24, 80),
         stdin: bool = True,
         detach: bool = False,
+        policy: Policy | None = None,
     ) -> Process:
         """Start `argv` and return it running.
 
@@ -122,8 +133,12 @@ class Processes:
         """
         words = _words(argv)
         flags = (Flag.PTY if pty else 0) | (Flag.DETACH if detach else 0) | (0 if stdin else Flag.NO_STDIN)
-        request = wire.exec_request(words, self._environment(env), flags=flags, size=size if pty else (0, 0), user=user, cwd=cwd)
-        return self._start(words, request, pty=pty)
+        compiled = self._compiled(policy)
+        operations = compiled.operations if compiled else None
+        request = wire.exec_request(
+            words, self._environment(env), flags=flags, size=size if pty else (0, 0), user=user, cwd=cwd, policy=operations
+        )
+        return self._start(words, request, pty=pty, compiled=compiled)
 
     def builtin(self, argv: Sequence[str], *, user: str = "", stdin: bool = False) -> Process:
         """Start one of the guest's own commands (PROTOCOL.md, "Builtins")."""
@@ -146,15 +161,44 @@ class Processes:
         request = wire.exec_request(words, (), flags=Flag.BUILTIN | _stdin_flag(stdin), user=user)
         return self._run(words, request, Capture(self.machine, limit, {STDOUT: None, STDERR: None}, hint), stdin, timeout)
 
-    def _run(self, words: tuple[str, ...], request: bytes, capture: Capture, stdin: Stdin, timeout: float | None) -> ExecResult:
+    def _compiled(self, policy: Policy | None) -> Compiled | None:
+        if self._syscalls is not None:
+            return self._syscalls.compiled(policy)
+        if policy is not None:
+            raise InvalidSpec("these commands take no policy", hint="use exec and spawn of the machine")
+        return None
+
+    def _answering(self, command: Command, compiled: Compiled | None) -> Answering | None:
+        """Have the handlers of what was compiled answer `command`, which is under way."""
+        if compiled is None or compiled.policy is None or self._syscalls is None:
+            return None
+        try:
+            return self._syscalls.attach(compiled)
+        except BaseException:
+            if command.error is None:
+                command.abort()
+                raise
+            return None  # the guest refused the command: whoever waits for it hears why
+
+    def _run(
+        self,
+        words: tuple[str, ...],
+        request: bytes,
+        capture: Capture,
+        stdin: Stdin,
+        timeout: float | None,
+        compiled: Compiled | None = None,
+    ) -> ExecResult:
         began = time.monotonic()
         deadline = None if timeout is None else began + timeout
         command = Command.start(self._line_of(), request, deadline, QUIET_WAKE if capture.quiet else 1)
+        self._answering(command, compiled)
         capture.run(command, stdin, timeout, deadline)
         return self._result(words, command, capture, time.monotonic() - began)
 
-    def _start(self, words: tuple[str, ...], request: bytes, *, pty: bool) -> Process:
+    def _start(self, words: tuple[str, ...], request: bytes, *, pty: bool, compiled: Compiled | None = None) -> Process:
         command = Command.start(self._line_of(), request, time.monotonic() + START_TIMEOUT)
+        self._answering(command, compiled)
         try:
             pid = command.started(START_TIMEOUT)
         except KeyboardInterrupt:

@@ -8,9 +8,10 @@ filter, calls that the wall's profile refuses end in the profile's errno, never 
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from trivisor.core.errors import InvalidSpec
@@ -46,6 +47,8 @@ class Compiled:
     """Names its listener to the answerer; empty: nothing is answered outside of the kernel."""
     policy: Policy | None = None
     """The policy whose handlers attach to it, if any."""
+    ruled: frozenset[int] = frozenset()
+    """Numbers of calls with a handler of which rules are asked first."""
     refused: Mapping[int, int] = field(default_factory=dict)
     """Numbers of calls that may not be let proceed, to the errno that they get instead."""
 
@@ -56,34 +59,39 @@ def compile_exec(port: SyscallPort, spec: SyscallSpec | None, policy: Policy | N
     The machine's rules come before the command's. Raises InvalidSpec for what contradicts each other, UnsupportedByWall.
     """
     ours = policy or Policy()
-    rules = [*(spec.rules if spec else ()), *ours.rules]
+    rules = (*(spec.rules if spec else ()), *ours.rules)
     places = [paths for paths in (spec.paths if spec else None, ours.places) if paths]
     if not rules and not places and not ours.handlers and not ours.tracing:
         return None
-    for rule in rules:
-        for name in rule.calls:
-            syscalls.number(name, port.machine)
-    agree(rules, ours.handlers)
-    work = _Work(port, rules, ours)
-    operations = [("seccomp", work.filter().hex()), *_landlock(places)]
-    if places:
-        port.need("landlock", machine)
-    if any(rule.action == "log" for rule in rules):
-        port.need("log", machine)
-    port.need("kernel", machine)
-    if ours.tracing:
-        port.need("trace", machine)
-        operations.append(("trace", *map(str, work.numbers(ours.tracing.calls))))
-        if ours.tracing.no_vdso:
-            port.need("no-vdso", machine)
-            operations.append(("no-vdso",))
-    answered = work.answered()
-    if not answered:
+    if spec and spec.rules:
+        agree(rules, ours.handlers)
+    handled = frozenset(name for handler in ours.handlers for name in handler.calls)
+    work = _work(port.profile, port.machine, port.wall, rules, handled, None if ours.tracing is None else ours.tracing.calls)
+    for feature in _needed(rules, places, ours, work):
+        port.need(feature, machine)
+    operations = [("seccomp", work.filter), *_landlock(places), *work.tracing]
+    if ours.tracing and ours.tracing.no_vdso:
+        operations.append(("no-vdso",))
+    if not work.answered:
         return Compiled(tuple(operations))
-    port.need("notify", machine)
     token = secrets.token_bytes(16)
-    operations += [("token", token.hex()), *answered]
-    return Compiled(tuple(operations), token, ours if ours.handlers else None, work.refused())
+    operations += [("token", token.hex()), *work.answered]
+    return Compiled(tuple(operations), token, ours if ours.handlers else None, work.ruled, work.refused)
+
+
+def _needed(rules: Sequence[Rule], places: Sequence[Paths], policy: Policy, work: _Work) -> Iterator[str]:
+    """Yield the features of a wall that this takes."""
+    yield "kernel"
+    if places:
+        yield "landlock"
+    if any(rule.action == "log" and by_kernel(rule) for rule in rules):
+        yield "log"
+    if policy.tracing:
+        yield "trace"
+        if policy.tracing.no_vdso:
+            yield "no-vdso"
+    if work.answered:
+        yield "notify"
 
 
 def by_kernel(rule: Rule) -> bool:
@@ -94,54 +102,57 @@ def by_kernel(rule: Rule) -> bool:
 
 
 class _Work:
-    """One command's rules by call."""
+    """One command's rules by call. Immutable: commands with the same rules share it."""
 
-    def __init__(self, port: SyscallPort, rules: list[Rule], policy: Policy) -> None:
-        self._port = port
-        self._profile: Profile = port.profile
+    def __init__(
+        self, profile: Profile, machine: str, wall: str, rules: tuple[Rule, ...], handled: frozenset[str], traced: tuple[str, ...] | None
+    ) -> None:
+        self._profile = profile
+        self._machine = machine
+        self._known = syscalls.table(machine)
         self._rules = rules
-        self._policy = policy
-        self._handled = {name for handler in policy.handlers for name in handler.calls}
-        tracing = policy.tracing
-        self._traced = set() if tracing is None else set(tracing.calls or syscalls.table(port.machine))
+        self._handled = handled
         for rule in rules:
-            _within(rule, self._profile, port.wall)
+            for name in rule.calls:
+                syscalls.number(name, machine)
+            _within(rule, profile, wall)
+        self._asked = {name for rule in rules if not by_kernel(rule) for name in rule.calls}
+        """Calls that a rule needs an answer from outside for."""
+        self._named = {name for rule in rules for name in rule.calls} | handled
+        self.answered = tuple(self._answered())
+        """The rules and handlers that the filter leaves to others, in order."""
+        self.ruled = frozenset(self._numbers(self._asked & handled))
+        refused = {name: profile.refusal(name) for name in handled if name in self._known}
+        self.refused = {self._known[name]: code for name, code in refused.items() if code is not None}
+        """Calls that get this far only to be answered: the profile lets none of them be made."""
+        # What stops a call for the tracer is the filter, where that does nothing else with it: an errno or a notification goes before.
+        alone = bool(traced) and all(name not in self._named and profile.refusal(name) is None for name in traced or ())
+        self._traced = frozenset(traced or ()) if alone else frozenset()
+        mode = "filter" if alone else "stops" if traced else "all"
+        self.tracing: list[Operation] = [] if traced is None else [("trace", mode, *map(str, self._numbers(traced)))]
+        verdicts = {name: self._verdicts(name) for name in self._named | self._traced}
+        self.filter = compile_policy(profile, verdicts, machine=machine).hex()
 
-    def numbers(self, names: Iterable[str]) -> list[int]:
+    def _numbers(self, names: Iterable[str]) -> list[int]:
         """Return the numbers of those calls that this architecture has."""
-        known = syscalls.table(self._port.machine)
-        return [known[name] for name in names if name in known]
+        return [self._known[name] for name in sorted(names) if name in self._known]
 
-    def filter(self) -> bytes:
-        verdicts = {name: self._verdicts(name) for rule in self._rules for name in rule.calls}
-        verdicts |= {name: self._verdicts(name) for name in self._handled | self._traced}
-        return compile_policy(self._profile, verdicts, machine=self._port.machine)
-
-    def answered(self) -> list[Operation]:
-        """Return the rules and handlers that the filter leaves to others, in order."""
+    def _answered(self) -> list[Operation]:
         done: list[Operation] = []
-        asked = {name for rule in self._rules if not by_kernel(rule) for name in rule.calls}
         begun: set[str] = set()
         for number, rule in enumerate(self._rules):
             begun |= set() if by_kernel(rule) else set(rule.calls)
-            done += self._operations(number, rule, [name for name in rule.calls if name in begun | self._handled])
-        for name in sorted(asked):
+            done += self._operations(number, rule, [name for name in rule.calls if name in begun])
+        for name in sorted(self._asked - self._handled):
             refused = self._profile.refusal(name)
-            done += [("rule", "0", str(nr), f"errno={refused}") for nr in self.numbers([name]) if refused and name not in self._handled]
-        if handled := self.numbers(sorted(self._handled)):
+            done += [("rule", "0", str(nr), f"errno={refused}") for nr in self._numbers([name]) if refused]
+        if handled := self._numbers(self._handled):
             done.append(("handler", ",".join(map(str, handled))))
-        return done if asked or self._handled else []
-
-    def refused(self) -> dict[int, int]:
-        """Return the calls that get this far only to be answered: the profile lets none of them be made."""
-        known = syscalls.table(self._port.machine)
-        found = {name: self._profile.refusal(name) for name in self._handled if name in known}
-        return {known[name]: code for name, code in found.items() if code is not None}
+        return done
 
     def _verdicts(self, name: str) -> list[_Verdict]:
         """Return what the filter does with one call, in order, before the profile is asked."""
         made: list[_Verdict] = []
-        traced = name in self._traced
         for rule in self._rules:
             if name not in rule.calls:
                 continue
@@ -155,10 +166,10 @@ class _Work:
             elif rule.action == "kill":
                 made.append((args, KILL))
             else:
-                made += self._within_profile(name, args, LOG if rule.action == "log" else TRACE if traced else ALLOW)
+                made += self._within_profile(name, args, LOG if rule.action == "log" else ALLOW)
         if name in self._handled:
             made += self._within_profile(name, (), NOTIFY)
-        elif traced and self._profile.refusal(name) is None:
+        elif name in self._traced:
             made += self._within_profile(name, (), TRACE)
         return made
 
@@ -178,11 +189,14 @@ class _Work:
             groups.setdefault((on, self._profile.refusal(name), args), []).append(name)
         done: list[Operation] = []
         for (on, refused, args), group in groups.items():
-            numbers = self.numbers(group)
+            numbers = self._numbers(group)
             if numbers:
                 words = [f"arg={arg}" for arg in args] + _keys(rule, on)
                 done.append(("rule", str(number + 1), ",".join(map(str, numbers)), *_action(rule, refused), *words))
         return done
+
+
+_work = functools.lru_cache(maxsize=64)(_Work)
 
 
 def path_argument(name: str) -> str | None:

@@ -44,6 +44,8 @@ class Handler:
     calls: tuple[str, ...]
     function: Answering
     timeout: float
+    enforces: bool = False
+    """It may let no call be made whose memory it has looked at."""
 
     def __str__(self) -> str:
         return f"handler {getattr(self.function, '__name__', 'function')} of {'+'.join(self.calls)}"
@@ -107,6 +109,23 @@ class Policy:
         made._rules, made._handlers, made._tracing = list(self._rules), list(self._handlers), self._tracing
         return made
 
+    def joined(self, other: Policy) -> Policy:
+        """Return a policy with what is in this one and then what is in `other`. Raises InvalidSpec for what contradicts each other."""
+        agree([*self._rules, *other.rules], [*self._handlers, *other.handlers])
+        if self._paths and other.places and self._paths != other.places:
+            raise InvalidSpec(f"{self._paths} and {other.places} contradict each other", hint="say all places in one policy")
+        made = Policy(paths=self._paths or other.places)
+        made._rules = [*self._rules, *other.rules]
+        made._handlers = [*self._handlers, *other.handlers]
+        made._tracing = other.tracing or self._tracing
+        return made
+
+    def answering(self) -> Policy | None:
+        """Return a policy with only the handlers of this one; None if it has none."""
+        made = Policy()
+        made._handlers = list(self._handlers)
+        return made if made._handlers else None
+
     # -- rules ------------------------------------------------------------------------------------
 
     def fail(self, calls: Calls, errno: str | int, **when: Any) -> Rule:
@@ -129,9 +148,10 @@ class Policy:
         """Kill the process (SIGSYS) that makes the call; conditions as of `fail`."""
         return self._make(calls, "kill", **when)
 
-    def log(self, calls: Calls, *, args: object = None) -> Rule:
-        """Have the kernel note calls in its log (SECCOMP_RET_LOG), and make them."""
-        return self._make(calls, "log", args=args)
+    def log(self, calls: Calls, **when: Any) -> Rule:
+        """Have calls noted and made; conditions as of `fail`. With conditions on arguments alone the kernel's log has them
+        (SECCOMP_RET_LOG), else the machine's own, `Machine.logs(source="engine")`."""
+        return self._make(calls, "log", **when)
 
     def allow(self, calls: Calls, *, args: object = None, path: str | None = None) -> Rule:
         """Have calls be made whatever the rules behind this one say. It never gives more than the wall does without a policy."""
@@ -177,10 +197,11 @@ class Policy:
         self._paths = made
         return made
 
-    def on(self, *calls: str, timeout: float = HANDLER_TIMEOUT) -> Callable[[Answering], Answering]:
+    def on(self, *calls: str, timeout: float = HANDLER_TIMEOUT, enforces: bool = False) -> Callable[[Answering], Answering]:
         """Have the function under it answer these calls, within `timeout` seconds. It is given a Call.
 
-        If it raises, or is late, the call fails with EPERM.
+        If it raises, or is late, the call fails with EPERM. With `enforces` it cannot proceed with a call whose memory (a path, an
+        address) it has looked at, since another thread may have changed it since: it answers by return, errno or on behalf.
         """
         if not calls or not all(isinstance(name, str) for name in calls):
             raise InvalidSpec("on takes names of system calls", hint='for example @policy.on("openat", "openat2")')
@@ -190,7 +211,7 @@ class Policy:
             raise InvalidSpec(f"timeout is seconds, more than 0, not {timeout!r}")
 
         def wrap(function: Answering) -> Answering:
-            handler = Handler(tuple(dict.fromkeys(calls)), function, float(timeout))
+            handler = Handler(tuple(dict.fromkeys(calls)), function, float(timeout), enforces)
             agree(self._rules, [*self._handlers, handler])
             self._handlers.append(handler)
             return function

@@ -1,0 +1,88 @@
+"""`vm.syscalls`: what one machine's programs get from their system calls, as the process that holds the machine has it.
+
+Rules and paths are the machine's, written down with its spec: they hold whoever starts a command, after a stop and a start, and
+after all of us have gone. Handlers are this process's: they answer the commands that it starts, while it lives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from trivisor.core.errors import InvalidSpec
+from trivisor.core.rules import Paths, Rule, SyscallSpec
+from trivisor.vos.ports import SyscallPort
+from trivisor.vos.syscalls.compile import Compiled, compile_exec
+from trivisor.vos.syscalls.policy import Handler, Policy
+
+
+class Answering(Protocol):
+    """Handlers that answer one command's calls, until it has ended."""
+
+    def close(self) -> None: ...
+
+
+Attach = Callable[[Compiled], Answering]
+"""Have the handlers of what was compiled answer the command that bears its token. Raises GuestError."""
+
+
+class Held:
+    """What this process holds of one machine: the handlers that go with each of its commands."""
+
+    def __init__(self) -> None:
+        self.policy: Policy | None = None
+
+
+class Syscalls:
+    """The system calls of one machine."""
+
+    def __init__(self, machine: str, spec: SyscallSpec | None, port: Callable[[], SyscallPort], held: Held, attach: Attach) -> None:
+        self._machine = machine
+        self._spec = spec
+        self._port = port
+        self._held = held
+        self._attach = attach
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What this machine's wall can: kernel, notify, landlock, log, trace, no-vdso (vos/ports.py)."""
+        return self._port().features
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The machine's own rules, which come before those of a command."""
+        return self._spec.rules if self._spec else ()
+
+    @property
+    def paths(self) -> Paths | None:
+        """The only places that the machine's programs may use, if that was asked for."""
+        return self._spec.paths if self._spec else None
+
+    @property
+    def handlers(self) -> tuple[Handler, ...]:
+        """The handlers that `use` was given."""
+        return self._held.policy.handlers if self._held.policy else ()
+
+    def use(self, policy: Policy | None) -> None:
+        """Have `policy` go with each command that this process starts in the machine from now on; None: no longer.
+
+        Rules that shall hold whoever starts a command are the machine's: give them when it is made. Raises
+        InvalidSpec for what contradicts the machine's rules, UnsupportedByWall.
+        """
+        if policy is not None:
+            compile_exec(self._port(), self._spec, policy, self._machine)
+            policy = policy.copy()
+        self._held.policy = policy
+
+    def compiled(self, policy: Policy | None = None) -> Compiled | None:
+        """Return what goes with a command that is given `policy`; None if nothing does. Raises InvalidSpec, UnsupportedByWall."""
+        if policy is not None and not isinstance(policy, Policy):
+            raise InvalidSpec(f"policy must be a Policy, not {policy!r}", hint="for example Policy('write:ENOSPC,path=/data/*')")
+        if policy is None and self._spec is None and self._held.policy is None:
+            return None
+        both = self._held.policy.joined(policy) if self._held.policy and policy else policy or self._held.policy
+        return compile_exec(self._port(), self._spec, both, self._machine)
+
+    def attach(self, compiled: Compiled) -> Answering:
+        """Have the handlers in `compiled` answer its command, which has begun."""
+        return self._attach(compiled)
