@@ -49,13 +49,13 @@ class Capture:
     def run(self, command: Command, stdin: Stdin, timeout: float | None, deadline: float | None) -> None:
         """Return when the command has ended. On any failure, and Ctrl-C, it is killed first."""
         try:
-            feed = _Feed(command, stdin)
+            feed = Feed(command, stdin)
             while not command.over:
                 if not command.wait(lambda: self._waiting(command) or feed.ready(), deadline):
                     self._kill(command, timeout or 0.0)
-                self._collect(command)
+                self.collect(command)
                 feed.step(deadline)
-            self._collect(command)
+            self.collect(command)
             feed.check()
         except BaseException:
             command.abort(self._killed)
@@ -65,7 +65,8 @@ class Capture:
     def _waiting(self, command: Command) -> bool:
         return any(command.unread(channel) >= command.wake_size for channel in _CHANNELS)
 
-    def _collect(self, command: Command) -> None:
+    def collect(self, command: Command) -> None:
+        """Take what the command has written, and give it to the callbacks."""
         for channel in _CHANNELS:
             chunks = command.take(channel)
             if not chunks:
@@ -91,8 +92,8 @@ class Capture:
         self._sinks = {STDOUT: None, STDERR: None}
         try:
             while not command.over and command.wait(lambda: self._waiting(command), end):
-                self._collect(command)
-            self._collect(command)
+                self.collect(command)
+            self.collect(command)
         except GuestGone:
             raise
         except GuestError:
@@ -100,7 +101,7 @@ class Capture:
         raise ExecTimeout(self.machine, timeout, self.output(STDOUT), self.output(STDERR))
 
 
-class _Feed:
+class Feed:
     """Gives a command its stdin, as its window allows."""
 
     def __init__(self, command: Command, stdin: Stdin) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from trivisor.core.errors import ExecTimeout, GuestError, GuestProtocolError, WaitTimeout
 from trivisor.vos import wire
 from trivisor.vos.line import Line
-from trivisor.vos.wire import STDERR, STDIN, STDOUT, Exited, Type
+from trivisor.vos.wire import STDERR, STDIN, STDOUT, TRACE, Exited, Type
 
 _GRANT = wire.WINDOW // 2
 _BATCH = 8 * wire.DATA_MAX
@@ -39,7 +39,7 @@ class _Output:
 class Command:
     """A command under way. Thread-safe."""
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: Line, *, traced: bool = False) -> None:
         self.changed = threading.Condition(threading.Lock())
         self.pid: int | None = None
         self.exited: Exited | None = None
@@ -47,16 +47,16 @@ class Command:
         self.wake_size = 1
         """Waiters are woken for output once this much is unread."""
         self._line = line
-        self._outputs = {STDOUT: _Output(), STDERR: _Output()}
+        self._outputs = {channel: _Output() for channel in ((STDOUT, STDERR, TRACE) if traced else (STDOUT, STDERR))}
         self._credit = wire.WINDOW
         self._abandoned = False
         self._waiters = 0
         self._stream = 0
 
     @classmethod
-    def start(cls, line: Line, request: bytes, deadline: float | None, wake_size: int = 1) -> Command:
-        """Send an EXEC request. Does not wait for an answer."""
-        command = cls(line)
+    def start(cls, line: Line, request: bytes, deadline: float | None, wake_size: int = 1, *, traced: bool = False) -> Command:
+        """Send an EXEC request. Does not wait for an answer. Only a command that is `traced` may send records of a trace."""
+        command = cls(line, traced=traced)
         command.wake_size = wake_size
         command._stream = line.open(command)
         line.send(wire.exec_frames(command._stream, request), deadline)
@@ -263,9 +263,9 @@ class Command:
         try:
             if not self._line.closed:
                 self.signal(9)
-            while not self.over and self.wait(lambda: self.unread(STDOUT) + self.unread(STDERR) > 0, deadline):
-                self.take(STDOUT)
-                self.take(STDERR)
+            while not self.over and self.wait(lambda: any(map(self.unread, self._outputs)), deadline):
+                for channel in self._outputs:
+                    self.take(channel)
         except GuestError:
             return  # the line went; so do its commands
         finally:
