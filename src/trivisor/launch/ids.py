@@ -19,7 +19,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from trivisor.core.errors import EngineError, HostLacks
 from trivisor.launch import container, tvinit
@@ -28,6 +28,8 @@ from trivisor.launch.jail import FIRST_ID, SLOTS, TRIAL_TIMEOUT, USAGE, remedy
 from trivisor.launch.plan import Op, Plan, encode
 
 Kind = Literal["own", "same", "subids", "single"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+"""The strongest first."""
 
 SIZE = 1 << 16
 FIRST = FIRST_ID + SLOTS
@@ -153,7 +155,7 @@ def _probe(_uid: int, folder: Path, _device: int) -> Shape:
 
 
 def probe(home: Path) -> Shape:
-    """Return the strongest shape that works here for machines whose files lie in `home`. Takes some 5 ms, once a process.
+    """Return the strongest shape that works here for machines whose files lie in `home`. Takes some 5 ms, once a process and file system.
 
     Raises HostLacks, with what to switch on, where none does.
     """

@@ -37,6 +37,13 @@ def layers(box: Box) -> list[Layer]:
     return [Layer(lower, box.spec.memory // 2 if ram else place / (target.strip("/") or "root"), target) for lower, target in lowers]
 
 
+def shape(box: Box) -> Shape:
+    """Return the ids that the machine can have: those that all file systems it shows allow, of which the home's is only one where
+    the root is the host's. Raises HostLacks."""
+    places = {place.stat().st_dev: place for place in (*box.host_folders, box.home.root)}
+    return max((ids.probe(place) for place in places.values()), key=lambda found: ids.KINDS.index(found.kind))
+
+
 @contextmanager
 def ready(box: Box) -> Iterator[list[Layer]]:
     """Give the layers as a plan needs them; a disk's loop device is there until the `with` ends or the machine, whichever is later.

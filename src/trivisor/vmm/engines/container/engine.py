@@ -63,10 +63,10 @@ class ContainerEngine:
         provide.check(spec)
 
     def create(self, box: Box, undo: Undo) -> None:
-        layers.make(box, ids.probe(box.home.root).ids(box.slot).owner)
+        layers.make(box, layers.shape(box).ids(box.slot).owner)
 
     def start(self, box: Box, undo: Undo, progress: Progress) -> dict[str, str]:
-        shape = ids.probe(box.home.root)
+        shape = layers.shape(box)
         layers.check(box, shape)
         begun = time.monotonic()
         with ExitStack() as stack:

@@ -69,10 +69,10 @@ class GvisorEngine:
         provide.check(spec)
 
     def create(self, box: Box, undo: Undo) -> None:
-        layers.make(box, ids.probe(box.home.root).ids(box.slot).owner)
+        layers.make(box, layers.shape(box).ids(box.slot).owner)
 
     def start(self, box: Box, undo: Undo, progress: Progress) -> dict[str, str]:
-        found, shape = self._found()
+        found, shape = self._found()[0], layers.shape(box)
         layers.check(box, shape)
         verdict = probe.verdict(found, shape, self._home)
         platform = self._platform or verdict.platform
@@ -138,7 +138,7 @@ class GvisorEngine:
 
     def _command(self, box: Box) -> list[str]:
         """Return runsc's argv up to its verb, as the machine was started with it."""
-        found, shape = self._found()
+        found, shape = self._found()[0], layers.shape(box)
         platform = self._platform or probe.verdict(found, shape, self._home).platform
         return jailed.command(found, platform, shape.ids(box.slot), network=box.spec.network != "none")
 
