@@ -61,7 +61,7 @@ def compile_exec(port: SyscallPort, spec: SyscallSpec | None, policy: Policy | N
     ours = policy or Policy()
     rules = (*(spec.rules if spec else ()), *ours.rules)
     places = [paths for paths in (spec.paths if spec else None, ours.places) if paths]
-    if not rules and not places and not ours.handlers and not ours.tracing:
+    if not rules and not places and not ours.handlers and not ours.tracing and ours.vdso:
         return None
     if spec and spec.rules:
         agree(rules, ours.handlers)
@@ -70,7 +70,7 @@ def compile_exec(port: SyscallPort, spec: SyscallSpec | None, policy: Policy | N
     for feature in _needed(rules, places, ours, work):
         port.need(feature, machine)
     operations = [("seccomp", work.filter), *_landlock(places), *work.tracing]
-    if ours.tracing and ours.tracing.no_vdso:
+    if not ours.vdso:
         operations.append(("no-vdso",))
     if not work.answered:
         return Compiled(tuple(operations))
@@ -88,8 +88,8 @@ def _needed(rules: Sequence[Rule], places: Sequence[Paths], policy: Policy, work
         yield "log"
     if policy.tracing:
         yield "trace"
-        if policy.tracing.no_vdso:
-            yield "no-vdso"
+    if not policy.vdso:
+        yield "no-vdso"
     if work.answered:
         yield "notify"
 

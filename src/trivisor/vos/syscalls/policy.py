@@ -53,10 +53,19 @@ class Handler:
 
 @dataclass(frozen=True)
 class Tracing:
-    """Which calls are traced (none: all), and whether clock reads become calls for it."""
+    """Which calls are traced (empty: all, None: none is), and whether programs are without a vDSO."""
 
-    calls: tuple[str, ...] = ()
+    calls: tuple[str, ...] | None = None
     no_vdso: bool = False
+    buffer: int = 64
+    """Bytes that are copied of a buffer at most."""
+
+    def joined(self, other: Tracing | None) -> Tracing:
+        """Return what both ask for; the calls are the other's, if it has any."""
+        if other is None:
+            return self
+        more = self if other.calls is None else other
+        return Tracing(more.calls, self.no_vdso or other.no_vdso, more.buffer)
 
 
 class Policy:
@@ -76,6 +85,7 @@ class Policy:
         self._handlers: list[Handler] = []
         self._paths = paths
         self._tracing: Tracing | None = None
+        self._vdso = True
         for rule in rules:
             self.add(rule)
 
@@ -99,6 +109,11 @@ class Policy:
         return self._tracing
 
     @property
+    def vdso(self) -> bool:
+        """Whether programs keep the vDSO, which answers clock reads without a call."""
+        return self._vdso and not (self._tracing and self._tracing.no_vdso)
+
+    @property
     def spec(self) -> SyscallSpec:
         """What of it is plain data, which a machine's spec can hold: all but handlers."""
         return SyscallSpec(rules=self.rules, paths=self._paths)
@@ -106,7 +121,8 @@ class Policy:
     def copy(self) -> Policy:
         """Return another with the same in it."""
         made = Policy(paths=self._paths)
-        made._rules, made._handlers, made._tracing = list(self._rules), list(self._handlers), self._tracing
+        made._rules, made._handlers = list(self._rules), list(self._handlers)
+        made._tracing, made._vdso = self._tracing, self._vdso
         return made
 
     def joined(self, other: Policy) -> Policy:
@@ -117,14 +133,15 @@ class Policy:
         made = Policy(paths=self._paths or other.places)
         made._rules = [*self._rules, *other.rules]
         made._handlers = [*self._handlers, *other.handlers]
-        made._tracing = other.tracing or self._tracing
+        made._tracing = self._tracing.joined(other.tracing) if self._tracing else other.tracing
+        made._vdso = self._vdso and other._vdso
         return made
 
     def answering(self) -> Policy | None:
         """Return a policy with only the handlers of this one; None if it has none."""
         made = Policy()
-        made._handlers = list(self._handlers)
-        return made if made._handlers else None
+        made._handlers, made._vdso = list(self._handlers), self._vdso
+        return made if made._handlers or not made._vdso else None
 
     # -- rules ------------------------------------------------------------------------------------
 
@@ -218,11 +235,13 @@ class Policy:
 
         return wrap
 
-    def trace(self, *calls: str, no_vdso: bool = False) -> None:
-        """Have these calls (none: all) traced; with `no_vdso` clock reads become calls, that rules, handlers and traces see."""
-        for name in calls:
-            syscalls.number(name)
-        self._tracing = Tracing(tuple(dict.fromkeys(calls)), no_vdso)
+    def without_vdso(self) -> None:
+        """Take the vDSO from programs: what they read of clocks, and of random numbers, become calls that rules and handlers see."""
+        self._vdso = False
+
+    def hide_vdso(self) -> None:
+        """Have programs find no vDSO: reading a clock becomes a call, that rules, handlers and traces see. It costs each exec a stop."""
+        self._tracing = Tracing(no_vdso=True)
 
     def __repr__(self) -> str:
         parts = [*map(str, self._rules), *map(str, self._handlers), *([str(self._paths)] if self._paths else [])]
