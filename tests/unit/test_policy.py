@@ -207,7 +207,7 @@ def test_arguments_go_by_the_name_in_the_man_page() -> None:
 
 def test_paths_are_places() -> None:
     policy = Policy()
-    assert policy.paths(write=["/work/", "/tmp"], read="/") == Paths(write=("/tmp", "/work"), read=("/",))
+    assert policy.paths(write=["/build/", "/tmp"], read="/") == Paths(write=("/build", "/tmp"), read=("/",))
     with pytest.raises(InvalidSpec, match="contradict"):
         policy.paths(write=["/other"])
     for wrong in ("relative", "/a/../b", "/data/*", "/\0", "/" + "x" * 2000):
@@ -303,13 +303,13 @@ def test_a_path_needs_a_call_that_has_one() -> None:
 
 
 def test_paths_become_one_ruleset_of_what_machine_and_command_both_allow() -> None:
-    spec = SyscallSpec(paths=Paths(write=("/work", "/tmp")))
+    spec = SyscallSpec(paths=Paths(write=("/build", "/tmp")))
     policy = Policy()
-    policy.paths(write=["/work/build"], execute=["/usr"])
+    policy.paths(write=["/build/out"], execute=["/usr"])
     places = dict(said(compiled(policy, spec), "landlock"))
     assert places.pop("/") == "r"
     assert places.pop("/usr") == "x"
-    assert places.pop("/work/build") == "w"
+    assert places.pop("/build/out") == "w"
     assert set(places.values()) == {"w"}
     assert all(place.startswith("/dev/") for place in places)
     nothing = Policy()
@@ -338,7 +338,7 @@ def test_what_a_wall_cannot_do_is_an_error_that_names_those_that_can() -> None:
         assert refused.value.walls == ("container", "vm")
         assert refused.value.machine == "m"
     landlocked = Policy()
-    landlocked.paths(write=["/work"])
+    landlocked.paths(write=["/build"])
     handled = Policy()
     handled.on("openat")(handler)
     for policy in (landlocked, handled, Policy("write:log")):

@@ -18,6 +18,7 @@ from trivisor.core.errors import ExecTimeout, HostLacks, TrivisorError
 from trivisor.vmm.machine import Machine
 from trivisor.vos import terminal
 from trivisor.vos.process import Output, Process
+from trivisor.vos.syscalls.policy import Policy
 
 CHUNK = 65536
 PATIENCE = 2
@@ -34,6 +35,7 @@ class Joined:
     user: str = ""
     env: dict[str, str] = field(default_factory=dict)
     timeout: float | None = None
+    policy: Policy | None = None
 
 
 def run_joined(machine: Machine, argv: Sequence[str], how: Joined) -> int:
@@ -43,7 +45,7 @@ def run_joined(machine: Machine, argv: Sequence[str], how: Joined) -> int:
     """
     if how.tty:
         return _on_terminal(machine, argv, how)
-    process = machine.spawn(list(argv), env=how.env, cwd=how.cwd, user=how.user, stdin=how.interactive)
+    process = machine.spawn(list(argv), env=how.env, cwd=how.cwd, user=how.user, stdin=how.interactive, policy=how.policy)
     with process:
         if how.interactive:
             threading.Thread(target=_feed, args=(process,), daemon=True).start()
@@ -59,7 +61,7 @@ def _on_terminal(machine: Machine, argv: Sequence[str], how: Joined) -> int:
         raise HostLacks("-t needs a terminal, and our standard input is not one", hint="leave -t out")
     env = {"TERM": os.environ.get("TERM", "xterm"), **how.env}
     size = terminal.size_of(1)
-    with machine.spawn(list(argv), env=env, cwd=how.cwd, user=how.user, pty=True, size=size) as process:
+    with machine.spawn(list(argv), env=env, cwd=how.cwd, user=how.user, pty=True, size=size, policy=how.policy) as process:
         return terminal.attach(process)
 
 

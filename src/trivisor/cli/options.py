@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from trivisor.vmm.machine import Machine
     from trivisor.vmm.manager import VMM
+    from trivisor.vos.syscalls.policy import Policy
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -139,6 +140,37 @@ def volumes(values: Sequence[str]) -> dict[str, str]:
     return found
 
 
+_RULE_OPTIONS: tuple[Callable[[Callable[..., object]], Callable[..., object]], ...] = (
+    click.option(
+        "--rule", multiple=True, metavar="CALL:WHAT[,...]", help="A system call's answer, such as write:ENOSPC,path=/data/*,after=5."
+    ),
+    click.option("--read", multiple=True, metavar="PATH", help="Files may be read only there; may be given often, as the next two."),
+    click.option("--write", multiple=True, metavar="PATH", help="Files may be written, made and removed only there."),
+    click.option("--execute", multiple=True, metavar="PATH", help="Programs may be executed only from there."),
+)
+
+
+def rule_options(function: Callable[..., object]) -> Callable[..., object]:
+    """Give a verb the options that say what programs get from system calls."""
+    for option in reversed(_RULE_OPTIONS):
+        function = option(function)
+    return function
+
+
+def policy(options: dict[str, Any]) -> Policy | None:
+    """Take the values of `rule_options` out and return the policy that they make; None if none was given."""
+    from trivisor.vos.syscalls.policy import Policy
+
+    rules = options.pop("rule")
+    places = {kind: list(options.pop(kind)) or None for kind in ("read", "write", "execute")}
+    if not rules and not any(places.values()):
+        return None
+    made = Policy(*rules)
+    if any(places.values()):
+        made.paths(**places)
+    return made
+
+
 _SPEC_OPTIONS: tuple[Callable[[Callable[..., object]], Callable[..., object]], ...] = (
     click.option("--name", help="A DNS label, unique in the home.  [default: one is made up]"),
     click.option("--wall", default="auto", show_default=True, type=click.Choice(["auto", "vm", "gvisor", "container"])),
@@ -157,6 +189,7 @@ _SPEC_OPTIONS: tuple[Callable[[Callable[..., object]], Callable[..., object]], .
     click.option("--ttl", metavar="TIME", help="Stop it after this long, such as 90s or 10m."),
     click.option("--idle", metavar="TIME", help="Stop it after this long without traffic from this host."),
     click.option("-l", "--label", multiple=True, metavar="KEY=VALUE", help="Kept with the machine, for you."),
+    *_RULE_OPTIONS,
 )
 
 
@@ -176,6 +209,7 @@ def wishes(options: dict[str, Any]) -> dict[str, Any]:
         "io": {key.replace("-", "_"): value for key, value in pairs(options.pop("io"), "io limit").items()} or None,
         "env": pairs(options.pop("env"), "environment", inherit=True) or None,
         "labels": pairs(options.pop("label"), "label") or None,
+        "syscalls": policy(options),
     }
     if published and options["network"] is None:
         options["network"] = "nat"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from trivisor.cli.attach import Joined, run_joined
-from trivisor.cli.options import machine_argument, open_vmm, pairs, verb
+from trivisor.cli.options import machine_argument, open_vmm, pairs, policy, rule_options, verb
 
 
 @verb("exec", context_settings={"allow_interspersed_args": False})
@@ -16,11 +18,13 @@ from trivisor.cli.options import machine_argument, open_vmm, pairs, verb
 @click.option("-w", "--workdir", default="", metavar="FOLDER", help="Where the command runs.")
 @click.option("-u", "--user", default="", metavar="USER[:GROUP]", help="Whom the command runs as.  [default: root]")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds, after which it is killed.")
+@rule_options
 @machine_argument
 @click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED, metavar="COMMAND...")
 @click.pass_context
 def command(
     ctx: click.Context,
+    /,
     machine: str,
     argv: tuple[str, ...],
     interactive: bool,
@@ -30,6 +34,7 @@ def command(
     workdir: str,
     user: str,
     timeout: float | None,
+    **rules: Any,
 ) -> int:
     """Run a command in a running machine.
 
@@ -42,8 +47,10 @@ def command(
         raise click.UsageError("-d goes with none of -i, -t and --timeout: nobody waits for the end", ctx)
     found = open_vmm().get(machine)
     variables = pairs(env, "environment", inherit=True)
+    calls = policy(rules)
     if detach:
-        process = found.spawn(words, detach=True, env=variables, cwd=workdir, user=user)
+        process = found.spawn(words, detach=True, env=variables, cwd=workdir, user=user, policy=calls)
         click.echo(process.pid)
         return 0
-    return run_joined(found, words, Joined(interactive=interactive, tty=tty, cwd=workdir, user=user, env=variables, timeout=timeout))
+    how = Joined(interactive=interactive, tty=tty, cwd=workdir, user=user, env=variables, timeout=timeout, policy=calls)
+    return run_joined(found, words, how)
