@@ -10,10 +10,11 @@
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
-#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "filter.h"
+#include "landlock.h"
 #include "launch.h"
 
 static int invalid(void) {
@@ -163,18 +164,6 @@ int descriptors_apply(struct launch *l) {
     return (int)syscall(SYS_close_range, next, ~0U, CLOSE_RANGE_CLOEXEC);
 }
 
-/* Landlock, from linux/landlock.h of newer kernels than the one we may be built on. */
-enum {
-    LL_EXECUTE = 1 << 0, LL_WRITE_FILE = 1 << 1, LL_READ_FILE = 1 << 2, LL_READ_DIR = 1 << 3,
-    LL_REMOVE_DIR = 1 << 4, LL_REMOVE_FILE = 1 << 5, LL_MAKE_CHAR = 1 << 6, LL_MAKE_BLOCK = 1 << 11, LL_REFER = 1 << 13, LL_MAKE_DIR = 1 << 7, LL_MAKE_REG = 1 << 8,
-    LL_MAKE_SOCK = 1 << 9, LL_MAKE_SYM = 1 << 12, LL_TRUNCATE = 1 << 14, LL_IOCTL_DEV = 1 << 15,
-    LL_ABI_1 = (1 << 13) - 1,
-    LL_FILE = LL_EXECUTE | LL_WRITE_FILE | LL_READ_FILE | LL_TRUNCATE | LL_IOCTL_DEV,
-    LL_SCOPES = 3, /* abstract unix sockets, signals */
-};
-struct ll_ruleset { uint64_t fs, net, scoped; };
-struct ll_path { uint64_t allowed; int32_t parent; } __attribute__((packed));
-
 int op_landlock(struct launch *l, const struct op *op) {
     if (l->rule_count == LAUNCH_RULES)
         return invalid();
@@ -189,32 +178,8 @@ int op_landlock_domain(struct launch *l, const struct op *op) {
     return 0;
 }
 
-static int add_rule(int ruleset, int parent, uint64_t allowed) {
-    struct ll_path rule = {.allowed = allowed, .parent = parent};
-    return allowed ? (int)syscall(SYS_landlock_add_rule, ruleset, 1, &rule, 0) : 0;
-}
-
-static int landlock_rule(int ruleset, const char *path, const char *flags, uint64_t handled) {
-    uint64_t allowed = 0;
-    if (strchr(flags, 'r'))
-        allowed |= LL_READ_FILE | LL_READ_DIR;
-    if (strchr(flags, 'w'))
-        allowed |= LL_WRITE_FILE | LL_REMOVE_FILE | LL_REMOVE_DIR | LL_MAKE_DIR | LL_MAKE_REG | LL_MAKE_SOCK | LL_MAKE_SYM | LL_TRUNCATE | LL_IOCTL_DEV;
-    if (strchr(flags, 'x'))
-        allowed |= LL_EXECUTE | LL_READ_FILE;
-    int fd = open(path, O_PATH | O_CLOEXEC);
-    struct stat st;
-    if (fd < 0 || fstat(fd, &st) < 0)
-        return -1;
-    if (!S_ISDIR(st.st_mode))
-        allowed &= LL_FILE;
-    int r = add_rule(ruleset, fd, allowed & handled);
-    close(fd);
-    return r;
-}
-
 static int restrict_to(int ruleset, bool ruled) {
-    int r = ruled ? (int)syscall(SYS_landlock_restrict_self, ruleset, 0) : -1;
+    int r = ruled ? landlock_enter(ruleset) : -1;
     int saved = errno;
     close(ruleset);
     errno = saved;
@@ -224,13 +189,13 @@ static int restrict_to(int ruleset, bool ruled) {
 /* A domain that takes away nothing that a container's programs are meant to do: no mount may change, no device node be
  * made, nobody outside be traced (and from ABI 6 on be signalled, or met at an abstract socket). Files are as they were:
  * only renames and links between folders cost a walk. */
-static int enter_domain(long abi) {
+static int enter_domain(int abi) {
     struct ll_ruleset attr = {.fs = LL_MAKE_CHAR | LL_MAKE_BLOCK | LL_REFER, .scoped = abi >= 6 ? LL_SCOPES : 0};
     if (abi < 2)
         return 0; /* it would forbid renames between folders */
-    int ruleset = (int)syscall(SYS_landlock_create_ruleset, &attr, abi >= 6 ? sizeof attr : sizeof attr.fs, 0);
+    int ruleset = landlock_make(abi, &attr);
     int root = open("/", O_PATH | O_CLOEXEC);
-    bool ruled = ruleset >= 0 && root >= 0 && add_rule(ruleset, root, LL_REFER) == 0;
+    bool ruled = ruleset >= 0 && root >= 0 && landlock_allow(ruleset, root, LL_REFER) == 0;
     if (root >= 0)
         close(root);
     return ruleset < 0 ? -1 : restrict_to(ruleset, ruled);
@@ -239,55 +204,26 @@ static int enter_domain(long abi) {
 int landlock_apply(struct launch *l) {
     if (l->rule_count == 0 && !l->domain)
         return 0;
-    long abi = syscall(SYS_landlock_create_ruleset, NULL, 0, 1);
+    int abi = landlock_abi();
     if (abi < 0)
         return errno == ENOSYS || errno == EOPNOTSUPP ? 0 : -1;
     if (l->domain && enter_domain(abi) < 0)
         return -1;
     if (l->rule_count == 0)
         return 0;
-    struct ll_ruleset attr = {.fs = LL_ABI_1};
-    if (abi >= 2)
-        attr.fs |= LL_REFER;
-    if (abi >= 3)
-        attr.fs |= LL_TRUNCATE;
-    if (abi >= 5)
-        attr.fs |= LL_IOCTL_DEV;
-    if (abi >= 6)
-        attr.scoped = LL_SCOPES;
-    size_t size = abi >= 6 ? sizeof attr : sizeof attr.fs;
-    int ruleset = (int)syscall(SYS_landlock_create_ruleset, &attr, size, 0);
+    struct ll_ruleset attr = {.fs = landlock_files(abi), .scoped = abi >= 6 ? LL_SCOPES : 0};
+    int ruleset = landlock_make(abi, &attr);
     if (ruleset < 0)
         return -1;
     bool ruled = true;
-    for (size_t i = 0; ruled && i < l->rule_count; i++)
-        ruled = landlock_rule(ruleset, l->rules[i].path, l->rules[i].flags, attr.fs) == 0;
+    for (size_t i = 0; ruled && i < l->rule_count; i++) /* an engine has no use for the two */
+        ruled = landlock_allow_path(ruleset, l->rules[i].path, l->rules[i].flags, attr.fs & ~(uint64_t)(LL_MAKE_FIFO | LL_REFER)) == 0;
     return restrict_to(ruleset, ruled);
 }
 
-static int hex(char c) {
-    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : -1;
-}
+int op_seccomp(struct launch *l, const struct op *op) { return filter_parse(op->words[1], &l->filter); }
 
-int op_seccomp(struct launch *l, const struct op *op) {
-    const char *text = op->words[1];
-    size_t size = strlen(text) / 2;
-    if (strlen(text) % 2 || size == 0 || size % sizeof(struct sock_filter) || size / sizeof(struct sock_filter) > BPF_MAXINSNS)
-        return invalid();
-    uint8_t *bytes = malloc(size);
-    if (!bytes)
-        return -1;
-    for (size_t i = 0; i < size; i++) {
-        int high = hex(text[2 * i]), low = hex(text[2 * i + 1]);
-        if (high < 0 || low < 0) {
-            free(bytes);
-            return invalid();
-        }
-        bytes[i] = (uint8_t)(high << 4 | low);
-    }
-    l->filter = (struct sock_fprog){.len = (unsigned short)(size / sizeof(struct sock_filter)), .filter = (void *)bytes};
-    return 0;
-}
+int op_exec_seccomp(struct launch *l, const struct op *op) { return filter_parse(op->words[1], &l->exec_filter); }
 
 int seccomp_apply(struct launch *l) {
     return l->filter.len ? (int)syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &l->filter) : 0;

@@ -2,7 +2,6 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <limits.h>
 #include <poll.h>
 #include <pty.h>
 #include <signal.h>
@@ -15,10 +14,14 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "answer.h"
+#include "answerer.h"
 #include "builtins.h"
 #include "command.h"
+#include "fds.h"
 #include "keys.h"
 #include "line.h"
+#include "policy.h"
 #include "request.h"
 #include "spawn.h"
 #include "wire.h"
@@ -123,7 +126,12 @@ static void close_joint(struct joint *j) {
     close_fd(&j->keys[1]);
 }
 
+/* The builtin that joins a client and the answerer. */
+static bool answers(const struct spawn *s) { return !strcmp(s->argv[0], "answer"); }
+
 static pid_t fork_builtin(struct spawn *s) {
+    if (answers(s) && answerer_end() < 0)
+        return -1;
     pid_t pid = fork();
     if (pid > 0)
         setpgid(pid, pid); /* or a signal to its group that comes before its setsid would find none */
@@ -135,7 +143,12 @@ static pid_t fork_builtin(struct spawn *s) {
         _exit(error);
     }
     /* Not even for a moment may it hold what belongs to others. */
-    syscall(SYS_close_range, 3, INT_MAX, 0); /* gVisor takes more than that for negative */
+    int answer = answers(s) ? dup2(answerer_end(), ANSWER_BUILTIN_FD) : -1;
+    close_all_but(&answer, 1);
+    if (spawn_filter() < 0) {
+        dprintf(2, "seccomp: %s\n", strerror(errno));
+        _exit(EPERM);
+    }
     /* Modes are what the client said. */
     umask(0);
     _exit(builtin_main((char **)(uintptr_t)s->argv));
@@ -167,8 +180,15 @@ static int find_user(const char *spec, struct user *u) {
 /* What the errno of start() is about. */
 static const char *failed_what;
 
+/* Of the request's kind: its pid, or -1 and errno. */
+static pid_t start_child(struct spawn *s, const struct request *r, const struct policy *p) {
+    if (r->flags & EXEC_BUILTIN)
+        return fork_builtin(s);
+    return r->flags & EXEC_POLICY ? policy_spawn(s, p) : spawn(s);
+}
+
 /* 0, or errno with failed_what set. */
-static int start(uint32_t stream, const struct request *r) {
+static int start(uint32_t stream, const struct request *r, const struct policy *p) {
     struct user u;
     struct environment own;
     failed_what = r->user;
@@ -188,7 +208,7 @@ static int start(uint32_t stream, const struct request *r) {
     if ((r->flags & EXEC_PTY ? join_pty(&j, r, &u) : join_pipes(&j, r)) == 0) {
         memcpy(s.fd, j.theirs, sizeof s.fd);
         s.keys = j.keys[0] > 0 ? j.keys[0] : 0;
-        pid = r->flags & EXEC_BUILTIN ? fork_builtin(&s) : spawn(&s);
+        pid = start_child(&s, r, p);
     }
     error = pid < 0 ? errno : 0;
     free(env);
@@ -200,11 +220,15 @@ static int start(uint32_t stream, const struct request *r) {
     struct command *added = error ? NULL : command_add(stream, r->flags, pid, j.in, j.out, j.err);
     if (!added) {
         close_joint(&j);
+        if (s.records)
+            close(s.records);
         if (!error)
             kill(-pid, SIGKILL);
         return error ? error : ENOMEM;
     }
     added->in.keys = j.keys[1];
+    if (s.records)
+        command_trace(added, s.records);
     close_fd(&j.keys[0]);
     if (s.pty)
         j.theirs[0] = j.theirs[2] = -1;
@@ -229,14 +253,19 @@ static void run(uint32_t stream, const uint8_t *data, size_t size) {
         refuse(stream, ESHUTDOWN, r.argv[0]);
     } else if (r.flags & EXEC_BUILTIN && r.flags & EXEC_PTY) {
         refuse(stream, EINVAL, "a builtin has no terminal");
-    } else if (r.flags & EXEC_POLICY) {
-        refuse(stream, EOPNOTSUPP, "policy");
+    } else if (r.flags & EXEC_BUILTIN && r.flags & EXEC_POLICY) {
+        refuse(stream, EINVAL, "a builtin has no policy");
     } else if (command_count() >= COMMANDS_MAX) {
         refuse(stream, EAGAIN, "too many commands");
     } else {
-        int error = start(stream, &r);
+        struct policy p;
+        int error = policy_take(&r.policy, &p);
+        failed_what = p.failed;
+        if (!error)
+            error = start(stream, &r, &p);
         if (error)
             refuse(stream, error, failed_what);
+        policy_free(&p);
     }
     request_free(&r);
 }

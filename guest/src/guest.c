@@ -18,6 +18,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "answerer.h"
 #include "command.h"
 #include "dial.h"
 #include "exec.h"
@@ -29,6 +30,7 @@
 #include "port.h"
 #include "power.h"
 #include "root.h"
+#include "spawn.h"
 #include "steps.h"
 #include "wire.h"
 
@@ -180,8 +182,10 @@ static int begin(int fd) {
     return fd < 0 ? -1 : line_open(fd);
 }
 
-int guest_contained(int line, bool hooks) {
+int guest_contained(int line, int answer, const struct sock_fprog *filter, bool hooks) {
     power_contained = true;
+    answerer_given(answer);
+    spawn_filter_set(filter);
     if (begin(line) < 0) {
         log_line("cannot begin: %m");
         return 1;

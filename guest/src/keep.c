@@ -17,6 +17,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "fds.h"
 #include "launch.h"
 #include "modes.h"
 
@@ -24,7 +25,7 @@ enum { REAP_MS = 5000, MAX_FD = 65535, DRAIN_READS = 256, TRIM_BYTES = 128 * 102
 
 static struct keeper keeper = {
     .line = {.fd = -1}, .listener = {.fd = -1}, .signals = {.fd = -1}, .owner = {.fd = -1}, .ready = {.fd = -1},
-    .dialled = {.fd = -1},
+    .dialled = {.fd = -1}, .intake = {.fd = -1}, .answer_listen = {.fd = -1}, .answer_log = -1,
     .folder = -1, .alive = -1, .init_log = {.file = -1},
     .ttl = INT64_MAX, .idle = INT64_MAX, .grace = 10000, .kill_at = INT64_MAX, .sync_at = INT64_MAX, .lose_at = INT64_MAX,
 };
@@ -97,7 +98,7 @@ static bool take(struct keeper *k, const struct op *op) {
         {"folder", &k->folder, NULL},  {"alive", &k->alive, NULL},    {"listen", &k->listener.fd, NULL},
         {"line", &k->line.fd, NULL},   {"ready", &k->ready.fd, NULL}, {"owner", &k->owner.fd, NULL},
         {"ttl", NULL, &k->ttl},        {"idle", NULL, &k->idle},      {"grace", NULL, &k->grace},
-        {"line-listen", &k->dialled.fd, NULL},
+        {"line-listen", &k->dialled.fd, NULL}, {"answer", &k->intake.fd, NULL}, {"answer-listen", &k->answer_listen.fd, NULL},
     };
     if (!strcmp(op->words[0], "log"))
         return take_log(k, op);
@@ -156,30 +157,30 @@ static void detach(void) {
     mallopt(M_TRIM_THRESHOLD, TRIM_BYTES); /* a burst is not to leave us big: we may run for months */
 }
 
-static int by_number(const void *a, const void *b) { return *(const int *)a - *(const int *)b; }
-
 /* Close every descriptor that is not the keeper's: the engine's ends of pipes and of the line among them,
  * without which we would never see their end. */
 static void close_others(const struct keeper *k) {
     int mine[KEEP_LOGS * 2 + 16], n = 0;
-    const int fixed[] = {0, 1, 2, k->folder, k->alive, k->listener.fd, k->line.fd, k->ready.fd, k->owner.fd, k->dialled.fd,
-                         k->init_log.file};
+    const int fixed[] = {k->folder, k->alive, k->listener.fd, k->line.fd, k->ready.fd, k->owner.fd, k->dialled.fd,
+                         k->init_log.file, k->intake.fd, k->answer_listen.fd};
     for (size_t i = 0; i < sizeof fixed / sizeof *fixed; i++)
-        if (fixed[i] >= 0)
-            mine[n++] = fixed[i];
+        mine[n++] = fixed[i];
     for (size_t i = 0; i < k->log_count; i++) {
         mine[n++] = k->logs[i].file;
         mine[n++] = k->logs[i].watch.fd;
     }
-    qsort(mine, (size_t)n, sizeof *mine, by_number);
-    int next = 0;
-    for (int i = 0; i < n; i++) {
-        if (mine[i] > next)
-            syscall(SYS_close_range, next, mine[i] - 1, 0);
-        if (mine[i] >= next)
-            next = mine[i] + 1;
+    close_all_but(mine, (size_t)n);
+}
+
+static void end_process(struct process *p, int64_t until) {
+    while (p->pid > 0 && waitpid(p->pid, NULL, WNOHANG) == 0 && now_ms() < until) {
+        /* SIGCHLD is blocked and comes through here, or the time is up. */
+        sigset_t child;
+        sigemptyset(&child);
+        sigaddset(&child, SIGCHLD);
+        sigtimedwait(&child, NULL, &(struct timespec){.tv_nsec = 100000000});
     }
-    syscall(SYS_close_range, next, ~0U, 0);
+    p->pid = 0;
 }
 
 /* Kill and reap what still runs. Bounded: a process may hang in the kernel. */
@@ -188,17 +189,11 @@ static void end_processes(struct keeper *k) {
     for (size_t i = k->process_count; i-- > 0;)
         if (k->processes[i].pid > 0)
             kill(k->processes[i].pid, SIGKILL);
-    for (size_t i = 0; i < k->process_count; i++) {
-        struct process *p = &k->processes[i];
-        while (p->pid > 0 && waitpid(p->pid, NULL, WNOHANG) == 0 && now_ms() < until) {
-            /* SIGCHLD is blocked and comes through here, or the time is up. */
-            sigset_t child;
-            sigemptyset(&child);
-            sigaddset(&child, SIGCHLD);
-            sigtimedwait(&child, NULL, &(struct timespec){.tv_nsec = 100000000});
-        }
-        p->pid = 0;
-    }
+    if (k->answerer.pid > 0)
+        kill(k->answerer.pid, SIGKILL);
+    for (size_t i = 0; i < k->process_count; i++)
+        end_process(&k->processes[i], until);
+    end_process(&k->answerer, until);
 }
 
 static bool start_processes(struct keeper *k) {
@@ -221,7 +216,8 @@ static bool start_processes(struct keeper *k) {
 static void reap(struct keeper *k) {
     int status;
     pid_t pid;
-    while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
+    while ((pid = waitpid(-1, &status, WNOHANG)) > 0) {
+        keepanswer_ended(k, pid);
         for (size_t i = 0; i < k->process_count; i++)
             if (k->processes[i].pid == pid) {
                 k->processes[i].pid = 0;
@@ -230,6 +226,7 @@ static void reap(struct keeper *k) {
                     k->engine_status = status;
                 }
             }
+    }
 }
 
 static void signal_event(struct watch *w, uint32_t events) {
@@ -313,16 +310,18 @@ static void run(struct keeper *k) {
         check_limits(k); /* before serving: what is due may be a word to the guest */
         bool more = keepline_serve(k);
         more |= keepfiles_serve(k);
-        int64_t next = check_limits(k), line = keepline_deadline(k);
-        loop_wait(more ? 0 : wait_ms(line < next ? line : next));
+        int64_t next = check_limits(k), line = keepline_deadline(k), answer = keepanswer_serve(k);
+        if (line < next)
+            next = line;
+        loop_wait(more ? 0 : wait_ms(answer < next ? answer : next));
     }
 }
 
-static void remove_socket(const struct keeper *k) {
+static void remove_socket(const struct keeper *k, int fd) {
     struct sockaddr_un address;
     socklen_t size = sizeof address;
     memset(&address, 0, sizeof address);
-    if (getsockname(k->listener.fd, (struct sockaddr *)&address, &size) < 0 || address.sun_path[0] == 0)
+    if (fd < 0 || getsockname(fd, (struct sockaddr *)&address, &size) < 0 || address.sun_path[0] == 0)
         return;
     address.sun_path[sizeof address.sun_path - 1] = 0;
     /* It may have been bound by another way to the folder; only its name counts. */
@@ -340,7 +339,8 @@ static void finish(struct keeper *k) {
         if (!keepfiles_serve(k))
             break;
     keep_report(k, "failed the engine ended before the guest answered\n", true);
-    remove_socket(k);
+    remove_socket(k, k->listener.fd);
+    remove_socket(k, k->answer_listen.fd);
     close(k->alive);
     keepline_close(k);
 }
@@ -355,7 +355,8 @@ int keep_main(int argc, char **argv) {
     }
     umask(077);
     const char *why = plan_read((int)fd, &plan) ? configure(k, &plan) : strerror(errno);
-    if (!why && (listen(k->listener.fd, SOMAXCONN) < 0 || (k->dialled.fd >= 0 && listen(k->dialled.fd, 1) < 0)))
+    if (!why && (listen(k->listener.fd, SOMAXCONN) < 0 || (k->dialled.fd >= 0 && listen(k->dialled.fd, 1) < 0) ||
+                 !keepanswer_listen(k)))
         why = strerror(errno);
     if (why) {
         fprintf(stderr, "tvinit keep: %s\n", why);
@@ -386,6 +387,7 @@ int keep_main(int argc, char **argv) {
         return 1;
     }
     keepline_open(k);
+    keepanswer_open(k);
     run(k);
     finish(k);
     return 0;

@@ -1,7 +1,7 @@
 /* The keeper: one small process that each running machine has (PROTOCOL.md, "Plans").
  *
  * keep.c reads the plan, becomes a daemon, starts the processes and runs the loop; keepline.c moves bytes between
- * the line, the clients and the mux; keepfiles.c writes logs and records. The loop is edge-triggered: watches only note
+ * the line, the clients and the mux; keepanswer.c starts the answerer; keepfiles.c writes logs and records. The loop is edge-triggered: watches only note
  * what is ready, keepline_serve then does what flow control lets it do. */
 #ifndef TVINIT_KEEP_H
 #define TVINIT_KEEP_H
@@ -49,6 +49,11 @@ struct keeper {
     size_t log_count;
     struct process processes[KEEP_PROCESSES]; /* the last is the engine */
     size_t process_count;
+    struct watch intake, answer_listen; /* what the answerer is given; fd -1: it is not to be */
+    struct process answerer;
+    int answer_log;        /* the end of a pipe that its stderr is, -1: not made yet */
+    bool answer_wanted;    /* there is something for it to do */
+    int64_t answer_after;  /* it is not started before this */
     int64_t started, ttl, idle, grace; /* ms; INT64_MAX: none */
     int64_t active;                    /* when there last was traffic ... */
     uint64_t traffic;                  /* ... and the mux's count at that time */
@@ -85,6 +90,14 @@ void keepline_drain(struct keeper *k);
 void keepline_close(struct keeper *k);
 /* When the line's own timers are due next. */
 int64_t keepline_deadline(const struct keeper *k);
+
+/* keepanswer.c */
+bool keepanswer_listen(struct keeper *k);
+void keepanswer_open(struct keeper *k);
+/* Start the answerer if it is wanted. When to call this again at the latest. */
+int64_t keepanswer_serve(struct keeper *k);
+/* A child was reaped. */
+void keepanswer_ended(struct keeper *k, pid_t pid);
 
 /* keepfiles.c */
 bool keepfiles_open_log(struct keeper *k, struct logfile *log, const char *name, uint64_t cap);

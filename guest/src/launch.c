@@ -16,11 +16,12 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "fds.h"
 #include "modes.h"
 #include "net.h"
 #include "request.h"
 
-enum { LAUNCH_FAILED = 125, LAUNCH_TIMEOUT_MS = 20000, GUEST_LINE = 3 };
+enum { LAUNCH_FAILED = 125, LAUNCH_TIMEOUT_MS = 20000, GUEST_LINE = 3, GUEST_ANSWER = 4 };
 
 /* Tell on error_fd which operation failed, and end. */
 static _Noreturn void fail(const struct launch *l, size_t index, int error) {
@@ -28,7 +29,7 @@ static _Noreturn void fail(const struct launch *l, size_t index, int error) {
     int used = snprintf(text, sizeof text, "operation %zu (", index + 1);
     const struct op *op = &l->ops[index];
     /* A seccomp program says nothing to a reader. */
-    size_t shown = !strcmp(op->words[0], "seccomp") ? 1 : op->count;
+    size_t shown = strstr(op->words[0], "seccomp") ? 1 : op->count;
     for (size_t i = 0; i < shown && used < 300; i++)
         used += snprintf(text + used, sizeof text - (size_t)used, "%s%.80s", i ? " " : "", op->words[i]);
     used += snprintf(text + used, sizeof text - (size_t)used, "): %s\n", strerror(error));
@@ -113,6 +114,15 @@ static int op_hooks(struct launch *l, const struct op *op) {
     return 0;
 }
 
+static int op_answer(struct launch *l, const struct op *op) {
+    long long fd;
+    errno = EINVAL;
+    if (l->answer >= 0 || !plan_number(op->words[1], 0, 65535, &fd))
+        return -1;
+    l->answer = (int)fd;
+    return 0;
+}
+
 static const struct {
     const char *name;
     int (*run)(struct launch *l, const struct op *op);
@@ -126,6 +136,7 @@ static const struct {
     {"env", op_env},           {"fd", op_fd},             {"overlay", op_overlay},
     {"text", op_text},         {"mask", op_mask},         {"readonly", op_readonly},
     {"apparmor", op_apparmor}, {"hooks", op_hooks},       {"landlock-domain", op_landlock_domain},
+    {"answer", op_answer},     {"exec-seccomp", op_exec_seccomp},
     {"uplink", op_uplink},
 };
 
@@ -170,6 +181,9 @@ static _Noreturn void become_guest(struct launch *l, size_t last) {
         fail(l, last, errno);
     l->fds[l->fd_count].from = (int)line;
     l->fds[l->fd_count++].to = GUEST_LINE;
+    l->fds[l->fd_count].from = l->answer;
+    l->fds[l->fd_count].to = GUEST_ANSWER;
+    l->fd_count += l->answer >= 0;
     for (size_t i = 0; l->env && l->env[i]; i++)
         if (env_set(l->env[i]))
             fail(l, last, ENOMEM);
@@ -180,18 +194,20 @@ static _Noreturn void become_guest(struct launch *l, size_t last) {
      * namespace in which our memory was made, the host's. Changes of user have set this, unless sysctl says otherwise. */
     if (prctl(PR_SET_DUMPABLE, 0) < 0 || descriptors_apply(l) < 0 || landlock_apply(l) < 0 || seccomp_apply(l) < 0)
         fail(l, last, errno);
-    fcntl(GUEST_LINE, F_SETFD, FD_CLOEXEC);
+    int answer = l->answer >= 0 ? GUEST_ANSWER : -1, kept[] = {GUEST_LINE, answer};
+    for (int i = 0; i < 2; i++)
+        if (kept[i] >= 0)
+            fcntl(kept[i], F_SETFD, FD_CLOEXEC);
     /* The report's end is among them: the parent learns that all went well. */
-    if (syscall(SYS_close_range, GUEST_LINE + 1, ~0U, 0) < 0)
-        fail(l, last, errno);
-    _exit(guest_contained(GUEST_LINE, l->hooks));
+    close_all_but(kept, 2);
+    _exit(guest_contained(GUEST_LINE, answer, &l->exec_filter, l->hooks));
 }
 
 /* Carry out the plan in this process. Does not return. `go` is -1 for a process that nobody is tied to. */
 static _Noreturn void launch_run(struct launch *l, int go) {
     size_t last = l->count - 1;
     umask(022); /* the keeper's is 077: folders of the new root would be closed to an id of its own */
-    l->root = l->base = -1;
+    l->root = l->base = l->answer = -1;
     l->keep_caps = launch_find(l->ops, l->count, "caps");
     for (size_t i = 0; i < last; i++)
         for (size_t k = 0; k < sizeof OPERATIONS / sizeof *OPERATIONS; k++)

@@ -33,7 +33,8 @@ struct launch {
     bool domain;         /* landlock-domain */
     int apparmor;        /* /proc/self/attr/..., opened while there still is a /proc, else -1 */
     bool guest, hooks;
-    struct sock_fprog filter;
+    struct sock_fprog filter, exec_filter; /* our own; a guest's: of every command */
+    int answer;          /* a guest's: where listeners are handed over, -1: nowhere */
     char **env;
 };
 
@@ -68,6 +69,7 @@ int op_caps(struct launch *l, const struct op *op);
 int op_landlock(struct launch *l, const struct op *op);
 int op_landlock_domain(struct launch *l, const struct op *op);
 int op_seccomp(struct launch *l, const struct op *op);
+int op_exec_seccomp(struct launch *l, const struct op *op);
 
 /* The mount that the parent prepared for an operation, else a clone of source that is made here. bind: bind_flags. */
 int launch_tree(const struct launch *l, const struct op *op, int which, const char *source, unsigned bind);

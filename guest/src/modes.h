@@ -10,7 +10,10 @@ int keep_main(int argc, char **argv);
 int relay_main(int argc, char **argv);
 int fence_main(int argc, char **argv);
 
-/* The guest as the end of a launch plan: PID 1 of a container, in the process that carried the plan out. */
-int guest_contained(int line, bool hooks);
+struct sock_fprog;
+
+/* The guest as the end of a launch plan: PID 1 of a container, in the process that carried the plan out. `answer`: where
+ * listeners are handed over, -1: nowhere; `filter`: of every command. */
+int guest_contained(int line, int answer, const struct sock_fprog *filter, bool hooks);
 
 #endif

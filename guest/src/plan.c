@@ -102,7 +102,7 @@ static const struct kind {
     {"no-new-privs", NO_NEW_PRIVS, 0, 0}, {"landlock", LANDLOCK, 2, 2}, {"landlock-domain", LANDLOCK, 0, 0},
     {"seccomp", SECCOMP, 1, 1},      {"chdir", LAST, 1, 1},            {"env", LAST, 0, 255},
     {"fd", LAST, 2, 2},              {"hooks", LAST, 0, 0},            {"exec", END, 1, 255},
-    {"guest", END, 1, 1},
+    {"guest", END, 1, 1},            {"answer", LAST, 1, 1},           {"exec-seccomp", SECCOMP, 1, 1},
 };
 
 static const struct kind *kind_of(const char *name) {
@@ -139,6 +139,8 @@ static const char *lacks_namespace(const struct op *ops, size_t count, const str
         return "needs a net namespace";
     if (!strcmp(k->name, "guest") && !(has_namespace(ops, count, "pid") && has_namespace(ops, count, "mount")))
         return "needs a pid and a mount namespace";
+    if ((!strcmp(k->name, "answer") || !strcmp(k->name, "exec-seccomp")) && strcmp(ops[count - 1].words[0], "guest"))
+        return "goes with a guest alone";
     return NULL;
 }
 

@@ -1,6 +1,7 @@
 #include "spawn.h"
 
 #include <errno.h>
+#include <linux/seccomp.h>
 #include <sched.h>
 #include <signal.h>
 #include <string.h>
@@ -16,6 +17,13 @@
 enum { STACK = 64 * 1024, PATH_SIZE = 4096 };
 
 static char stack[STACK] __attribute__((aligned(16)));
+static struct sock_fprog filter;
+
+void spawn_filter_set(const struct sock_fprog *given) { filter = *given; }
+
+IN_CHILD int spawn_filter(void) {
+    return filter.len ? (int)syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &filter) : 0;
+}
 
 IN_CHILD static int become(const struct user *u) {
     /* System calls, not the C library's wrappers: nothing of the parent's memory may change. */
@@ -92,17 +100,25 @@ IN_CHILD static void say(const char *text) {
     }
 }
 
-IN_CHILD static int child(void *arg) {
-    struct spawn *s = arg;
-    s->error = spawn_enter(s);
-    if (s->error)
-        _exit(127);
+IN_CHILD _Noreturn void spawn_execute(struct spawn *s) {
     s->error = execute(s);
     say(s->argv[0]);
     say(": ");
     say(s->error == ENOENT ? "not found" : strerrordesc_np(s->error));
     say("\n");
     _exit(s->error == ENOENT || s->error == ENOTDIR ? 127 : 126);
+}
+
+IN_CHILD static int child(void *arg) {
+    struct spawn *s = arg;
+    s->error = spawn_enter(s);
+    if (!s->error && spawn_filter() < 0) {
+        s->failed = "seccomp";
+        s->error = errno;
+    }
+    if (s->error)
+        _exit(127);
+    spawn_execute(s);
 }
 
 pid_t spawn(struct spawn *s) {

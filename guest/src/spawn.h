@@ -2,6 +2,7 @@
 #ifndef TVINIT_SPAWN_H
 #define TVINIT_SPAWN_H
 
+#include <linux/filter.h>
 #include <stdbool.h>
 #include <sys/types.h>
 
@@ -14,7 +15,8 @@ struct spawn {
     const struct user *user; /* NULL: stay */
     int fd[3];
     bool pty; /* fd[0] becomes the controlling terminal */
-    int keys; /* what is said of its keys (keys.h), 0: nothing */
+    int keys;    /* what is said of its keys (keys.h), 0: nothing */
+    int records; /* set by policy_spawn: what its tracer writes (trace.h), 0: nothing */
     /* Set by the child, which shares our memory. */
     int error;
     const char *failed; /* what failed before exec; NULL if exec did, or nothing */
@@ -27,5 +29,14 @@ pid_t spawn(struct spawn *s);
 /* What a child does between its birth and its work, forked ones too: session, terminal, descriptors, user, folder. 0, or
  * errno with s->failed set. */
 int spawn_enter(struct spawn *s);
+
+/* The seccomp program of every command that has no policy; and of every builtin. Kept, not copied. */
+void spawn_filter_set(const struct sock_fprog *filter);
+
+/* Install it here, where one was set. 0, or -1 and errno. */
+int spawn_filter(void);
+
+/* Run the program, or say on stderr why that cannot be and end. */
+_Noreturn void spawn_execute(struct spawn *s);
 
 #endif

@@ -84,7 +84,10 @@ static void order_and_arity(void) {
 static void containers(void) {
     CHECK(!PLAN("cgroup 4 5", NAMESPACES, "map-user 0 100 1", "map-user 1 200 9", "hostname h", "loopback", "root /", "overlay /l /u idmap /",
                 "mount proc proc /proc rw x", "text /etc/hosts 644 x", "mask /proc/kcore", "readonly /proc/sys", "pivot rw", "rlimit core 0 0",
-                "caps chown", "apparmor p", "no-new-privs", "landlock-domain", "seccomp 00", "env A=B", "hooks", "fd 5 2", "guest 4"));
+                "caps chown", "apparmor p", "no-new-privs", "landlock-domain", "seccomp 00", "exec-seccomp 00", "env A=B", "hooks", "answer 6",
+                "fd 5 2", "guest 4"));
+    CHECK(PLAN("exec-seccomp 00", "exec x")); /* which would be without it */
+    CHECK(PLAN("answer 5", "exec x"));
     CHECK(!PLAN("namespaces mount pid", "netns 3", "root /", "pivot", "guest 4"));
     CHECK(PLAN("namespaces mount pid net", "netns 3", "root /", "pivot", "guest 4")); /* which one? */
     CHECK(PLAN(NAMESPACES, "cgroup 4", "exec x"));            /* its namespace would begin elsewhere */

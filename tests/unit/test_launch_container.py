@@ -22,6 +22,7 @@ PLAIN = Container(
     ids=OWN,
     layers=[Layer(Path("/store/tree"), Path("/machines/m/layers/root"))],
     line=7,
+    answer=9,
     log=8,
     memory=256 << 20,
 )
@@ -48,8 +49,10 @@ ORDER = [
     "no-new-privs",
     "landlock-domain",
     "seccomp",
+    "exec-seccomp",
     "env",
     "hooks",
+    "answer",
     "fd",
     "guest",
 ]
@@ -139,7 +142,8 @@ def test_power_is_given_up_and_the_filter_is_the_containers() -> None:
     made = plan()
     assert set(of(made, "caps")[0][1:]) == set(container.CAPS)
     assert {"sys_admin", "sys_ptrace", "sys_module", "net_admin", "dac_read_search", "sys_boot"}.isdisjoint(container.CAPS)
-    assert of(made, "seccomp") == [("seccomp", seccomp.container_profile().hex())]
+    assert of(made, "seccomp") == [("seccomp", seccomp.outer_profile().hex())]
+    assert of(made, "exec-seccomp") == [("exec-seccomp", seccomp.container_profile().hex())], "of every command and builtin"
     assert of(made, "no-new-privs") and of(made, "landlock-domain")
     assert ("rlimit", "core", "0", "0") in made
 

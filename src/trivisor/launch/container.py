@@ -8,7 +8,8 @@ user namespace      root inside is nobody outside: ids of the machine's own rang
 the other namespaces, the root and a /proc and /sys of its own, as far as Docker masks them or makes them read-only
 capabilities        Docker's default set, in the bounding set too; no_new_privs, so that no program gets back what is gone
 Landlock            a domain: mounts stay as they are, nobody outside is traced
-seccomp             Docker's default for that set
+seccomp                 Docker's default for that set around each command and builtin. Around PID 1, and so around all, is a wider
+                        filter with what a policy may have answered: between filters an errno outranks a notification
 PID 1               cannot be looked into or traced (its memory was made in the host's user namespace and is not dumpable),
                     and holds no descriptor of the host but its end of the line and of the log
 """
@@ -97,6 +98,8 @@ class Container:
     """The first is the root."""
     line: int
     """The guest's end of the line."""
+    answer: int
+    """PID 1's end of the pair by which it hands listeners over (guest/PROTOCOL.md, "Answers")."""
     log: int
     """What PID 1 says before the line stands, and what kills it."""
     memory: int
@@ -201,12 +204,14 @@ def _confined(c: Container) -> Iterator[Op]:
         yield ("apparmor", c.apparmor)
     yield ("no-new-privs",)
     yield ("landlock-domain",)
-    yield ("seccomp", seccomp.container_profile().hex())
+    yield ("seccomp", seccomp.outer_profile().hex())
+    yield ("exec-seccomp", seccomp.container_profile().hex())
 
 
 def _end(c: Container) -> Iterator[Op]:
     if c.env:
         yield ("env", *(f"{key}={value}" for key, value in c.env.items()))
     yield ("hooks",)
+    yield ("answer", str(c.answer))
     yield ("fd", str(c.log), "2")
     yield ("guest", str(c.line))

@@ -64,15 +64,14 @@ class Exit:
     """Seconds since the epoch."""
 
 
-def _bind_line(folder: int) -> socket.socket:
-    """Bind line.sock in the folder; through its descriptor, since a socket's path may have only 107 bytes."""
-    name = f"/proc/self/fd/{folder}/line.sock"
+def _bind(folder: int, name: str, kind: socket.SocketKind) -> socket.socket:
+    """Bind a socket in the folder; through its descriptor, since a socket's path may have only 107 bytes."""
     with contextlib.suppress(FileNotFoundError):
-        os.unlink("line.sock", dir_fd=folder)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        os.unlink(name, dir_fd=folder)
+    listener = socket.socket(socket.AF_UNIX, kind | socket.SOCK_CLOEXEC)
     try:
-        listener.bind(name)
-        os.chmod("line.sock", 0o600, dir_fd=folder)
+        listener.bind(f"/proc/self/fd/{folder}/{name}")
+        os.chmod(name, 0o600, dir_fd=folder)
     except BaseException:
         listener.close()
         raise
@@ -211,7 +210,9 @@ def _identity(machine: MachineDir) -> tuple[int, int]:
         return 0, 0
 
 
-def _start(stack: contextlib.ExitStack, machine: MachineDir, line: tuple[str, int], owner: int | None) -> tuple[int, dict[str, int]]:
+def _start(
+    stack: contextlib.ExitStack, machine: MachineDir, line: tuple[str, int], owner: int | None, answer: int | None
+) -> tuple[int, dict[str, int]]:
     """Lock, bind and open all that the keeper is given. Returns our end of the ready pipe, and the rest by name."""
     alive_fd = stack.enter_context(open_alive(machine, os.O_RDWR | os.O_CREAT))
     lock_alive(machine, alive_fd)
@@ -219,8 +220,11 @@ def _start(stack: contextlib.ExitStack, machine: MachineDir, line: tuple[str, in
         record.unlink(missing_ok=True)
     folder = os.open(machine.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     stack.callback(os.close, folder)
-    listener = stack.enter_context(_bind_line(folder))
+    listener = stack.enter_context(_bind(folder, machine.line.name, socket.SOCK_STREAM))
     given = {"folder": folder, "alive": alive_fd, "listen": listener.fileno(), line[0]: line[1]}
+    if answer is not None:
+        given["answer"] = answer
+        given["answer-listen"] = stack.enter_context(_bind(folder, machine.answer.name, socket.SOCK_SEQPACKET)).fileno()
     if owner is not None:
         try:
             given["owner"] = os.pidfd_open(owner)
@@ -247,13 +251,15 @@ def spawn(
     grace: float = 10.0,
     wait: float = 60.0,
     begin: Callable[[], object] | None = None,
+    answer: int | None = None,
 ) -> Kept:
     """Start the keeper of the machine in this folder, with its processes, and return when the guest has answered.
 
     `line_fd` is the host's end of the line or, if `dialled`, a bound socket that the guest calls. `logs` maps a log's name
     to the pipe that it is read from, `fds` are all descriptors that the plans name; the caller closes its own copies
     afterwards. `owner` is the pid whose end ends the machine. `ttl`, `idle`, `grace` and `wait` are seconds. `begin` is
-    called when the engine runs, before the guest can have answered: to let it go on from a frozen state. Raises Busy if
+    called when the engine runs, before the guest can have answered: to let it go on from a frozen state. `answer` is the
+    answerer's end of the pair by which PID 1 hands over what it is to answer (SOCK_SEQPACKET); without it there is none. Raises Busy if
     the machine is alive, StorageError if its folder cannot be written, and EngineError, with the end of the engine's
     log, if it does not come up: nothing runs then.
     """
@@ -261,7 +267,7 @@ def spawn(
     with contextlib.ExitStack() as ours:
         try:
             with contextlib.ExitStack() as given:
-                ready, fixed = _start(given, machine, ("line-listen" if dialled else "line", line_fd), owner)
+                ready, fixed = _start(given, machine, ("line-listen" if dialled else "line", line_fd), owner, answer)
                 ours.callback(os.close, ready)
                 plan = encode(_plan(processes, fixed, logs, log_cap, {"ttl": ttl, "idle": idle, "grace": grace}))
                 starting = _run_keeper(ours, plan, [*fixed.values(), *logs.values(), *fds])
@@ -335,6 +341,7 @@ def kill(machine: MachineDir, timeout: float = 5.0) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
     machine.line.unlink(missing_ok=True)
+    machine.answer.unlink(missing_ok=True)
 
 
 def ended(machine: MachineDir) -> Exit | None:

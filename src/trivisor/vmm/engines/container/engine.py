@@ -110,22 +110,26 @@ class ContainerEngine:
             ours, theirs = socket.socketpair()
             stack.enter_context(ours)
             stack.enter_context(theirs)
+            intake, answer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            stack.enter_context(intake)
+            stack.enter_context(answer)
             found = stack.enter_context(layers.ready(box))
-            plan = container.plan(_container(box, found, shape, group, net, theirs.fileno(), log))
+            plan = container.plan(_container(box, found, shape, group, net, theirs.fileno(), answer.fileno(), log))
             keeper.spawn(
                 box.dir,
                 processes=[*net.processes, keeper.Process("container", plan)],
                 line_fd=ours.fileno(),
                 logs={"engine": said},
-                fds=[theirs.fileno(), log, *group.fds, *net.fds],
+                fds=[theirs.fileno(), answer.fileno(), log, *group.fds, *net.fds],
                 owner=box.owner,
                 ttl=box.spec.ttl,
                 idle=box.spec.idle,
                 wait=_WAIT,
+                answer=intake.fileno(),
             )
 
 
-def _container(box: Box, found: Sequence[Layer], shape: Shape, group: Cgroup, net: Net, line: int, log: int) -> Container:
+def _container(box: Box, found: Sequence[Layer], shape: Shape, group: Cgroup, net: Net, line: int, answer: int, log: int) -> Container:
     spec = box.spec
     return Container(
         hostname=spec.name,
@@ -133,6 +137,7 @@ def _container(box: Box, found: Sequence[Layer], shape: Shape, group: Cgroup, ne
         ids=shape.ids(box.slot),
         layers=found,
         line=line,
+        answer=answer,
         log=log,
         memory=spec.memory,
         namespaces=shape.namespaces,
