@@ -321,14 +321,16 @@ def test_a_trace_stops_in_the_filter_only_where_nothing_else_is_done_with_its_ca
     policy = Policy("write:EIO")
     policy.trace("openat", "execve", no_vdso=True)
     made = compiled(policy)
-    assert said(made, "trace") == [("filter", str(NR["execve"]), str(NR["openat"]))]
+    assert said(made, "trace") == [("filter", "bytes=64", f"{NR['execve']}:0s,1v", f"{NR['openat']}:1s")]
     assert said(made, "no-vdso") == [()]
     policy.trace("openat", "write")
     assert said(compiled(policy), "trace")[0][0] == "stops"
     policy.trace("openat", "mount")  # refused calls are to be seen, too
     assert said(compiled(policy), "trace")[0][0] == "stops"
-    policy.trace()
-    assert said(compiled(policy), "trace") == [("all",)]
+    policy.trace("openat", "prctl")  # which is called before the tracer is there
+    assert said(compiled(policy), "trace")[0][0] == "stops"
+    policy.trace(buffer=9)
+    assert said(compiled(policy), "trace")[0][:2] == ("all", "bytes=9")
 
 
 def test_what_a_wall_cannot_do_is_an_error_that_names_those_that_can() -> None:
@@ -367,9 +369,8 @@ def test_a_spec_keeps_rules_and_records_from_before_have_none() -> None:
 
 
 def test_what_this_process_holds_goes_with_each_command() -> None:
-    service = Syscalls(
-        "m", SyscallSpec(rules=(parse("connect:EACCES"),)), lambda: CONTAINER, Held(), lambda compiled: pytest.fail("attached")
-    )
+    spec = SyscallSpec(rules=(parse("connect:EACCES"),))
+    service = Syscalls("m", spec, lambda: CONTAINER, Held(), lambda compiled: pytest.fail("attached"), lambda: pytest.fail("traced"))
     assert [operation[0] for operation in service.compiled().operations] == ["seccomp"]  # type: ignore[union-attr]
     policy = Policy()
     policy.on("openat")(handler)

@@ -33,6 +33,7 @@ from trivisor.vos.syscalls.compile import Compiled
 from trivisor.vos.syscalls.policy import Policy
 from trivisor.vos.syscalls.service import Syscalls
 from trivisor.vos.syscalls.supervisor import Attachment
+from trivisor.vos.syscalls.trace import Trace
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
@@ -195,7 +196,7 @@ class Machine:
     @property
     def syscalls(self) -> Syscalls:
         """What its programs get from their system calls."""
-        return Syscalls(self.name, self.spec.syscalls, self._port, self._context.held(self.id), self._attach)
+        return Syscalls(self.name, self.spec.syscalls, self._port, self._context.held(self.id), self._attach, self._trace)
 
     @property
     def files(self) -> Files:
@@ -264,6 +265,9 @@ class Machine:
 
     def _processes(self, verb: str) -> Processes:
         return Processes(self._line_for(verb), self.name, self.spec.env, self.syscalls)
+
+    def _trace(self, *args: Any, **named: Any) -> Trace:
+        return self._processes("exec").trace(*args, **named)
 
     def _attach(self, compiled: Compiled) -> Attachment:
         """Have this process's handlers answer the command that what was compiled goes with."""

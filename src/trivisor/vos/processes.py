@@ -19,11 +19,15 @@ from trivisor.vos.line import Line
 from trivisor.vos.process import Process
 from trivisor.vos.syscalls.compile import Compiled
 from trivisor.vos.syscalls.policy import Policy
+from trivisor.vos.syscalls.records import Decoder
 from trivisor.vos.syscalls.service import Answering, Syscalls
+from trivisor.vos.syscalls.trace import Filter, Trace
 from trivisor.vos.wire import STDERR, STDOUT, Flag
 
 MAX_OUTPUT = 256 << 20
 """Bytes of each output that exec keeps unless told otherwise."""
+MAX_TRACED = 16 << 20
+"""Bytes of each output of a traced command that are kept."""
 START_TIMEOUT = 60.0
 """Seconds until a spawned command must have started; a machine may be slow, or paused by someone else."""
 
@@ -140,6 +144,33 @@ class Processes:
         )
         return self._start(words, request, pty=pty, compiled=compiled)
 
+    def trace(
+        self,
+        argv: Argv,
+        policy: Policy,
+        keep: Filter,
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str = "",
+        user: str = "",
+        stdin: Stdin = b"",
+        timeout: float | None = None,
+        on_stdout: Sink | None = None,
+        on_stderr: Sink | None = None,
+    ) -> Trace:
+        """Run `argv` under a policy that traces (vos.syscalls.service.Syscalls.trace)."""
+        words = _words(argv)
+        compiled = self._compiled(policy, traced=True)
+        capture = Capture(self.machine, MAX_TRACED, {STDOUT: on_stdout or _forget, STDERR: on_stderr or _forget})
+        request = wire.exec_request(
+            words, self._environment(env), flags=_stdin_flag(stdin), user=user, cwd=cwd, policy=compiled.operations if compiled else None
+        )
+        deadline = None if timeout is None else time.monotonic() + timeout
+        command = Command.start(self._line_of(), request, deadline, traced=True)
+        self._answering(command, compiled)
+        decoder = Decoder(self._syscalls.architecture if self._syscalls else "")
+        return Trace(command, words, capture, decoder, keep, stdin, timeout)
+
     def builtin(self, argv: Sequence[str], *, user: str = "", stdin: bool = False) -> Process:
         """Start one of the guest's own commands (PROTOCOL.md, "Builtins")."""
         words = tuple(argv)
@@ -161,7 +192,9 @@ class Processes:
         request = wire.exec_request(words, (), flags=Flag.BUILTIN | _stdin_flag(stdin), user=user)
         return self._run(words, request, Capture(self.machine, limit, {STDOUT: None, STDERR: None}, hint), stdin, timeout)
 
-    def _compiled(self, policy: Policy | None) -> Compiled | None:
+    def _compiled(self, policy: Policy | None, *, traced: bool = False) -> Compiled | None:
+        if policy is not None and policy.tracing and not traced:
+            raise InvalidSpec("nobody would get the events of this policy's trace", hint="use syscalls.trace of the machine")
         if self._syscalls is not None:
             return self._syscalls.compiled(policy)
         if policy is not None:
@@ -228,6 +261,10 @@ class Processes:
             peak_memory=exited.peak_memory,
             truncated=capture.truncated,
         )
+
+
+def _forget(_part: bytes) -> None:
+    """Take output that nobody asked for: Capture keeps the beginning of it."""
 
 
 def _words(argv: Argv) -> tuple[str, ...]:

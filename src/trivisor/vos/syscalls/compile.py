@@ -19,11 +19,14 @@ from trivisor.core.rules import Condition, Paths, Rule, SyscallSpec
 from trivisor.launch import syscalls
 from trivisor.launch.seccomp import ALLOW, KILL, LOG, NOTIFY, TRACE, Arg, Profile, compile_policy, refuse
 from trivisor.vos.ports import SyscallPort
-from trivisor.vos.syscalls.policy import Policy, agree
+from trivisor.vos.syscalls.policy import Policy, Tracing, agree
+from trivisor.vos.syscalls.records import trace_words
 from trivisor.vos.syscalls.table import signature
 
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty")
 """What programs expect to read and write wherever they may."""
+_BEFORE = frozenset({"prctl"})
+"""What tvinit itself calls between filter and execve, when no tracer is there yet (guest/src/trace.h)."""
 _LOW = 0xFFFFFFFF
 _INTS = frozenset({"int", "uint", "fd", "dirfd", "mode", "dev", "pid", "uid", "sig"})
 _LONG = {
@@ -66,7 +69,7 @@ def compile_exec(port: SyscallPort, spec: SyscallSpec | None, policy: Policy | N
     if spec and spec.rules:
         agree(rules, ours.handlers)
     handled = frozenset(name for handler in ours.handlers for name in handler.calls)
-    work = _work(port.profile, port.machine, port.wall, rules, handled, None if ours.tracing is None else ours.tracing.calls)
+    work = _work(port.profile, port.machine, port.wall, rules, handled, ours.tracing)
     for feature in _needed(rules, places, ours, work):
         port.need(feature, machine)
     operations = [("seccomp", work.filter), *_landlock(places), *work.tracing]
@@ -105,7 +108,7 @@ class _Work:
     """One command's rules by call. Immutable: commands with the same rules share it."""
 
     def __init__(
-        self, profile: Profile, machine: str, wall: str, rules: tuple[Rule, ...], handled: frozenset[str], traced: tuple[str, ...] | None
+        self, profile: Profile, machine: str, wall: str, rules: tuple[Rule, ...], handled: frozenset[str], tracing: Tracing | None
     ) -> None:
         self._profile = profile
         self._machine = machine
@@ -126,10 +129,11 @@ class _Work:
         self.refused = {self._known[name]: code for name, code in refused.items() if code is not None}
         """Calls that get this far only to be answered: the profile lets none of them be made."""
         # What stops a call for the tracer is the filter, where that does nothing else with it: an errno or a notification goes before.
-        alone = bool(traced) and all(name not in self._named and profile.refusal(name) is None for name in traced or ())
-        self._traced = frozenset(traced or ()) if alone else frozenset()
+        traced = frozenset(tracing.calls if tracing else ())
+        alone = bool(traced) and not traced & (self._named | _BEFORE) and all(profile.refusal(name) is None for name in traced)
+        self._traced = traced if alone else frozenset()
         mode = "filter" if alone else "stops" if traced else "all"
-        self.tracing: list[Operation] = [] if traced is None else [("trace", mode, *map(str, self._numbers(traced)))]
+        self.tracing = [trace_words(sorted(traced), mode, machine, buffer=tracing.buffer)] if tracing else []
         verdicts = {name: self._verdicts(name) for name in self._named | self._traced}
         self.filter = compile_policy(profile, verdicts, machine=machine).hex()
 

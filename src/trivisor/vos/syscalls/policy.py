@@ -53,19 +53,11 @@ class Handler:
 
 @dataclass(frozen=True)
 class Tracing:
-    """Which calls are traced (empty: all, None: none is), and whether programs are without a vDSO."""
+    """Which calls are traced (none: all), whether clock reads become calls for it, and how many bytes of a buffer are copied."""
 
-    calls: tuple[str, ...] | None = None
+    calls: tuple[str, ...] = ()
     no_vdso: bool = False
     buffer: int = 64
-    """Bytes that are copied of a buffer at most."""
-
-    def joined(self, other: Tracing | None) -> Tracing:
-        """Return what both ask for; the calls are the other's, if it has any."""
-        if other is None:
-            return self
-        more = self if other.calls is None else other
-        return Tracing(more.calls, self.no_vdso or other.no_vdso, more.buffer)
 
 
 class Policy:
@@ -133,7 +125,7 @@ class Policy:
         made = Policy(paths=self._paths or other.places)
         made._rules = [*self._rules, *other.rules]
         made._handlers = [*self._handlers, *other.handlers]
-        made._tracing = self._tracing.joined(other.tracing) if self._tracing else other.tracing
+        made._tracing = other.tracing or self._tracing
         made._vdso = self._vdso and other._vdso
         return made
 
@@ -239,9 +231,12 @@ class Policy:
         """Take the vDSO from programs: what they read of clocks, and of random numbers, become calls that rules and handlers see."""
         self._vdso = False
 
-    def hide_vdso(self) -> None:
-        """Have programs find no vDSO: reading a clock becomes a call, that rules, handlers and traces see. It costs each exec a stop."""
-        self._tracing = Tracing(no_vdso=True)
+    def trace(self, *calls: str, no_vdso: bool = False, buffer: int = 64) -> None:
+        """Have these calls (none: all) traced; with `no_vdso` clock reads become calls, that rules, handlers and traces see. At most
+        `buffer` bytes are copied of what is read and written. The events go to whoever starts the command: Syscalls.trace."""
+        for name in calls:
+            syscalls.number(name)
+        self._tracing = Tracing(tuple(dict.fromkeys(calls)), no_vdso, buffer)
 
     def __repr__(self) -> str:
         parts = [*map(str, self._rules), *map(str, self._handlers), *([str(self._paths)] if self._paths else [])]

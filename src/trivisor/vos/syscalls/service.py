@@ -6,14 +6,16 @@ after all of us have gone. Handlers are this process's: they answer the commands
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from trivisor.core.errors import InvalidSpec
 from trivisor.core.rules import Paths, Rule, SyscallSpec
+from trivisor.vos.capture import Sink, Stdin
 from trivisor.vos.ports import SyscallPort
 from trivisor.vos.syscalls.compile import Compiled, compile_exec
 from trivisor.vos.syscalls.policy import Handler, Policy
+from trivisor.vos.syscalls.trace import Filter, Trace
 
 
 class Answering(Protocol):
@@ -22,6 +24,8 @@ class Answering(Protocol):
     def close(self) -> None: ...
 
 
+Start = Callable[..., Trace]
+"""Processes.trace of the machine."""
 Attach = Callable[[Compiled], Answering]
 """Have the handlers of what was compiled answer the command that bears its token. Raises GuestError."""
 
@@ -36,12 +40,20 @@ class Held:
 class Syscalls:
     """The system calls of one machine."""
 
-    def __init__(self, machine: str, spec: SyscallSpec | None, port: Callable[[], SyscallPort], held: Held, attach: Attach) -> None:
+    def __init__(
+        self, machine: str, spec: SyscallSpec | None, port: Callable[[], SyscallPort], held: Held, attach: Attach, start: Start
+    ) -> None:
         self._machine = machine
         self._spec = spec
         self._port = port
         self._held = held
         self._attach = attach
+        self._start = start
+
+    @property
+    def architecture(self) -> str:
+        """The guest's, as os.uname() names it; "" the host's."""
+        return self._port().machine
 
     @property
     def features(self) -> frozenset[str]:
@@ -70,9 +82,51 @@ class Syscalls:
         InvalidSpec for what contradicts the machine's rules, UnsupportedByWall.
         """
         if policy is not None:
+            if policy.tracing:
+                raise InvalidSpec("a policy that traces goes with one command", hint="use trace")
             compile_exec(self._port(), self._spec, policy, self._machine)
             policy = policy.copy()
         self._held.policy = policy
+
+    def trace(
+        self,
+        argv: str | Sequence[str],
+        calls: Sequence[str] = (),
+        *,
+        keep: Filter | None = None,
+        no_vdso: bool = False,
+        buffer: int = 64,
+        env: Mapping[str, str] | None = None,
+        cwd: str = "",
+        user: str = "",
+        stdin: Stdin = b"",
+        timeout: float | None = None,
+        on_stdout: Sink | None = None,
+        on_stderr: Sink | None = None,
+        policy: Policy | None = None,
+    ) -> Trace:
+        """Run `argv` and return an iterator over the calls that it and what it starts make, as they happen; `calls` names those to
+        trace, all unless given. The rest of the program runs at full speed then, but for a stop at each fork, exec and signal.
+
+        `keep` filters further. `no_vdso` has programs find no vDSO, so that clock reads are calls. `buffer` bytes of a buffer are
+        copied at most. The others are as of exec; what the command writes is kept (up to 16 MiB), or given to the callbacks.
+
+        Raises InvalidSpec for a call that there is not, UnsupportedByWall, and what exec raises.
+        """
+        traced = policy.copy() if policy else Policy()
+        traced.trace(*((calls,) if isinstance(calls, str) else calls), no_vdso=no_vdso, buffer=buffer)
+        return self._start(
+            argv,
+            traced,
+            keep or Filter(),
+            env=env,
+            cwd=cwd,
+            user=user,
+            stdin=stdin,
+            timeout=timeout,
+            on_stdout=on_stdout,
+            on_stderr=on_stderr,
+        )
 
     def compiled(self, policy: Policy | None = None) -> Compiled | None:
         """Return what goes with a command that is given `policy`; None if nothing does. Raises InvalidSpec, UnsupportedByWall."""
