@@ -24,7 +24,7 @@
 #include "modes.h"
 
 enum { ETHERNET = 14, TYPE = 12, FRAGMENT = 6, PROTOCOL = 9, SOURCE = 12, TARGET = 16, TCP_FLAGS = 13, TCP_SYN = 2, TCP_ACK = 16 };
-enum { LENGTH = 4, PROGRAM_FD = 3 };
+enum { LENGTH = 4, MAC = 6, ARP = 28, PROGRAM_FD = 3 };
 #define FRAME_MAX 69632 /* QEMU's NET_BUFSIZE */
 #define BUFFER (4 * FRAME_MAX)
 
@@ -120,20 +120,32 @@ static void carry(int from, int to, const struct fence *f) {
     }
 }
 
-/* Wait for the packet socket. -1: its machine ended before it was there. */
-static int take_uplink(int from) {
-    char byte;
+/* Wait for the packet socket and the machine's hardware address. -1: the machine ended before they were there. */
+static int take_uplink(int from, uint8_t *mac) {
     union { struct cmsghdr header; char room[CMSG_SPACE(sizeof(int))]; } control;
-    struct iovec data = {.iov_base = &byte, .iov_len = 1};
+    struct iovec data = {.iov_base = mac, .iov_len = MAC};
     struct msghdr message = {.msg_iov = &data, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
     ssize_t n;
     int fd = -1;
     while ((n = recvmsg(from, &message, MSG_CMSG_CLOEXEC)) < 0 && errno == EINTR)
         ;
-    struct cmsghdr *c = n > 0 ? CMSG_FIRSTHDR(&message) : NULL;
+    struct cmsghdr *c = n == MAC ? CMSG_FIRSTHDR(&message) : NULL;
     if (c && c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS && c->cmsg_len == CMSG_LEN(sizeof fd))
         memcpy(&fd, CMSG_DATA(c), sizeof fd);
     return fd;
+}
+
+/* Ask for the gateway in the machine's name: passt knows where to send what comes by a published port only once it has heard it. */
+static bool announce(int to, const struct fence *f, const uint8_t *mac) {
+    uint8_t out[LENGTH + ETHERNET + ARP] = {0, 0, 0, ETHERNET + ARP}, *frame = out + LENGTH, *arp = frame + ETHERNET;
+    memset(frame, 0xff, MAC);
+    memcpy(frame + MAC, mac, MAC);
+    memcpy(frame + TYPE, "\x08\x06", 2);
+    memcpy(arp, "\x00\x01\x08\x00\x06\x04\x00\x01", 8); /* Ethernet, IPv4, their sizes, a request */
+    memcpy(arp + 8, mac, MAC);
+    memcpy(arp + 14, &f->own, sizeof f->own);
+    memcpy(arp + 24, &f->gateway, sizeof f->gateway);
+    return write_all(to, out, sizeof out);
 }
 
 /* The same as `carry`, where a machine's frames come and go one by one. What does not fit or finds no room is lost, as on a wire. */
@@ -181,8 +193,8 @@ static void carry_in(int from, int packets) {
 
 /* A child that goes with us; its pid, 0 in the child. */
 static pid_t child(void) {
-    pid_t pid = fork();
-    if (pid == 0 && (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0 || getppid() == 1))
+    pid_t self = getpid(), pid = fork();
+    if (pid == 0 && (prctl(PR_SET_PDEATHSIG, SIGKILL) < 0 || getppid() != self))
         _exit(1);
     return pid;
 }
@@ -211,7 +223,8 @@ int fence_main(int argc, char **argv) {
         return usage();
     bool uplink = !strncmp(argv[0], "uplink:", 7);
     int given = atoi(argv[0] + (uplink ? 7 : 0));
-    int guest = uplink ? take_uplink(given) : dup(given); /* the program's own descriptor may be that one */
+    uint8_t mac[MAC];
+    int guest = uplink ? take_uplink(given, mac) : dup(given); /* the program's own descriptor may be that one */
     if (guest < 0 || socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) < 0)
         return perror("fence"), 1;
     close(given);
@@ -223,6 +236,8 @@ int fence_main(int argc, char **argv) {
         return run(argv + i + 1, pair[1]);
     }
     close(pair[1]);
+    if (uplink && !announce(pair[0], &f, mac))
+        return perror("fence"), 1;
     pid_t back = program > 0 ? child() : -1;
     if (back < 0)
         return perror("fence"), 1;

@@ -95,14 +95,14 @@ static bool plain_frames(const char *near) {
     return good;
 }
 
-static bool send_fd(int to, int fd) {
-    char byte = 0;
+/* The socket, and the hardware address of the machine at its other end. */
+static bool send_far(int to, int fd, unsigned char *mac) {
     union { struct cmsghdr header; char room[CMSG_SPACE(sizeof(int))]; } control = {{0}};
-    struct iovec data = {.iov_base = &byte, .iov_len = 1};
+    struct iovec data = {.iov_base = mac, .iov_len = ETH_ALEN};
     struct msghdr message = {.msg_iov = &data, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
     control.header = (struct cmsghdr){.cmsg_len = CMSG_LEN(sizeof fd), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS};
     memcpy(CMSG_DATA(&control.header), &fd, sizeof fd);
-    return sendmsg(to, &message, MSG_NOSIGNAL) == 1;
+    return sendmsg(to, &message, MSG_NOSIGNAL) == ETH_ALEN;
 }
 
 /* uplink FD IF MAC MTU */
@@ -127,7 +127,7 @@ int op_uplink(struct launch *l, const struct op *op) {
         return -1;
     close(home);
     errno = saved;
-    if (!made || !plain_frames(op->words[2]) || !send_fd((int)to, far))
+    if (!made || !plain_frames(op->words[2]) || !send_far((int)to, far, mac))
         return -1;
     close(far);
     /* As on the links that root makes: low ports and pings are open to all inside. */

@@ -12,6 +12,7 @@ from trivisor.core.errors import HostLacks
 from trivisor.core.paths import Home
 from trivisor.launch.container import Ids, Layer
 from trivisor.launch.jail import Bind
+from trivisor.launch.net import passt
 from trivisor.launch.plan import Plan, encode
 from trivisor.vmm.engines.gvisor import bundle, jailed, runsc
 from trivisor.vmm.engines.gvisor.jailed import Link, Sandbox
@@ -150,6 +151,18 @@ def test_a_link_is_moved_in_and_handed_to_the_sentry() -> None:
     alone = jailed.plan(sandbox())
     assert not named(alone, "adopt")
     assert "--network=none" in argv(alone)
+
+
+def test_without_root_the_interface_is_made_in_the_jail() -> None:
+    outward = passt.outward(8, "52:54:00:01:02:03")
+    plan = jailed.plan(sandbox(outward=outward))
+    names = [op[0] for op in plan]
+    assert names[names.index("loopback") + 1 :][:2] == ["uplink", "address"]
+    assert plan[names.index("uplink")][1:4] == ("8", "eth0", "52:54:00:01:02:03")
+    assert "--network=sandbox" in argv(plan)
+    # runsc has no network stack of its own for who has no ids beside root.
+    assert "--network=host" in argv(jailed.plan(sandbox(outward=outward, ids=SINGLE)))
+    assert "--network=none" in argv(jailed.plan(sandbox(ids=SINGLE)))
 
 
 def test_kvm_sees_its_device_and_no_other_platform_does() -> None:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from trivisor.launch import container, ids, seccomp
+from trivisor.launch import container, ids, jail, seccomp
 from trivisor.launch.container import Container, Ids, Layer
 from trivisor.launch.ids import Shape
-from trivisor.launch.jail import Bind
+from trivisor.launch.jail import Bind, JailReport
+from trivisor.launch.net import passt
 from trivisor.launch.plan import Op, Plan, encode, render
 
 OWN = Ids(((0, 2_100_065_536, 65536),), ((0, 2_100_065_536, 65536),), mapped=True)
@@ -96,6 +97,13 @@ def test_every_namespace_unless_another_network_is_given() -> None:
     assert of(plan(netns=9), "netns") == [("netns", "9")]
 
 
+def test_an_interface_made_in_its_own_network() -> None:
+    made = plan(outward=passt.outward(8, "52:54:00:01:02:03"))
+    names = [op[0] for op in made]
+    assert names[names.index("loopback") + 1 :][:2] == ["uplink", "address"]
+    assert not of(plan(host_network=True, outward=passt.outward(8, "52:54:00:01:02:03")), "uplink")
+
+
 def test_sysfs_is_the_hosts_only_on_the_hosts_network() -> None:
     assert ("mount", "sysfs", "sysfs", "/sys", "ro", "") in plan(netns=9)
     assert ("bind", "/sys", "/sys", "ro,alone") in plan(host_network=True)
@@ -152,6 +160,18 @@ def test_no_mount_gives_devices_but_the_devices() -> None:
     made = plan(binds=[Bind(Path("/data"), "/data", "rw,exec")])
     assert {op[2] for op in of(made, "bind") if "dev" in op[3].split(",")} == {f"/dev/{name}" for name in container.DEVICES}
     assert {op[3] for op in of(made, "mount") if "dev" in op[4].split(",")} == {"/dev/pts"}
+
+
+def test_no_container_has_the_id_of_a_jail() -> None:
+    """Whatever the slots are: a process of one must never be able to signal or trace one of the other."""
+    shape = Shape("own", container.NAMESPACES)
+    report = JailReport(("mount",), True, 0)
+    slots = (0, 1, 2, 1525, 1526, 30517, 30518, jail.SLOTS - 1, jail.SLOTS, 2**31, 10**12)
+    jails = [jail.own_id(slot, report) for slot in slots]
+    ranges = [shape.ids(slot).users[0] for slot in slots]
+    assert all(one is not None and not first <= one < first + size for one in jails for _, first, size in ranges)
+    # Not only these: all single ids lie below all ranges.
+    assert jail.FIRST_ID + jail.SLOTS <= ids.FIRST
 
 
 def test_each_slot_has_a_range_of_its_own() -> None:

@@ -5,10 +5,13 @@
 Prints "no answer" if nothing comes back for any of them.
 """
 
+import fcntl
 import itertools
 import socket
 import struct
 import sys
+
+SIOCGIFHWADDR = 0x8927
 
 
 def checksum(data: bytes) -> int:
@@ -33,8 +36,7 @@ def main() -> None:
     tcp, udp = int(sys.argv[1]), int(sys.argv[2])
     wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(0x0003))
     wire.bind(("eth0", 0))
-    with open("/sys/class/net/eth0/address") as file:
-        mine = bytes.fromhex(file.read().strip().replace(":", ""))
+    mine = fcntl.ioctl(wire, SIOCGIFHWADDR, struct.pack("40s", b"eth0"))[18:24]
     sport = 40000
     for target, source, options in itertools.product(
         ("127.0.0.1", "127.1.2.3", "0.0.0.0"), (sys.argv[3], "127.0.0.1", "127.0.0.9"), (b"", b"\1\1\1\0")

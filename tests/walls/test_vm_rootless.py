@@ -5,22 +5,20 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from host_state import assert_nothing_left
+import rootless_home
 from images_for_tests import mini_root
-from machine_home import VmHome, in_child
+from rootless_home import home_of
 
 from trivisor import VMM, StorageError
 from trivisor.core.paths import Home, MachineDir
-from trivisor.launch import jail, tvinit
+from trivisor.launch import jail
 from trivisor.vmm.engines.vm import runner
 
-USER = 61234
-"""An id that no account has."""
+USER = rootless_home.NOBODY
 SERVE = """\
 import socket
 server = socket.create_server(("0.0.0.0", 80))
@@ -38,44 +36,13 @@ pytestmark = [
 
 @pytest.fixture
 def user_home(iced_home: Path) -> Iterator[Path]:
-    """A home that belongs to USER, with the kit and the image and no ice, where USER may go: pytest's own folders are closed."""
-    for path in (tvinit.path(), *tvinit.path().parents):
-        if not os.stat(path).st_mode & 0o005:
-            pytest.skip(f"needs {path} to be readable to all")
-    base = Path(tempfile.mkdtemp(prefix="user-"))
-    base.chmod(0o755)
-    home = VmHome(base / "home", iced_home).root
-    shutil.rmtree(home / "ice")
-    for path in (home, *home.rglob("*")):
-        if path.is_file() and path.stat().st_nlink > 1:
-            own = path.with_name(f"{path.name}-own")  # not the shared file's owner, but a copy's
-            shutil.copy2(path, own)
-            own.rename(path)
-        os.chown(path, USER, USER, follow_symlinks=False)
-    yield home
-
-    def clear() -> None:
-        with VMM(home) as vmm:
-            for machine in vmm.list():
-                machine.delete(force=True)
-
-    as_user(clear)
-    assert_nothing_left(home, set())
-    shutil.rmtree(base)
+    """A home that belongs to USER, with the kit and the image and no ice."""
+    with home_of(USER, iced_home) as home:
+        yield home
 
 
-def as_user(work: object) -> None:
-    """Become USER for good, in a child."""
-
-    def run() -> None:
-        os.setgroups([])
-        os.setresgid(USER, USER, USER)
-        os.setresuid(USER, USER, USER)
-        os.environ["HOME"] = "/nonexistent"
-        os.chdir("/")
-        work()  # type: ignore[operator]
-
-    assert in_child(run) == 0
+def as_user(work: Callable[[], object]) -> None:
+    rootless_home.as_user(USER, work)
 
 
 def test_the_whole_life(user_home: Path, tmp_path: Path) -> None:

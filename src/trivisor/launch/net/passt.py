@@ -10,6 +10,7 @@ address. It lies outside the machine's namespace, so nothing that a machine's ro
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from collections.abc import Mapping
 from itertools import pairwise
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from trivisor.core.errors import EngineError
 from trivisor.core.process import find
-from trivisor.launch import tvinit
+from trivisor.launch import jail, tvinit
 from trivisor.launch.net.links import INSIDE, uplink_mtu
 from trivisor.launch.net.rules import DENIED
 from trivisor.launch.plan import Op, Plan
@@ -62,13 +63,23 @@ def plan(passt: str, ports: Mapping[int, int], fd: int, log: int, *, uplink: boo
     denied = [*_METADATA, *(address for address in own_addresses() if address not in (GATEWAY, DNS))]
     end = f"uplink:{PASST_FD}" if uplink else str(PASST_FD)
     fence = [str(tvinit.path()), "fence", end, ADDRESS, GATEWAY, *denied[:_DENIED], "--"]
-    operations: list[Op] = [("fd", str(fd), str(PASST_FD)), ("fd", str(log), "1"), ("fd", str(log), "2")]
+    operations = _contained()
+    operations += [("fd", str(fd), str(PASST_FD)), ("fd", str(log), "1"), ("fd", str(log), "2")]
     operations += [("env", "PATH=/usr/sbin:/usr/bin:/sbin:/bin"), ("exec", *fence, *argv, "-u", "none")]
     return tuple(operations)
 
 
 _METADATA = tuple(denied.removesuffix("/32") for denied in DENIED if denied.endswith("/32"))
 """The fence denies the others of DENIED always."""
+
+
+def _contained() -> list[Op]:
+    """Return what makes the fence PID 1 of a namespace: when it has been killed, passt is gone and its ports are free."""
+    report = jail.probe()
+    if "user" not in report.namespaces:
+        return [("namespaces", "pid")] if report.namespaces else []
+    maps = [("map-user", os.geteuid()), ("map-group", os.getegid())]
+    return [("namespaces", "user", "pid"), *((kind, str(own), str(own), "1") for kind, own in maps)]
 
 
 def own_addresses() -> list[str]:

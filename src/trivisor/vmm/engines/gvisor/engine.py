@@ -102,6 +102,7 @@ class GvisorEngine:
         took = f"{(time.monotonic() - begun) * 1000:.0f} ms"
         # Without a freezer runsc pauses it.
         lacks = [*shape.lacks, *(lack for lack in group.lacks if not lack.startswith("pause:"))]
+        lacks += [jailed.HOSTS_STACK] if net.outward and jailed.rootless(shape.ids(box.slot)) else []
         facts = {"runsc": found.version, "platform": platform, "start": took, "ids": str(shape)}
         return {**facts, **net.facts, **({"lacks": "; ".join(lacks)} if lacks else {})}
 

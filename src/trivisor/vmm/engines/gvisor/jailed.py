@@ -81,9 +81,18 @@ class Sandbox:
     """What is written need not survive the host: nothing is waited for."""
 
 
+HOSTS_STACK = "gVisor's network stack: without ids beside root it is the host kernel's, in the machine's own namespace"
+
+
 def rootless(ids: Ids) -> bool:
     """Whether runsc has to do without ids beside root: what it calls rootless."""
     return sum(count for _, _, count in ids.users) == 1
+
+
+def _network(ids: Ids) -> str:
+    """Whose network stack serves the machine. Without other ids beside root runsc has no use for its own, so it is that of the
+    host's kernel in the jail's namespace, where nothing but the machine's interface is."""
+    return "host" if rootless(ids) else "sandbox"
 
 
 def command(runsc: Runsc, platform: str, ids: Ids, *, network: bool = False) -> list[str]:
@@ -91,7 +100,7 @@ def command(runsc: Runsc, platform: str, ids: Ids, *, network: bool = False) -> 
     options = {
         "root": STATE,
         "platform": platform,
-        "network": "sandbox" if network else "none",
+        "network": _network(ids) if network else "none",
         "host-uds": "open",
         "ignore-cgroups": "true",
         "rootless": "true" if rootless(ids) else "false",
