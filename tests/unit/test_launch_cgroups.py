@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -13,16 +15,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from syscall_support import trapped
 
 from trivisor.core.errors import HostLacks
 from trivisor.core.paths import Home
 from trivisor.core.spec import Spec
 from trivisor.core.units import MIB
 from trivisor.core.wishes import IoLimits
-from trivisor.launch import cgroup_layout, cgroups
+from trivisor.launch import cgroup_freeze, cgroup_layout, cgroups
 from trivisor.launch.cgroup_layout import Layout
 from trivisor.launch.cgroup_limits import DEFAULT_PIDS, Limits, device, settings
 from trivisor.launch.cgroups import Cgroup
+from trivisor.vos.syscalls.direct import DirectListener
+from trivisor.vos.syscalls.listener import CONTINUE, Notification
 
 NAMES = "cpuset cpu io memory pids"
 ALL = Limits(memory=64 * MIB, swap=MIB, cpus=0.5, cpuset="0", pids=7, io=IoLimits(read_bps=1000, read_iops=10))
@@ -277,6 +282,58 @@ def test_frozen(home: Home, layout: Layout) -> None:
         again.remove()
         assert counter.wait(10) == -signal.SIGKILL, "frozen or not"
         assert Cgroup.find(home, "one") is None
+        counter.stdout.close()
+
+
+def _held(listener: DirectListener) -> Notification:
+    """Take up the next call."""
+    assert select.select([listener.fileno()], [], [], 10)[0]
+    notification = listener.receive()
+    assert notification is not None
+    return notification
+
+
+@pytest.mark.parametrize("call", ["mkdir", "execve"])
+def test_frozen_while_a_call_is_held(home: Home, layout: Layout, call: str) -> None:
+    """Who waits for an answer, and who forked one (vfork(2)) that does at its execve, freezes no sooner than it is answered."""
+
+    def program() -> object:
+        if call == "mkdir":
+            with contextlib.suppress(FileExistsError):
+                os.mkdir("/")
+            return os.getpid()
+        subprocess.run(["/bin/true"], check=True, close_fds=False)  # so that it is a vfork
+        return os.getpid()
+
+    with make(home, Limits(), layout) as group, trapped([call], program) as child:
+        place = next(place for place in group._places if "freezer" in place.controllers)
+        (place.path / "cgroup.procs").write_text(str(child.pid))
+        notification = _held(child.listener)
+        begun = time.monotonic()
+        group.freeze(5)
+        assert time.monotonic() - begun < 2
+        assert group.frozen and cgroup_freeze.still(place)
+        child.listener.answer(notification, 0, 0, CONTINUE)
+        with pytest.raises(TimeoutError):
+            child.result(0.5)  # nothing of the program runs before the thaw
+        assert group.frozen and cgroup_freeze.still(place)
+        group.thaw()
+        assert not group.frozen
+        assert child.result() == str(child.pid)
+        child.listener.close()
+        group.remove()
+
+
+def test_what_runs_is_not_still(home: Home, layout: Layout) -> None:
+    with make(home, Limits(), layout) as group:
+        counter = run(group, "while True: print('x', flush=True)")
+        assert counter.stdout is not None
+        place = next(place for place in group._places if "freezer" in place.controllers)
+        for _ in range(20):
+            counter.stdout.read(4096)
+            assert not cgroup_freeze.still(place)
+        group.remove()
+        assert counter.wait(10) == -signal.SIGKILL
         counter.stdout.close()
 
 
