@@ -3,6 +3,7 @@
 provide.py     the one call that engines make: what a machine's network is made of
 pool.py        addresses: a block of four for each machine; the interface's name says which, so the kernel keeps the book
 links.py       a veth pair into a namespace of the machine's own, or a tap, by pyroute2
+firewall.py    whether another firewall of the host would stop them all the same
 rules.py       what machines may reach, as data; table.py brings it into nftables
 networks.py    named networks of a home, and the names of machines on them
 resolvers.py   who the host asks for names

@@ -9,15 +9,16 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 ROUTE, NETFILTER = 0, 12
 NEWLINK, NEWADDR, NEWROUTE = 16, 20, 24
-GETCHAIN = 10 << 8 | 4
-"""NFNL_SUBSYS_NFTABLES, NFT_MSG_GETCHAIN."""
-_REQUEST, _ACK, _EXCL, _CREATE = 0x1, 0x4, 0x200, 0x400
-_ERROR = 2
+GETCHAIN, GETRULE = 10 << 8 | 4, 10 << 8 | 7
+"""NFNL_SUBSYS_NFTABLES, NFT_MSG_GETCHAIN and NFT_MSG_GETRULE."""
+_REQUEST, _ACK, _EXCL, _CREATE, _DUMP = 0x1, 0x4, 0x200, 0x400, 0x300
+_ERROR, _DONE = 2, 3
+_FAMILY = struct.Struct(">BBH")
 _HEADER = struct.Struct("=IHHII")
 _TIMEOUT = 10.0
 _UP = 1
@@ -68,6 +69,35 @@ class Netlink:
                 data = data[(length + 3) & ~3 :]
         if failed:
             raise OSError(failed, os.strerror(failed))
+
+    def dump(self, kind: int) -> Iterator[tuple[int, bytes]]:
+        """Yield (family, attributes) of each of nftables' objects of one kind. Raises OSError."""
+        self._sequence += 1
+        body = _FAMILY.pack(socket.AF_UNSPEC, 0, 0)
+        self._socket.send(_HEADER.pack(_HEADER.size + len(body), kind, _REQUEST | _DUMP, self._sequence, 0) + body)
+        while True:
+            data = self._socket.recv(1 << 20)
+            while len(data) >= _HEADER.size:
+                length, kind, _, _, _ = _HEADER.unpack_from(data)
+                body, data = data[_HEADER.size : length], data[(length + 3) & ~3 :]
+                if kind == _ERROR:
+                    (code,) = struct.unpack_from("=i", body)
+                    raise OSError(-code, os.strerror(-code))
+                if kind == _DONE:
+                    return
+                yield body[0], body[_FAMILY.size :]
+
+
+def attributes(data: bytes) -> dict[int, bytes]:
+    """Take attributes apart: {type: value}, of nested ones the bytes."""
+    found = {}
+    while len(data) >= 4:
+        length, kind = struct.unpack_from("=HH", data)
+        if length < 4:
+            break
+        found[kind & 0x3FFF] = data[4:length]
+        data = data[(length + 3) & ~3 :]
+    return found
 
 
 def new_veth(index: int, name: str, mac: str, mtu: int, *, peer: str, peer_namespace: int) -> Message:

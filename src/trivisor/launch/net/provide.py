@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -24,7 +25,7 @@ from trivisor.core.paths import Home, MachineDir
 from trivisor.core.spec import Spec
 from trivisor.core.undo import Undo
 from trivisor.launch.keeper import Process
-from trivisor.launch.net import host, links, networks, passt, pool, relay
+from trivisor.launch.net import firewall, host, links, networks, passt, pool, relay
 from trivisor.launch.net.links import INSIDE
 from trivisor.launch.net.resolvers import reachable, resolvers
 from trivisor.launch.plan import Plan
@@ -68,6 +69,22 @@ def check(spec: Spec) -> None:
     if networks.named(spec.network):
         raise HostLacks(f"{why}, and a named network is made of them", hint='run as root, or use network="nat"')
     passt.check()
+
+
+def nat() -> bool:
+    """Whether machines can have NAT here."""
+    return not possible() or shutil.which("passt") is not None
+
+
+def details() -> dict[str, str]:
+    """Return what there is to say of networks on this host, for doctor."""
+    if possible():
+        try:
+            return {"network": f"nat by {passt.check()}; no named networks: they need root"}
+        except HostLacks as error:
+            return {"network": f"none only: {error} ({error.hint})"}
+    stopped = "; ".join(str(drop) for drop in firewall.drops())
+    return {"network": "links of their own, nftables", **({"firewall": stopped} if stopped else {})}
 
 
 @contextlib.contextmanager

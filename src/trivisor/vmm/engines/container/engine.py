@@ -50,10 +50,11 @@ class ContainerEngine:
             return WallReport(wall=self.wall, available=False, why=str(error), remedy=error.hint, details=details)
         details |= {"ids": str(shape), "namespaces": ", ".join(shape.namespaces)}
         sized, details["disk"] = layers.disk_sizes()
+        details |= provide.details()
         if shape.lacks:
             details["lacks"] = ", ".join(shape.lacks)
         freezer = cgroup_layout.layout().of("freezer") is not None
-        features = {"pause": freezer, "disk": True, "own_kernel": False, "host_image": True, "disk_size": sized}
+        features = {"pause": freezer, "disk": True, "own_kernel": False, "host_image": True, "disk_size": sized, "nat": provide.nat()}
         return WallReport(wall=self.wall, available=True, features=features, details=details)
 
     def check(self, spec: Spec) -> None:

@@ -59,7 +59,8 @@ class GvisorEngine:
         details["platform"] = verdict.platform + (f" ({verdict.why})" if verdict.why else "")
         details["jail"] = f"its own namespaces, seccomp; lacks {'; '.join((*jailed.LACKS, *shape.lacks))}"
         sized, details["disk"] = layers.disk_sizes()
-        features = {"pause": True, "disk": True, "own_kernel": True, "host_image": True, "disk_size": sized}
+        details |= provide.details()
+        features = {"pause": True, "disk": True, "own_kernel": True, "host_image": True, "disk_size": sized, "nat": provide.nat()}
         return WallReport(wall=self.wall, available=True, features=features, details=details)
 
     def check(self, spec: Spec) -> None:

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from trivisor.core.errors import EngineError, HostLacks, InvalidSpec, StorageError, TrivisorError
+from trivisor.core.errors import EngineError, InvalidSpec, StorageError, TrivisorError
 from trivisor.core.paths import Home, MachineDir
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.undo import Undo
@@ -64,15 +64,10 @@ class VmEngine:
             disks.check()
         except TrivisorError as error:
             return WallReport(wall=self.wall, available=False, why=str(error), remedy=error.hint, details=details)
-        nat = True
-        try:
-            details["network"] = f"{passt.check()} (nat only)" if provide.possible() else "links of their own, nftables"
-        except HostLacks as error:
-            nat = False
-            details["network"] = f"none only: {error} ({error.hint})"
+        details |= provide.details()
         kits = [name for name in kit.FLAVOURS if kit.have(self._home, name)]
         details["kits"] = ", ".join(kits) or "none yet: the first start fetches one"
-        features = {**_FEATURES, "kvm": verdict.accel == "kvm", "nat": nat}
+        features = {**_FEATURES, "kvm": verdict.accel == "kvm", "nat": provide.nat()}
         return WallReport(wall=self.wall, available=True, features=features, details=details)
 
     def check(self, spec: Spec) -> None:
