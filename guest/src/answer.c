@@ -91,7 +91,7 @@ static void listener_add(struct answerer *a, const int fds[2], const uint8_t *da
         close(fd); /* its calls fail with ENOSYS */
         if (fds[1] >= 0)
             close(fds[1]);
-        answer_say("answerer: no room for a listener");
+        answer_say("answerer: what was handed over is no listener, or one too many");
         return;
     }
     l->source = (struct source){.kind = SOURCE_LISTENER, .fd = fd};

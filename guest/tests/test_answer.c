@@ -1,0 +1,398 @@
+/* The answerer: rules, delays, owners and their deaths, all against programs that really are held. */
+#include "answering.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <sys/mman.h>
+
+#define RULES(text) "token " TOKEN "\n" text
+
+static char rules[1024];
+
+static const char *with(const char *format, int a, int b) {
+    snprintf(rules, sizeof rules, format, a, b);
+    return rules;
+}
+
+#define PPID ((const int[]){SYS_getppid, 0})
+#define OPENS ((const int[]){SYS_openat, SYS_getppid, 0})
+
+static long ppid(void) { return syscall(SYS_getppid); }
+
+static int opened(const char *path) {
+    long fd = syscall(SYS_openat, AT_FDCWD, path, O_RDONLY | O_CLOEXEC);
+    int error = errno;
+    if (fd >= 0)
+        close((int)fd);
+    return fd >= 0 ? 0 : error;
+}
+
+/* -- rules ------------------------------------------------------------------------------------- */
+
+static int see_rules(void) {
+    static char big[8192];
+    memset(big, 'x', sizeof big);
+    CHECK(chdir("/usr") == 0);
+    CHECK(ppid() == 4242);
+    CHECK(opened("/etc/passwd") == ENOSPC && opened("/etc/hostname") == 0 && opened("../etc/./passwd") == ENOSPC && opened("/proc") == 0);
+    CHECK(opened(NULL) == EFAULT && opened((char *)1) == EFAULT && opened(big) == ENAMETOOLONG && opened("") == ENOENT);
+    char *page = mmap(NULL, 8192, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    munmap(page + 4096, 4096);
+    memcpy(page + 4096 - 11, "/etc/passwd", 11); /* its NUL is not there any more */
+    CHECK(opened(page + 4096 - 11) == EFAULT);
+    memcpy(page + 4096 - 12, "/etc/passwd", 12); /* the last byte of the last page */
+    CHECK(opened(page + 4096 - 12) == ENOSPC);
+    int etc = open("/usr/lib", O_PATH | O_DIRECTORY);
+    CHECK(syscall(SYS_openat, etc, "../../etc/passwd", O_RDONLY) < 0 && errno == ENOSPC);
+    CHECK(syscall(SYS_openat, 999, "passwd", O_RDONLY) < 0 && errno == EBADF);
+    CHECK(syscall(SYS_fsync, etc) < 0 && errno == EIO && syscall(SYS_fsync, 0) < 0 && errno != EIO);
+    return 7;
+}
+
+static void rule_by_rule(void) {
+    char text[512];
+    snprintf(text, sizeof text, RULES("rule 1 %d return=4242\nrule 2 %d errno=28 path=*/passwd on=1p\nrule 3 %d errno=5 path=/usr/* on=0f"),
+             SYS_getppid, SYS_openat, SYS_fsync);
+    const int calls[] = {SYS_openat, SYS_getppid, SYS_fsync, 0};
+    CHECK(result_of(program(text, calls, see_rules)) == 7);
+}
+
+static int see_refusal(void) { return ppid() < 0 ? errno : 0; }
+
+static void malformed_refuses(void) {
+    CHECK(result_of(program("rule nonsense", PPID, see_refusal)) == EPERM);
+    CHECK(result_of(program(with("rule 1 %d kill", SYS_getppid, 0), PPID, see_refusal)) == -SIGKILL);
+    CHECK(result_of(program(with("rule 1 %d log", SYS_getppid, 0), PPID, see_refusal)) == 0);
+}
+
+/* Another thread changes the path all the time: what comes is one of the two answers. */
+static char changing[2][16] = {"/etc/passwd", "/etc/group"};
+static char shared_path[16];
+static atomic_int stop_changing;
+
+static void *change(void *arg) {
+    for (unsigned i = 0; !stop_changing; i++)
+        memcpy(shared_path, changing[i % 2], sizeof shared_path);
+    return arg;
+}
+
+static int see_changing(void) {
+    pthread_t t;
+    int refused = 0;
+    strcpy(shared_path, "/etc/group");
+    CHECK(pthread_create(&t, NULL, change, NULL) == 0);
+    for (int i = 0; i < 2000; i++) {
+        int error = opened(shared_path);
+        CHECK(error == 0 || error == ENOSPC || error == ENOENT); /* the last: half of one and half of the other */
+        refused += error == ENOSPC;
+    }
+    stop_changing = 1;
+    pthread_join(t, NULL);
+    return refused ? 1 : 2;
+}
+
+static void changing_paths(void) {
+    int r = result_of(program(with(RULES("rule 1 %d errno=28 path=/etc/passwd on=1p"), SYS_openat, 0), OPENS, see_changing));
+    CHECK(r == 1 || r == 2);
+}
+
+/* -- delays ------------------------------------------------------------------------------------ */
+
+static void *ask(void *arg) {
+    *(long *)arg = ppid();
+    return NULL;
+}
+
+static int see_delays(void) {
+    pthread_t t[64];
+    long got[64];
+    double begun = seconds();
+    for (int i = 0; i < 64; i++)
+        CHECK(pthread_create(&t[i], NULL, ask, &got[i]) == 0);
+    for (int i = 0; i < 64; i++) {
+        pthread_join(t[i], NULL);
+        CHECK(got[i] == 9);
+    }
+    double took = seconds() - begun;
+    return took >= 0.3 && took < 5 ? 0 : 1;
+}
+
+static int see_at_once(void) {
+    double begun = seconds();
+    for (int i = 0; i < 100; i++)
+        CHECK(ppid() == 3);
+    return seconds() - begun < 0.3 ? 0 : 1;
+}
+
+static void delays(void) {
+    pid_t slow = program(with("rule 1 %d return=9 delay=300000000", SYS_getppid, 0), PPID, see_delays);
+    usleep(50000);
+    CHECK(result_of(program(with("rule 1 %d return=3", SYS_getppid, 0), PPID, see_at_once)) == 0);
+    CHECK(result_of(slow) == 0);
+}
+
+static void on_alarm(int number) { (void)number; }
+
+/* A signal during a held call: the program is not answered twice, nor lost. */
+static int see_signal(void) {
+    struct sigaction a = {.sa_handler = on_alarm};
+    sigaction(SIGALRM, &a, NULL);
+    ualarm(20000, 20000);
+    for (int i = 0; i < 20; i++) {
+        long r = ppid();
+        CHECK(r == 9 || (r < 0 && errno == EINTR));
+    }
+    return 0;
+}
+
+static int see_forever(void) { return ppid() == 0; }
+
+static void deaths(void) {
+    CHECK(result_of(program(with("rule 1 %d return=9 delay=30000000", SYS_getppid, 0), PPID, see_signal)) == 0);
+    pid_t pids[32];
+    for (int i = 0; i < 32; i++)
+        pids[i] = program(with("rule 1 %d return=9 delay=3600000000000", SYS_getppid, 0), PPID, see_forever);
+    usleep(200000);
+    for (int i = 0; i < 32; i++) {
+        kill(pids[i], SIGKILL);
+        CHECK(result_of(pids[i]) == -SIGKILL);
+    }
+    CHECK(result_of(program(with("rule 1 %d return=3", SYS_getppid, 0), PPID, see_at_once)) == 0);
+}
+
+/* -- owners ------------------------------------------------------------------------------------ */
+
+static int new_page(uint64_t **ids) {
+    int fd = memfd_create("ids", MFD_CLOEXEC);
+    CHECK(fd >= 0 && ftruncate(fd, 4096) == 0);
+    *ids = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    CHECK(*ids != MAP_FAILED);
+    return fd;
+}
+
+static int see_owner(void) {
+    CHECK(ppid() == 100);
+    CHECK(ppid() == 77); /* handed off */
+    CHECK(opened("/etc/passwd") == ENOENT); /* given back */
+    CHECK(ppid() < 0 && errno == EPERM); /* its owner went */
+    CHECK(ppid() < 0 && errno == EPERM);
+    return opened("/etc/passwd"); /* no handler is for that: it goes on */
+}
+
+static void hand_off(int sock, uint8_t flags, const struct seccomp_notif *call) {
+    uint8_t message[2 + sizeof *call] = {'H', flags};
+    memcpy(message + 2, call, sizeof *call);
+    CHECK(send(sock, message, sizeof message, 0) == sizeof message);
+}
+
+static void owners(void) {
+    struct seccomp_notif call;
+    uint64_t *ids, id;
+    uint8_t b[64];
+    int sock, other, none, page = new_page(&ids);
+    /* The attach comes before the listener. */
+    sock = call_answerer(TOKEN, page);
+    usleep(100000);
+    char text[256];
+    snprintf(text, sizeof text, RULES("rule 1 %d return=77 times=1\nhandler %d"), SYS_getppid, SYS_getppid);
+    pid_t pid = program(text, OPENS, see_owner);
+    int listener;
+    CHECK(hear(sock, b, sizeof b, &listener) == 1 && b[0] == 'O' && listener >= 0);
+    CHECK(attach(TOKEN, page, &other) == -EBUSY);
+    close(other);
+    CHECK(receive(listener, &call) && call.data.nr == SYS_getppid);
+    respond(listener, call.id, 100, 0);
+    CHECK(receive(listener, &call));
+    hand_off(sock, 0, &call);
+    CHECK(receive(listener, &call) && call.data.nr == SYS_openat);
+    hand_off(sock, 1, &call);
+    CHECK(hear(sock, b, sizeof b, &none) == 9 && b[0] == 'B' && (memcpy(&id, b + 1, 8), id == call.id));
+    respond(listener, call.id, 0, -ENOENT);
+    CHECK(receive(listener, &call));
+    ids[0] = ids[1] = call.id;
+    close(sock); /* with the call held; the listener stays open here, as in an owner's other children */
+    close(page);
+    munmap(ids, 4096);
+    CHECK(ends_within(pid, 3) && result_of(pid) == 0);
+    close(listener);
+}
+
+/* -- an owner that is killed ------------------------------------------------------------------- */
+
+static int see_killed_owner(void) {
+    pthread_t t[64];
+    long got[64];
+    for (int i = 0; i < 64; i++)
+        CHECK(pthread_create(&t[i], NULL, ask, &got[i]) == 0);
+    int refused = 0;
+    for (int i = 0; i < 64; i++) {
+        pthread_join(t[i], NULL);
+        refused += got[i] == -1;
+    }
+    CHECK(ppid() < 0 && errno == EPERM);
+    return refused == 64 ? 0 : 1;
+}
+
+/* Receives all it can and answers nothing. `note`: how it keeps its page. */
+static pid_t bad_owner(int note) {
+    pid_t pid = fork();
+    if (pid)
+        return pid;
+    uint64_t *ids;
+    int sock, page = new_page(&ids), listener = attach(TOKEN, page, &sock);
+    struct seccomp_notif call;
+    CHECK(listener >= 0);
+    for (int i = 0; i < 64; i++) {
+        CHECK(receive(listener, &call));
+        if (note == 0 || (note == 1 && i < 32)) { /* all, or it lags */
+            ids[0] = call.id;
+            ids[1] = i ? ids[1] : call.id;
+        } else if (note == 2) { /* lowest is nonsense */
+            ids[0] = call.id;
+            ids[1] = call.id + 1234567;
+        }
+    }
+    kill(getpid(), SIGKILL);
+    _exit(1);
+}
+
+static void killed_owner(void) {
+    /* The last kind never said what it has: it is found out from the next call's id. */
+    for (int note = 0; note < 3; note++) {
+        pid_t pid = program(with(RULES("handler %d"), SYS_getppid, 0), PPID, see_killed_owner);
+        CHECK(result_of(bad_owner(note)) == -SIGKILL);
+        CHECK(ends_within(pid, 5) && result_of(pid) == 0);
+    }
+}
+
+static int see_silent_owner(void) {
+    pthread_t t;
+    long got;
+    CHECK(pthread_create(&t, NULL, ask, &got) == 0);
+    usleep(500000); /* the owner is dead by now, and never said which call it had */
+    CHECK(ppid() < 0 && errno == EPERM);
+    pthread_join(t, NULL);
+    return got == -1 ? 0 : 1;
+}
+
+static void silent_owner(void) {
+    pid_t pid = program(with(RULES("handler %d"), SYS_getppid, 0), PPID, see_silent_owner), owner = fork();
+    if (owner == 0) {
+        uint64_t *ids;
+        int sock, listener = attach(TOKEN, new_page(&ids), &sock);
+        struct seccomp_notif call;
+        CHECK(listener >= 0 && receive(listener, &call));
+        kill(getpid(), SIGKILL);
+    }
+    CHECK(result_of(owner) == -SIGKILL);
+    CHECK(ends_within(pid, 5) && result_of(pid) == 0);
+}
+
+/* -- nobody comes ------------------------------------------------------------------------------ */
+
+static int see_nobody(void) {
+    double begun = seconds();
+    CHECK(ppid() < 0 && errno == EPERM);
+    double took = seconds() - begun;
+    return took > 4 && took < 9 ? 0 : 1;
+}
+
+static void nobody(void) {
+    uint64_t *ids;
+    int sock, page = new_page(&ids);
+    pid_t pid = program(with("token 11111111111111111111111111111111\nhandler %d", SYS_getppid, 0), PPID, see_nobody);
+    double begun = seconds();
+    CHECK(attach("22222222222222222222222222222222", page, &sock) == -ENOENT && seconds() - begun > 4);
+    CHECK(result_of(pid) == 0);
+    close(sock);
+    close(page);
+}
+
+/* -- lies -------------------------------------------------------------------------------------- */
+
+static int descriptors(void) {
+    char place[32];
+    int n = 0;
+    for (int fd = 0; fd < 2048; fd++) {
+        struct stat st;
+        char link[64];
+        snprintf(place, sizeof place, "/proc/%d/fd", (int)answerer);
+        snprintf(link, sizeof link, "%s/%d", place, fd);
+        n += lstat(link, &st) == 0;
+    }
+    return n;
+}
+
+static void garbage(void) {
+    static uint8_t noise[ANSWER_MESSAGE];
+    int fd = open("/dev/null", O_RDWR), pipes[2], none;
+    uint8_t b[64];
+    CHECK(pipe(pipes) == 0);
+    srand(1);
+    for (int i = 0; i < 300; i++) {
+        size_t n = 1 + (size_t)rand() % 200;
+        for (size_t k = 0; k < n; k++)
+            noise[k] = (uint8_t)rand();
+        noise[0] = "LAHP\0"[i % 5];
+        CHECK(send_with_fd(intake, noise, n, i % 3 == 0 ? -1 : i % 3 == 1 ? fd : pipes[0]));
+    }
+    CHECK(send_with_fd(intake, noise, sizeof noise, fd));
+    for (int i = 0; i < 50; i++) {
+        int sock = call_answerer(TOKEN, fd);
+        noise[0] = "ALHPMNO"[i % 7];
+        send(sock, noise, 1 + (size_t)rand() % 300, MSG_NOSIGNAL);
+        if (i % 2)
+            hear(sock, b, sizeof b, &none);
+        close(sock);
+    }
+    CHECK(result_of(program(with("rule 1 %d return=3", SYS_getppid, 0), PPID, see_at_once)) == 0);
+    close(fd);
+    close(pipes[0]);
+    close(pipes[1]);
+}
+
+static int see_one(void) { return (int)ppid(); }
+
+static void many_come_and_go(void) {
+    int before = descriptors();
+    pid_t pids[40];
+    for (int round = 0; round < 3; round++) {
+        for (int i = 0; i < 40; i++)
+            pids[i] = program(with("rule 1 %d return=5", SYS_getppid, 0), PPID, see_one);
+        for (int i = 0; i < 40; i++)
+            CHECK(result_of(pids[i]) == 5);
+    }
+    double until = seconds() + 5;
+    while (descriptors() > before && seconds() < until)
+        usleep(10000);
+    CHECK(descriptors() <= before); /* a listener whose tasks are gone is gone */
+}
+
+static bool able(void) {
+    pid_t pid = fork();
+    if (pid == 0)
+        _exit(filter_calls(PPID, 1) < 0);
+    return result_of(pid) == 0;
+}
+
+int main(void) {
+    if (!able()) {
+        puts("test_answer: skipped: no seccomp listener can be had here");
+        return 0;
+    }
+    begin(true);
+    rule_by_rule();
+    malformed_refuses();
+    changing_paths();
+    delays();
+    deaths();
+    owners();
+    killed_owner();
+    silent_owner();
+    nobody();
+    garbage();
+    many_come_and_go();
+    end();
+    puts("test_answer: ok");
+    return 0;
+}
