@@ -134,6 +134,28 @@ def test_exec(cli: Cli, web: str) -> None:
     assert cli("exec", web, "sh", "-c", "yes | head -c 20000000").out.count("y") == 10_000_000
 
 
+def test_exec_with_rules(cli: Cli, web: str) -> None:
+    done = cli("exec", "--rule", "mkdir+mkdirat:ENOSPC", "--rule", "sync:kill", web, "sh", "-c", "mkdir /tmp/never; sync; sync")
+    assert "No space left" in done.err
+    assert done.status == 128 + 31
+    wrong = cli("exec", "--rule", "opennat:EIO", web, "true")
+    assert wrong.status == 125
+    assert "did you mean openat?" in wrong.err
+    cannot = cli("exec", "--rule", "write:EIO,after=3", web, "true")
+    assert cannot.status == 125
+    assert "cannot answer system calls outside of the program" in cannot.err
+    assert "these walls can: container" in cannot.err
+
+
+def test_rules_of_a_machine_are_kept_with_it(cli: Cli) -> None:
+    assert cli("create", "--name", "ruled", "--rule", "mkdir+mkdirat:ENOSPC", IMAGE).status == 0
+    kept = json.loads(cli("inspect", "ruled").out)
+    assert "mkdirat" in json.dumps(kept)
+    assert cli("start", "ruled").status == 0
+    assert "No space left" in cli("exec", "ruled", "mkdir", "/tmp/never").err
+    assert cli("create", "--write", "/tmp", IMAGE).status == 125  # the pretended wall has no Landlock
+
+
 def test_exec_timeout(cli: Cli, web: str) -> None:
     done = cli("exec", "--timeout", "0.3", web, "sleep", "100")
     assert done.status == 125
