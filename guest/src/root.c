@@ -33,6 +33,20 @@ static void make_folder(const char *path, mode_t mode) {
         chmod(path, mode);
 }
 
+/* With less memory than its programs work in, the kernel takes turns at reading each of them anew from the disk, for minutes, before
+ * it kills one. Here it may not take what was used in the last second (Documentation/admin-guide/mm/multigen_lru.rst), and kills then. A
+ * kernel that has none of this does as it does. */
+static void keep_working_set(void) {
+    static const char *const settings[][2] = {{"/sys/kernel/mm/lru_gen/min_ttl_ms", "1000"}, {"/sys/kernel/mm/lru_gen/enabled", "y"}};
+    for (size_t i = 0; i < sizeof settings / sizeof *settings; i++) {
+        int fd = open(settings[i][0], O_WRONLY | O_CLOEXEC);
+        if (fd >= 0 && write(fd, settings[i][1], strlen(settings[i][1])) < 0)
+            log_line("%s: %m", settings[i][0]);
+        if (fd >= 0)
+            close(fd);
+    }
+}
+
 int root_begin(void) {
     make_folder("/proc", 0755);
     make_folder("/sys", 0755);
@@ -45,6 +59,7 @@ int root_begin(void) {
     /* The kernel may have mounted it by itself. */
     if (mount("devtmpfs", "/dev", "devtmpfs", MS_NOSUID, "mode=0755") < 0 && errno != EBUSY)
         return -1;
+    keep_working_set();
     return 0;
 }
 
