@@ -52,15 +52,15 @@ def _bundle(folder: Path, root: Path) -> None:
 
 
 @contextmanager
-def peers(root: Path, platform: str) -> Iterator[dict[str, Peer]]:
-    """Give bwrap, runc, runsc and docker, with the image's root unpacked in `root` and gVisor's platform."""
+def peers(root: Path, runsc_path: str, platform: str) -> Iterator[dict[str, Peer]]:
+    """Give bwrap, runc, runsc and docker, with the image's root unpacked in `root`, and the runsc and platform that our machines have."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if shutil.which("runc"):
             _bundle(folder, root)
         bwrap = ["bwrap", "--unshare-all", "--ro-bind", str(root), "/", "--proc", "/proc", "--dev", "/dev", "/bin/true"]
         runc = ["runc", "--root", f"{name}/runc", "run", "--bundle", name, "trivisor-bench"]
-        runsc = ["runsc", f"--root={name}/runsc", "--network=none", f"--platform={platform}", "do", "/bin/true"]
+        runsc = [runsc_path, f"--root={name}/runsc", "--network=none", f"--platform={platform}", "do", "/bin/true"]
         docker = ["docker", "run", "--rm", "--pull=never", "--network=none", "debian", "/bin/true"]
         yield {
             "bwrap": Peer("bwrap --unshare-all", bwrap),
