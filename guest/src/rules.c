@@ -333,6 +333,14 @@ static bool is_due(struct rule *r) {
     return true;
 }
 
+/* Where a rule counts: lines with one number are one rule, said anew for calls that have their path elsewhere. */
+static struct rule *counter_of(struct rules *rules, struct rule *r) {
+    for (struct rule *first = rules->list; first < r; first++)
+        if (first->id == r->id)
+            return first;
+    return r;
+}
+
 struct verdict rules_decide(struct rules *rules, const struct seccomp_data *call, struct path_source source) {
     for (size_t i = 0; i < rules->count; i++) {
         struct rule *r = &rules->list[i];
@@ -343,7 +351,7 @@ struct verdict rules_decide(struct rules *rules, const struct seccomp_data *call
             const char *path = source.path(source.context, call, r);
             match = path && rules_glob(r->glob, path);
         }
-        if (match && is_due(r))
+        if (match && is_due(counter_of(rules, r)))
             return (struct verdict){.act = r->act, .value = r->value, .delay = r->delay, .rule = r->id};
     }
     return (struct verdict){.act = ACT_NONE};

@@ -131,6 +131,13 @@ static void counts(void) {
         CHECK(taken[i] == (i == 2 || i == 5));
     CHECK(r.list[1].matched == 10); /* asked where the first let go */
     rules_free(&r);
+    /* Two lines of one rule count together, whichever is asked. */
+    CHECK(decode("rule 1 1 errno=5 after=2 times=2\nrule 1 2 errno=5 after=2 times=2\nrule 2 3 errno=6", &r));
+    const int order[] = {1, 2, 2, 1, 1, 2};
+    for (int i = 0; i < 6; i++)
+        CHECK((ask(&r, order[i], 0, 0).act == ACT_ERRNO) == (i == 2 || i == 3));
+    CHECK(ask(&r, 3, 0, 0).value == 6);
+    rules_free(&r);
 }
 
 static void draws(void) {
