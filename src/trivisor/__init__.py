@@ -43,11 +43,14 @@ if TYPE_CHECKING:
     from trivisor.vmm.engine import WallReport
     from trivisor.vmm.machine import Machine, Stats
     from trivisor.vmm.manager import VMM
+    from trivisor.vos.syscalls.call import Call
+    from trivisor.vos.syscalls.policy import Policy
 
 __all__ = [
     "VMM",
     "AlreadyExists",
     "Busy",
+    "Call",
     "CallerError",
     "EngineError",
     "Event",
@@ -64,6 +67,7 @@ __all__ = [
     "InvalidState",
     "Machine",
     "NotFound",
+    "Policy",
     "Spec",
     "State",
     "Stats",
@@ -76,8 +80,10 @@ __all__ = [
 
 _ELSEWHERE = {
     "VMM": "vmm.manager",
+    "Call": "vos.syscalls.call",
     "Event": "core.events",
     "Machine": "vmm.machine",
+    "Policy": "vos.syscalls.policy",
     "Spec": "core.spec",
     "State": "core.state",
     "Stats": "vmm.machine",
