@@ -195,6 +195,17 @@ print(*[errno_of(os.open, path, os.O_RDONLY, 0) < 0 for path in ('/etc/passwd', 
     assert python(running, code, Policy("open+openat:EACCES,path=/etc/passwd")) == "True True True False True"
 
 
+def test_calls_of_one_rule_count_together(running: Machine) -> None:
+    needs(running, "notify")
+    policy = Policy("write+pwrite64+access+faccessat:EIO,path=/dev/null,after=2,times=2")
+    code = """
+f = os.open('/dev/null', os.O_WRONLY)
+print(errno_of(os.write, f, b'x'), errno_of(os.pwrite, f, b'x', 0), os.access('/dev/null', 0),
+      errno_of(os.write, f, b'x'), os.access('/dev/null', 0))
+"""
+    assert python(running, code, policy) == f"1 1 False {-errno.EIO} True"
+
+
 def test_a_value_is_returned(running: Machine) -> None:
     needs(running, "notify")
     assert python(running, "print(os.getppid())", Policy("getppid:return=4711")) == "4711"
