@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
 import platform
 import signal
-import socket
 import struct
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +23,7 @@ libc.syscall.restype = ctypes.c_long
 NUMBERS = SYSCALLS[platform.machine()]
 _NEW_LISTENER, _WAIT_KILLABLE = 8, 32
 _NOTIFY, _ALLOW = 0x7FC00000, 0x7FFF0000
+_FD, _GO, _DONE, _TEXT = 0, 1, 2, 3
 
 
 class _Program(ctypes.Structure):
@@ -65,64 +65,67 @@ class On:
 
 @dataclass
 class Child:
-    """The child; `results` is what its function returned, as text."""
+    """The child. It talks to the test through shared memory alone: any call of its own may be held."""
 
     pid: int
-    pipe: int
+    shared: mmap.mmap
     listener: DirectListener
     attachments: list[Attachment] = field(default_factory=list)
 
-    def result(self, timeout: float = 20.0) -> str:
-        """Wait for its end and return what its function returned, as repr."""
+    def result(self, timeout: float = 10.0) -> str:
+        """Wait until its function has returned, and return what, as repr."""
         deadline = time.monotonic() + timeout
-        text = b""
-        os.set_blocking(self.pipe, False)
-        while time.monotonic() < deadline:
-            with contextlib.suppress(BlockingIOError):
-                part = os.read(self.pipe, 65536)
-                if not part:
-                    return text.decode()
-                text += part
+        while not self.shared[_DONE]:
+            if time.monotonic() > deadline or os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                raise TimeoutError("the child has not finished")
             time.sleep(0.001)
-        raise TimeoutError(text.decode())
+        return self.shared[_TEXT:].split(b"\0", 1)[0].decode()
 
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
 
 
+def _run(shared: mmap.mmap, calls: Iterable[str], function: Callable[[], object]) -> None:
+    """The child's part."""
+    libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+    shared[_FD] = install(calls)
+    while not shared[_GO]:
+        os.sched_yield()
+    os.close(shared[_FD])
+    try:
+        text = repr(function())
+    except BaseException:
+        text = traceback.format_exc()
+    raw = text.encode()[: len(shared) - _TEXT - 1]
+    shared[_TEXT : _TEXT + len(raw)] = raw
+    shared[_DONE] = 1
+
+
 @contextlib.contextmanager
 def trapped(calls: Iterable[str], function: Callable[[], object]) -> Iterator[Child]:
     """Fork a child that runs `function` under a filter on `calls`."""
-    ours, theirs = socket.socketpair()
-    read, write = os.pipe()
+    shared = mmap.mmap(-1, 1 << 16)
     pid = os.fork()
     if pid == 0:
-        try:
-            ours.close()
-            os.close(read)
-            fd = install(calls)
-            socket.send_fds(theirs, [b"x"], [fd])
-            os.close(fd)
-            theirs.recv(1)
-            os.write(write, repr(function()).encode())
-        except BaseException:
-            os.write(write, traceback.format_exc().encode())
-        finally:
-            sys.stdout.flush()
-            os._exit(0)
-    theirs.close()
-    os.close(write)
-    with ours:
-        fd = socket.recv_fds(ours, 1, 1)[1][0]
-        child = Child(pid, read, DirectListener(fd, "test"))
-        ours.send(b"g")
-        try:
-            yield child
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                child.kill()
-            os.waitpid(pid, 0)
-            os.close(read)
+        with contextlib.suppress(BaseException):
+            _run(shared, calls, function)
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        deadline = time.monotonic() + 10
+        while not shared[_FD]:
+            assert time.monotonic() < deadline
+            time.sleep(0.0005)
+        pidfd = os.pidfd_open(pid)
+        fd = libc.syscall(NUMBERS["pidfd_getfd"], pidfd, int(shared[_FD]), 0)
+        os.close(pidfd)
+        assert fd >= 0, os.strerror(ctypes.get_errno())
+        child = Child(pid, shared, DirectListener(fd, "test"))
+        shared[_GO] = 1
+        yield child
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 @contextlib.contextmanager

@@ -46,6 +46,8 @@ class Handled:
     errno: int = errnos.EPERM
     proceeding: tuple[int, int, int] = (0, 0, CONTINUE)
     """The answer that lets the call go on (value, errno, flags): an errno where the wall's profile does not allow it at all."""
+    path: int | None = None
+    """The index of its first path."""
 
 
 class Asked:
@@ -119,7 +121,19 @@ class Asked:
 
     def string(self, address: int, most: int = PATH_MAX) -> bytes:
         """Copy the string at `address`, without its NUL. Raises BadArgument (ENAMETOOLONG) if it has none within `most` bytes."""
-        return self._copy(("string", address, most), lambda: self._string(address, min(most, MAX_COPY)))
+        copies = self._copies
+        if copies is None:
+            copies = self._copies = {}
+        key = (address, most)
+        if key not in copies:
+            if self.answered:
+                self._check()
+            text = self._listener.string(self._notification, address, min(most, MAX_COPY))
+            if text is None:
+                raise BadArgument(errnos.ENAMETOOLONG, f"the string at {address:#x} is longer than {most} bytes")
+            copies[key] = text
+        found: bytes = copies[key]
+        return found
 
     def path(self, which: str | int | None = None) -> str:
         """Return a string argument, the first path unless told otherwise, as the program wrote it: perhaps relative.
@@ -130,8 +144,11 @@ class Asked:
 
     def path_bytes(self, which: str | int | None = None) -> bytes:
         """Return the same as bytes."""
-        argument = self._handled.signature.find(which, PATHS)
-        return self.string(self._notification[ARGS + argument.index])
+        handled = self._handled
+        index = handled.path if which is None else handled.signature.find(which, PATHS).index
+        if index is None:
+            index = handled.signature.find(None, PATHS).index  # says what there is instead
+        return self.string(self._notification[ARGS + index])
 
     def full_path(self, which: str | int | None = None) -> str:
         """Return a path made absolute against the program's directory, or the descriptor that goes with it, and without . and `..`.
@@ -257,15 +274,6 @@ class Asked:
             copies[key] = take()
         found: _T = copies[key]
         return found
-
-    def _string(self, address: int, most: int) -> bytes:
-        raw = self._listener.read(self._notification, address, most)
-        end = raw.find(b"\0")
-        if end >= 0:
-            return raw[:end]
-        if len(raw) < most:
-            raise BadArgument(errnos.EFAULT, f"the string at {address:#x} has no end")
-        raise BadArgument(errnos.ENAMETOOLONG, f"the string at {address:#x} is longer than {most} bytes")
 
     def _listener_read(self, at: int, size: int, most: int) -> bytes:
         if size > most:

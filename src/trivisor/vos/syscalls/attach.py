@@ -1,8 +1,8 @@
 """The way to a container's answerer (guest/PROTOCOL.md, "Answers"): a listener is borrowed from it, and calls are handed back to it.
 
-A connection carries messages both ways. Requests wait for their reply, one at a time; "not mine" (B) may come between,
-and is kept for the thread that serves calls. When this process dies, the connection ends, and the answerer refuses what
-we held: it reads in the page that we share which notification was the last that we took.
+A connection carries messages both ways and nobody waits on it: what the answerer was asked to do for a program is remembered with
+its request, and the serving thread finishes it when the reply comes. When this process dies, the connection ends, and the
+answerer refuses what we held: it reads in the page that we share which notification was the last that we took.
 """
 
 from __future__ import annotations
@@ -15,17 +15,15 @@ import os
 import select
 import socket
 import struct
-import threading
 import time
-from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from trivisor.core.errors import GuestError, GuestGone, GuestProtocolError
 from trivisor.vos import line
-from trivisor.vos.syscalls.listener import ID, PID, Notification
+from trivisor.vos.syscalls.behalf import Wish
 
-REPLY_TIMEOUT = 10.0
-"""Seconds that the answerer may take to open, mount or make something."""
 _SEND_TIMEOUT = 1.0
 _MESSAGE_MAX = 64 << 10
 _REPLY = struct.Struct("<cIi")
@@ -33,8 +31,17 @@ _BACK = struct.Struct("<cQ")
 _ERROR = struct.Struct("<ci")
 
 
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What became of a request: an errno, or 0 and perhaps a descriptor, which is the receiver's to close."""
+
+    wish: Wish
+    errno: int
+    fd: int | None
+
+
 class Attached:
-    """A connection to the answerer. Thread-safe."""
+    """A connection to the answerer. Requests come from any thread, replies are taken by one."""
 
     def __init__(self, connection: socket.socket, page: mmap.mmap, machine: str) -> None:
         connection.setblocking(False)
@@ -42,91 +49,61 @@ class Attached:
         self.marks = memoryview(page).cast("Q")
         """[last id received, lowest id not yet answered], shared with the answerer."""
         self._connection = connection
-        self._lock = threading.Lock()
         self._requests = itertools.count(1)
-        self._back: deque[int] = deque()
+        self._wishes: dict[int, Wish] = {}
 
     def fileno(self) -> int:
         return self._connection.fileno()
 
-    def returned(self) -> list[int]:
-        if self._lock.acquire(blocking=False):  # else a thread that waits for its reply reads what comes
+    def take(self) -> Iterator[int | Reply]:
+        """Yield what has come: an id that was handed back, or a reply. Raises GuestGone at the end, GuestProtocolError."""
+        while True:
             try:
-                while self._take() is not None:
-                    pass
-            finally:
-                self._lock.release()
-        return [self._back.popleft() for _ in range(len(self._back))]
+                message, fds, _, _ = socket.recv_fds(self._connection, 64, 1)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                raise GuestGone("the machine's answerer has gone", machine=self.machine) from error
+            fd = fds[0] if fds else None
+            if message[:1] == b"R" and len(message) == _REPLY.size:
+                _, request, code = _REPLY.unpack(message)
+                wish = self._wishes.pop(request, None)
+                if wish is not None:
+                    yield Reply(wish, abs(code), fd)
+                    continue
+            if fd is not None:
+                os.close(fd)
+            if message[:1] == b"B" and len(message) == _BACK.size:
+                yield _BACK.unpack(message)[1]
+            elif message[:1] != b"R":
+                raise (
+                    GuestProtocolError("the answerer sent what it may not", machine=self.machine)
+                    if message
+                    else GuestGone("the machine's answerer has gone", machine=self.machine)
+                )
+
+    def abandoned(self) -> list[Wish]:
+        """Return the wishes that no reply will come to any more, once."""
+        return [self._wishes.pop(request) for request in list(self._wishes)]
+
+    def ask(self, wish: Wish) -> None:
+        """Have something done for a program. Raises OSError if nobody will."""
+        request = next(self._requests) & 0xFFFFFFFF
+        message = wish.what.encode() + struct.pack("<I", request) + wish.body
+        if len(message) > _MESSAGE_MAX:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        self._wishes[request] = wish
+        try:
+            self._send(message)
+        except BaseException:
+            self._wishes.pop(request, None)
+            raise
 
     def hand_off(self, raw: bytes, back: bool) -> None:
         self._send(b"H" + bytes([back]) + raw)
 
-    def open(self, notification: Notification, dirfd: int, path: bytes, flags: int, mode: int, resolve: int) -> int:
-        body = struct.pack("<QIiQQQ", notification[ID], notification[PID], dirfd, flags, mode, resolve) + _string(path)
-        opened = self._request(b"P", body)
-        if opened is None:
-            raise GuestProtocolError("the answerer opened a file and did not hand it over", machine=self.machine)
-        return opened
-
-    def mount(self, notification: Notification, source: bytes, target: bytes, kind: bytes, flags: int, data: bytes) -> None:
-        strings = b"".join(map(_string, (source, target, kind, data)))
-        self._done(self._request(b"M", struct.pack("<QIQ", notification[ID], notification[PID], flags) + strings))
-
-    def mknod(self, notification: Notification, dirfd: int, path: bytes, mode: int, device: int) -> None:
-        head = struct.pack("<QIiIQ", notification[ID], notification[PID], dirfd, mode, device)
-        self._done(self._request(b"N", head + _string(path)))
-
     def close(self) -> None:
         self._connection.close()
-
-    # -- inside -----------------------------------------------------------------------------------
-
-    @staticmethod
-    def _done(fd: int | None) -> None:
-        if fd is not None:
-            os.close(fd)
-
-    def _request(self, kind: bytes, body: bytes) -> int | None:
-        """Send a request and return the descriptor that came with its reply. Raises OSError with what it failed with."""
-        deadline = time.monotonic() + REPLY_TIMEOUT
-        if len(body) > _MESSAGE_MAX - 16:
-            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-        with self._lock:
-            number = next(self._requests) & 0xFFFFFFFF
-            self._send(kind + struct.pack("<I", number) + body)
-            while True:
-                self._wait(select.POLLIN, deadline)
-                reply = self._take()
-                if reply is None:
-                    continue
-                request, code, fd = reply
-                if request == number and not code:
-                    return fd
-                self._done(fd)
-                if request == number:
-                    raise OSError(code, os.strerror(code))
-
-    def _take(self) -> tuple[int, int, int | None] | None:
-        """Take what has come, keeping what was handed back: a reply's request, errno and descriptor, or None if nothing is left."""
-        while True:
-            try:
-                message, fds, _, _ = socket.recv_fds(self._connection, 64, 1, socket.MSG_DONTWAIT)
-            except (BlockingIOError, InterruptedError):
-                return None
-            except OSError as error:
-                raise GuestGone("the machine's answerer has gone", machine=self.machine) from error
-            fd = fds[0] if fds else None
-            if message[:1] == b"B" and len(message) == _BACK.size:
-                self._back.append(_BACK.unpack(message)[1])
-                self._done(fd)
-            elif message[:1] == b"R" and len(message) >= _REPLY.size:
-                _, request, code = _REPLY.unpack_from(message)
-                return request, abs(code), fd
-            else:
-                self._done(fd)
-                if message:
-                    raise GuestProtocolError("the answerer sent what it may not", machine=self.machine)
-                raise GuestGone("the machine's answerer has gone", machine=self.machine)
 
     def _send(self, message: bytes) -> None:
         deadline = time.monotonic() + _SEND_TIMEOUT
@@ -170,7 +147,3 @@ def attach(path: Path, token: bytes, machine: str, timeout: float) -> tuple[int,
             code = abs(_ERROR.unpack(message)[1])
             raise GuestError(f"the program's calls cannot be answered: {os.strerror(code)}", machine=machine, hint="has it started?")
         raise GuestGone("the machine's answerer has gone", machine=machine)
-
-
-def _string(text: bytes) -> bytes:
-    return struct.pack("<I", len(text)) + text

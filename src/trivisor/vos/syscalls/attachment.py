@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from trivisor.vos.syscalls.asked import Handled
+from trivisor.vos.syscalls.asked import PATHS, Handled
 from trivisor.vos.syscalls.call import Call
 from trivisor.vos.syscalls.listener import CONTINUE, Listener, Notification
 from trivisor.vos.syscalls.table import names, signature
@@ -79,5 +79,7 @@ def handled_by(handlers: Iterable[Answering], architecture: str, refused: Mappin
             if number is not None:
                 proceeding = (0, refused[number], 0) if number in refused else (0, 0, CONTINUE)
                 enforces = bool(getattr(handler, "enforces", False))
-                found[number] = Handled(handler.function, signature(name), handler.timeout, enforces, proceeding=proceeding)
+                known = signature(name)
+                path = next((argument.index for argument in known.arguments if argument.kind in PATHS), None)
+                found[number] = Handled(handler.function, known, handler.timeout, enforces, proceeding=proceeding, path=path)
     return found

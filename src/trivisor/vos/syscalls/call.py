@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from trivisor.core.errors import BadArgument, CallerError, CallGone
-from trivisor.vos.syscalls import decode
+from trivisor.vos.syscalls import behalf, decode
 from trivisor.vos.syscalls.asked import AT_FDCWD, BUFFERS, PATHS, Asked, Handled
 from trivisor.vos.syscalls.listener import ARGS, MAX_COPY, Listener, Notification
 
@@ -171,19 +171,21 @@ class Call(Asked):
             flags = os.O_CREAT | os.O_WRONLY | os.O_TRUNC if self.name == "creat" else int(self.flag())
         if mode is None:
             mode = next((self._number(a) for a in signature.arguments if a.kind == "mode"), 0) & 0o7777
-        self._note(_Behalf("open", (dirfd, os.fsencode(path), flags, mode, resolve)))
+        cloexec = bool(flags & os.O_CLOEXEC)
+        self._note(behalf.opening(self._notification, dirfd, os.fsencode(path), flags, mode, resolve, cloexec))
 
     def mount(self) -> None:
         """Mount for the program what it asked for, with what its own user namespace allows."""
         source, target, kind, data = (self._optional(name) for name in ("source", "target", "filesystemtype", "data"))
-        self._note(_Behalf("mount", (source, target, kind, self.arg("mountflags"), data)))
+        self._note(behalf.mounting(self._notification, source, target, kind, self.arg("mountflags"), data))
 
     def mknod(self) -> None:
         """Make for the program the node that it asked for, if it is one that is safe to have."""
         argument = self._handled.signature.find(None, PATHS)
         start = self._handled.signature.before(argument)
         dirfd = AT_FDCWD if start is None else self._number(start)
-        self._note(_Behalf("mknod", (dirfd, self.path_bytes(argument.index), self.arg("mode"), self.arg("dev"))))
+        path = self.path_bytes(argument.index)
+        self._note(behalf.making(self._notification, dirfd, path, self.arg("mode"), self.arg("dev")))
 
     # -- called by the supervisor -----------------------------------------------------------------
 
@@ -210,6 +212,11 @@ class Call(Asked):
         return self._delay > 0
 
     @property
+    def elsewhere(self) -> bool:
+        """Whether its answer is still to come when its handler has ended: it stays held until then."""
+        return self._delay > 0 or isinstance(self._answer, behalf.Wish)
+
+    @property
     def due(self) -> float:
         """When to send the answer (monotonic), 0 for now."""
         return time.monotonic() + self._delay if self._delay else 0.0
@@ -229,7 +236,10 @@ class Call(Asked):
             self._listener.answer(self._notification, *answer)
             return
         try:
-            answer.carry_out(self._listener, self._notification)
+            if isinstance(answer, behalf.Wish):
+                self._listener.behalf(answer)
+            else:
+                answer.carry_out(self._listener, self._notification)
         except CallGone:
             return
         except BadArgument as error:
@@ -300,16 +310,3 @@ class _Given:
         source, self.source = self.source, b""
         if isinstance(source, int):
             os.close(source)
-
-
-class _Behalf:
-    """Something done for the program, as an answer: `open` answers by itself, the others return 0."""
-
-    def __init__(self, what: str, words: tuple[Any, ...]) -> None:
-        self.what = what
-        self.words = words
-
-    def carry_out(self, listener: Listener, notification: Notification) -> None:
-        getattr(listener, self.what)(notification, *self.words)
-        if self.what != "open":
-            listener.answer(notification, 0, 0, 0)

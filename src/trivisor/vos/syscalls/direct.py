@@ -23,8 +23,9 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from trivisor.core.errors import BadArgument, CallGone, GuestGone
+from trivisor.core.errors import BadArgument, CallGone, GuestError, GuestGone
 from trivisor.vos.syscalls.attach import Attached, attach
+from trivisor.vos.syscalls.behalf import Wish
 from trivisor.vos.syscalls.listener import ID, NOTIFICATION, PID, Notification
 
 _RECV, _SEND, _VALID, _ADDFD, _SET_FLAGS = 0xC0502100, 0xC0182101, 0x40082102, 0x40182103, 0x40082104
@@ -94,7 +95,37 @@ class DirectListener:
         return notification
 
     def returned(self) -> list[int]:
-        return [] if self._attached is None else self._attached.returned()
+        back: list[int] = []
+        attached = self._attached
+        if attached is None:
+            return back
+        try:
+            for came in attached.take():
+                if isinstance(came, int):
+                    back.append(came)
+                else:
+                    self._finish(came.wish, came.errno, came.fd)
+        except GuestError:
+            for wish in attached.abandoned():
+                self._finish(wish, errno.EPERM, None)
+            raise
+        return back
+
+    def _finish(self, wish: Wish, code: int, fd: int | None) -> None:
+        """Answer a call for which something has been done."""
+        try:
+            if wish.what == "P" and not code and fd is not None:
+                self.give(wish.notification, fd, None, wish.cloexec, send=True)
+            else:
+                self.answer(wish.notification, 0, errno.EIO if wish.what == "P" and not code else code, 0)
+        except CallGone:
+            return
+        except OSError as error:  # EMFILE: the program has no room for it
+            self.answer(wish.notification, 0, error.errno or errno.EIO, 0)
+        finally:
+            self.held.discard(wish.notification[ID])
+            if fd is not None:
+                os.close(fd)
 
     # -- the program's memory ---------------------------------------------------------------------
 
@@ -106,19 +137,27 @@ class DirectListener:
         return True
 
     def read(self, notification: Notification, address: int, size: int) -> bytes:
-        if not size:
-            return b""
+        return self._copied(notification, address, size, string=False) if size else b""
+
+    def string(self, notification: Notification, address: int, most: int) -> bytes | None:
+        raw = self._copied(notification, address, most, string=True)
+        if raw[-1:] == b"\0":
+            return raw[:-1]
+        if len(raw) < most:
+            raise BadArgument(errno.EFAULT, f"the string at {address:#x} has no end", machine=self.machine)
+        return None
+
+    def _copied(self, notification: Notification, address: int, size: int, string: bool) -> bytes:
+        """Copy up to `size` bytes; of a string no more than its NUL."""
         try:
             scratch = self._scratch.pop() if size <= _SCRATCH else _Scratch(size)
         except IndexError:  # another thread has it
             scratch = _Scratch(_SCRATCH)
-        try:
-            got = scratch.copy(notification[PID], address, size)
-            data = scratch.view[:got].tobytes() if got > 0 else b""
-            code = ctypes.get_errno() if got < 0 else 0
-        finally:
-            if size <= _SCRATCH:
-                self._scratch[:] = (scratch,)
+        got = scratch.copy(notification[PID], address, size)
+        code = ctypes.get_errno() if got < 0 else 0
+        data = b"" if got <= 0 else scratch.text(got) if string else scratch.view[:got].tobytes()
+        if size <= _SCRATCH:
+            self._scratch[:] = (scratch,)
         if not self.valid(notification):
             raise CallGone("the program has gone", machine=self.machine)
         if got > 0:
@@ -193,18 +232,13 @@ class DirectListener:
     def hand_off(self, notification: Notification, back: bool) -> None:
         self._answerer().hand_off(NOTIFICATION.pack(*notification), back)
 
-    def open(self, notification: Notification, dirfd: int, path: bytes, flags: int, mode: int, resolve: int) -> None:
-        opened = self._answerer().open(notification, dirfd, path, flags, mode, resolve)
+    def behalf(self, wish: Wish) -> None:
+        self.held.add(wish.notification[ID])
         try:
-            self.give(notification, opened, None, bool(flags & os.O_CLOEXEC), send=True)
-        finally:
-            os.close(opened)
-
-    def mount(self, notification: Notification, source: bytes, target: bytes, kind: bytes, flags: int, data: bytes) -> None:
-        self._answerer().mount(notification, source, target, kind, flags, data)
-
-    def mknod(self, notification: Notification, dirfd: int, path: bytes, mode: int, device: int) -> None:
-        self._answerer().mknod(notification, dirfd, path, mode, device)
+            self._answerer().ask(wish)
+        except BaseException:
+            self.held.discard(wish.notification[ID])
+            raise
 
     def _answerer(self) -> Attached:
         if self._attached is None:
@@ -235,6 +269,11 @@ class _Scratch:
         self._ours_at = ctypes.addressof(ctypes.c_char.from_buffer(self._ours))
         self._theirs_at = ctypes.addressof(ctypes.c_char.from_buffer(self._theirs))
         self._memory_at = ctypes.addressof(self._memory)
+
+    def text(self, got: int) -> bytes:
+        """Return what was copied, up to and with its first NUL."""
+        text = self._memory.value  # up to the first NUL, which may be an earlier copy's
+        return text + b"\0" if len(text) < got else self.view[:got].tobytes()
 
     def copy(self, pid: int, address: int, size: int) -> int:
         first = min(size, _PAGE - address % _PAGE)

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from trivisor.vos.syscalls.behalf import Wish
 
 Notification = tuple[int, ...]
 """struct seccomp_notif: id, pid (a thread's), flags, call number, AUDIT_ARCH, instruction pointer, six arguments."""
@@ -36,12 +39,20 @@ class Listener(Protocol):
         """Return a descriptor that is readable when there may be something to receive."""
         ...
 
+    @property
+    def connection(self) -> int | None:
+        """Descriptor that is readable when `returned` may have something; None: never."""
+        ...
+
     def receive(self) -> Notification | None:
         """Return the next held call, None if there is none after all. Raises GuestGone when none will come any more."""
         ...
 
     def returned(self) -> Sequence[int]:
-        """Return the ids of calls handed off with `back` for which no rule matched."""
+        """Finish what was done on behalf, and return the ids of calls handed off with `back` for which no rule matched.
+
+        Called by the serving thread when `connection` is readable. Raises GuestGone once nobody is there to hand off to.
+        """
         ...
 
     def valid(self, notification: Notification) -> bool:
@@ -50,6 +61,10 @@ class Listener(Protocol):
 
     def read(self, notification: Notification, address: int, size: int) -> bytes:
         """Copy up to `size` bytes of the program's memory: fewer where what follows is not mapped. Raises BadArgument if nothing is."""
+        ...
+
+    def string(self, notification: Notification, address: int, most: int) -> bytes | None:
+        """Copy the string at `address` without its NUL; None if it has none within `most` bytes. Raises BadArgument."""
         ...
 
     def write(self, notification: Notification, address: int, data: bytes) -> None:
@@ -75,19 +90,11 @@ class Listener(Protocol):
         """Have the rules answer the call; with `back`, it comes again by `returned` if none matches. Raises OSError if nobody takes it."""
         ...
 
-    def open(self, notification: Notification, dirfd: int, path: bytes, flags: int, mode: int, resolve: int) -> None:
-        """Open for the program, in its root, cwd, credentials and umask, and answer the call with the new descriptor.
+    def behalf(self, wish: Wish) -> None:
+        """Have something done for the program, and its call answered when that is done: with its result, or its errno.
 
-        Raises OSError as open(2) fails for the program; the call is then unanswered.
+        Raises OSError if nobody will.
         """
-        ...
-
-    def mount(self, notification: Notification, source: bytes, target: bytes, kind: bytes, flags: int, data: bytes) -> None:
-        """mount(2) for the program, with what its own user namespace allows. Raises OSError."""
-        ...
-
-    def mknod(self, notification: Notification, dirfd: int, path: bytes, mode: int, device: int) -> None:
-        """mknod(2) for the program, of what is safe to have. Raises OSError."""
         ...
 
     def close(self) -> None:

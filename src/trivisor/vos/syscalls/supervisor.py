@@ -82,7 +82,7 @@ class Supervisor:
         with self._starting:
             if self._pid != os.getpid():
                 self._start()
-            connection = getattr(listener, "connection", None)
+            connection = listener.connection
             attachment.fds = (listener.fileno(),) if connection is None else (listener.fileno(), connection)
             for fd in attachment.fds:
                 self._sources[fd] = attachment
@@ -205,7 +205,7 @@ class Supervisor:
             return True
         with self._turning:
             self._beside.pop(call, None)
-        if not call.delayed:
+        if not call.elsewhere:
             attachment.listener.held.discard(call.id)
         return False
 

@@ -1,0 +1,154 @@
+"""Descriptors of ours that programs in a virtual machine were given: what they write and read is carried over the line.
+
+One thread serves all of one listener's channels. What a program writes is kept for our reader up to MAX_UNREAD; a
+program that writes on regardless loses the channel. It gets no more than it reads: see guest/PROTOCOL.md, `s`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import threading
+from collections import deque
+from collections.abc import Callable
+
+MAX_UNREAD = 4 << 20
+MAX_CHANNELS = 256
+_PIECE = 32 << 10
+
+
+class _Channel:
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.out: deque[bytes] = deque()
+        self.unread = 0
+        self.ending = False
+        self.at_end = False
+        """Ours has nothing more to say."""
+
+
+class Channels:
+    """The channels of one listener. `carry(number, data)` and `finish(number)` send towards the program."""
+
+    def __init__(self, carry: Callable[[int, bytes], None], finish: Callable[[int], None]) -> None:
+        self._carry = carry
+        self._finish = finish
+        self._lock = threading.Lock()
+        self._channels: dict[int, _Channel] = {}
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    def add(self, number: int, fd: int) -> None:
+        """Join `fd`, which is taken over, to channel `number`. Raises OSError if there are too many."""
+        with self._lock:
+            if self._closed or len(self._channels) >= MAX_CHANNELS:
+                os.close(fd)
+                raise OSError(24, f"a program has at most {MAX_CHANNELS} of our descriptors")
+            os.set_blocking(fd, False)
+            self._channels[number] = _Channel(fd)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="channels", daemon=True)
+                self._thread.start()
+        self._ring()
+
+    def write(self, number: int, data: bytes) -> None:
+        """Take what the program wrote."""
+        with self._lock:
+            channel = self._channels.get(number)
+            if channel is None or channel.ending:
+                return
+            channel.out.append(data)
+            channel.unread += len(data)
+            if channel.unread > MAX_UNREAD:
+                channel.out.clear()
+                channel.ending = True
+        self._ring()
+
+    def end(self, number: int) -> None:
+        """The program has closed it; what it wrote before is still delivered."""
+        with self._lock:
+            channel = self._channels.get(number)
+            if channel is not None:
+                channel.ending = True
+        self._ring()
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            if self._thread is None and self._bell >= 0:
+                os.close(self._bell)
+                self._bell = -1
+        self._ring()
+
+    def _ring(self) -> None:
+        with contextlib.suppress(OSError, ValueError, OverflowError):  # closed meanwhile
+            os.eventfd_write(self._bell, 1)
+
+    def _serve(self) -> None:
+        while not self._closed:
+            poll = select.poll()
+            poll.register(self._bell, select.POLLIN)
+            with self._lock:
+                now = dict(self._channels)
+            by_fd = {channel.fd: number for number, channel in now.items()}
+            for channel in now.values():
+                poll.register(channel.fd, (0 if channel.at_end else select.POLLIN) | (select.POLLOUT if channel.out else 0))
+            for fd, events in poll.poll():
+                if fd == self._bell:
+                    with contextlib.suppress(BlockingIOError):
+                        os.eventfd_read(fd)
+                    continue
+                number = by_fd[fd]
+                self._step(number, now[number], events)
+            for number, channel in now.items():
+                if channel.ending and not channel.out:
+                    self._drop(number)
+        with self._lock:
+            numbers = list(self._channels)
+        for number in numbers:
+            self._drop(number)
+        bell, self._bell = self._bell, -1
+        os.close(bell)
+
+    def _step(self, number: int, channel: _Channel, events: int) -> None:
+        try:
+            if events & select.POLLOUT and channel.out:
+                self._deliver(channel)
+            if events & select.POLLIN:
+                data = os.read(channel.fd, _PIECE)
+                if data:
+                    self._carry(number, data)
+                    return
+                channel.at_end = True
+                self._finish(number)
+            elif events & (select.POLLHUP | select.POLLERR | select.POLLNVAL):
+                if not channel.at_end:
+                    self._finish(number)
+                channel.out.clear()
+                channel.ending = True
+        except BlockingIOError:
+            return
+        except OSError:
+            channel.out.clear()
+            channel.ending = True
+            self._finish(number)
+
+    def _deliver(self, channel: _Channel) -> None:
+        with self._lock:
+            data = channel.out[0]
+        done = os.write(channel.fd, data)
+        with self._lock:
+            if channel.out:
+                channel.unread -= done
+                if done < len(data):
+                    channel.out[0] = data[done:]
+                else:
+                    channel.out.popleft()
+
+    def _drop(self, number: int) -> None:
+        with self._lock:
+            channel = self._channels.pop(number, None)
+        if channel is not None:
+            os.close(channel.fd)
