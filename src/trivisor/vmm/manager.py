@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from trivisor.core.errors import AlreadyExists, HostLacks, InvalidSpec, NotFound, UnsupportedByWall
 from trivisor.core.events import Event
@@ -28,6 +28,7 @@ from trivisor.vmm.engines.container.engine import ContainerEngine
 from trivisor.vmm.engines.gvisor.engine import GvisorEngine
 from trivisor.vmm.engines.vm.engine import VmEngine
 from trivisor.vmm.imports import NotedImages
+from trivisor.vmm.keywords import Keywords, RunKeywords
 from trivisor.vmm.machine import Machine
 from trivisor.vmm.records import Records, Row
 from trivisor.vmm.volumes import Volumes
@@ -73,14 +74,15 @@ class VMM:
         """The named volumes of the home."""
         return Volumes(self._context.home, self._context.records.rows)
 
-    def create(self, image: str, *, name: str | None = None, wall: str = "auto", **spec: Any) -> Machine:
-        """Make a machine from an image, without starting it. `spec`: the fields of core.spec.Spec.
+    def create(self, image: str, *, name: str | None = None, wall: str = "auto", **keywords: Unpack[Keywords]) -> Machine:
+        """Make a machine from an image, without starting it. `keywords`: the fields of core.spec.Spec.
 
         `syscalls` may be a Policy: its rules and paths are the machine's, its handlers answer the commands that this process starts.
 
         Raises InvalidSpec, NotFound (image), AlreadyExists (name), UnsupportedByWall, HostLacks, StorageError.
         """
         chosen = self._wall(wall)
+        spec: dict[str, Any] = {**keywords}
         wishes = Spec.make(image=image, name=names.readable() if name is None else name, wall=chosen, **spec)
         if image == HOST_IMAGE and chosen == "vm":
             raise UnsupportedByWall("run on the host's own root", chosen, [wall for wall in self._context.engines if wall != "vm"])
@@ -102,12 +104,13 @@ class VMM:
                     raise
         raise AssertionError("unreachable")
 
-    def run(self, image: str, *, progress: Progress | None = None, **spec: Any) -> Machine:
+    def run(self, image: str, *, progress: Progress | None = None, **keywords: Unpack[RunKeywords]) -> Machine:
         """Make and start a machine that ends with this process, and is deleted when the `with` that it is used in ends.
 
         Raises what create and start raise; nothing is left then.
         """
-        machine = self.create(image, **{"lifetime": "process", **spec})
+        given: RunKeywords = {"lifetime": "process", **keywords}
+        machine = self.create(image, **given)
         try:
             machine.start(progress=progress)
         except BaseException:
