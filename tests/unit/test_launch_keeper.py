@@ -17,7 +17,7 @@ from launch_support import GUEST, Life, frame, gone, info, life, read_frame, scr
 from trivisor.core.errors import Busy, EngineError, StorageError
 from trivisor.core.paths import MachineDir
 from trivisor.core.process import start_time
-from trivisor.launch import keeper, tvinit
+from trivisor.launch import ending, keeper, tvinit
 from trivisor.launch.alive import lock_alive, open_alive
 
 
@@ -88,11 +88,11 @@ def test_sigterm_ends_in_order(tmp_path: Path) -> None:
 def test_a_killed_keeper_takes_its_processes_along(tmp_path: Path) -> None:
     helper = (("exec", "/bin/sleep", "99"),)
     with life(tmp_path, helpers={"network": helper}) as one:
-        children = keeper._children(one.kept.keeper_pid)
+        children = ending.children(one.kept.keeper_pid)
         assert one.kept.engine_pid in children and len(children) == 2
         watched = [os.pidfd_open(pid) for pid in children]
         os.kill(one.kept.keeper_pid, signal.SIGKILL)
-        keeper._wait_for(watched, time.monotonic() + 10)
+        ending.wait_for(watched, time.monotonic() + 10)
         assert all(gone(pid) for pid in children)
         for fd in watched:
             os.close(fd)
@@ -109,7 +109,7 @@ def test_a_killed_keeper_takes_a_pid_namespace_along(tmp_path: Path) -> None:
     with life(tmp_path, engine) as one:
         watched = os.pidfd_open(one.kept.engine_pid)
         os.kill(one.kept.keeper_pid, signal.SIGKILL)
-        keeper._wait_for([watched], time.monotonic() + 10)
+        ending.wait_for([watched], time.monotonic() + 10)
         assert gone(one.kept.engine_pid)
         os.close(watched)
 
@@ -136,7 +136,7 @@ def test_a_reused_pid_is_not_killed(tmp_path: Path) -> None:
 def test_helpers_start_first_and_end_with_the_engine(tmp_path: Path) -> None:
     helper = (("exec", "/bin/sleep", "99"),)
     with life(tmp_path, helpers={"a": helper, "b": helper}) as one:
-        children = keeper._children(one.kept.keeper_pid)
+        children = ending.children(one.kept.keeper_pid)
         assert len(children) == 3 and max(children) == one.kept.engine_pid
         os.kill(one.kept.engine_pid, signal.SIGTERM)
         one.wait_end()
@@ -176,7 +176,7 @@ with life(Path({str(tmp_path)!r}), script("time.sleep(99)"), wait=90):
         pid = int(machine.keeper.read_text().split()[0])
         watched = os.pidfd_open(pid)
         starter.kill()
-    keeper._wait_for([watched], time.monotonic() + 10)
+    ending.wait_for([watched], time.monotonic() + 10)
     os.close(watched)
     assert not keeper.alive(machine)
     ended = keeper.ended(machine)
