@@ -54,7 +54,7 @@ def account() -> Iterator[int]:
         _run("usermod", "--add-subuids", ids, "--add-subgids", ids, name)
         yield ACCOUNT
     finally:
-        subprocess.run(["userdel", name], check=False, capture_output=True)
+        subprocess.run(["userdel", "--force", name], check=False, capture_output=True)
         subprocess.run(["groupdel", name], check=False, capture_output=True)
 
 
@@ -77,16 +77,18 @@ def home_of(user: int, template: Path) -> Iterator[Path]:
             shutil.copy2(path, own)
             own.rename(path)
         os.chown(path, user, user, follow_symlinks=False)
-    yield home
 
     def clear() -> None:
         with VMM(home) as vmm:
             for machine in vmm.list():
                 machine.delete(force=True)
 
-    as_user(user, clear)
-    assert_nothing_left(home, set())
-    shutil.rmtree(base)
+    try:
+        yield home
+    finally:
+        as_user(user, clear)
+        assert_nothing_left(home, set())
+        shutil.rmtree(base)
 
 
 def _run(*argv: str) -> None:

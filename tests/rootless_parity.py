@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import os
+import random
 import shutil
+import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,7 +20,7 @@ import pytest
 from host_state import processes
 from rootless_home import NOBODY, account, as_user, home_of
 
-from trivisor import VMM, EngineError, HostLacks, Machine
+from trivisor import VMM, EngineError, HostLacks, Machine, State
 from trivisor.core.spec import Wall
 from trivisor.launch import cgroup_layout, ids
 
@@ -39,6 +45,18 @@ print("up", flush=True)
 while True:
     with server.accept()[0] as client:
         client.sendall(b"machine " + client.recv(100))
+"""
+ECHO = """\
+import hashlib, socket
+server = socket.create_server(("0.0.0.0", 80))
+print("up", flush=True)
+with server.accept()[0] as client:
+    size, digest = int.from_bytes(client.recv(8), "big"), hashlib.sha256()
+    while size:
+        data = client.recv(min(size, 1 << 20))
+        digest.update(data)
+        size -= len(data)
+    client.sendall(digest.digest() * (1 << 15))
 """
 FORGE = Path(__file__).with_name("walls") / "forge_frame.py"
 
@@ -86,6 +104,11 @@ def ask(port: int) -> bytes:
         client.connect(("127.0.0.1", port))
         client.sendall(b"hello")
         return client.recv(100)
+
+
+def refused(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
 
 
 def reached(machine: Machine, places: list[str]) -> list[str]:
@@ -136,6 +159,55 @@ class RootlessTests:
                 with pytest.raises(ConnectionRefusedError):
                     ask(port)
             assert not processes(Path(machine.info()["folder"]))
+
+        user.does(life)
+
+    @needs_passt
+    def test_much_data_both_ways(self, user: User) -> None:
+        """Frames are whole, none is larger than the wire takes, and what is lost is sent again."""
+        port = free_port()
+
+        def life(vmm: VMM) -> None:
+            machine = vmm.create("debian", wall=self.wall, network="nat", ports={port: 80})
+            machine.start()
+            data = random.Random(1).randbytes(1 << 20)
+            with machine.spawn(["python3", "-c", ECHO]) as server, socket.socket() as client:
+                assert server.stdout.readline(timeout=BOUND) == b"up\n"
+                client.settimeout(BOUND)
+                client.connect(("127.0.0.1", port))
+                client.sendall(len(data).to_bytes(8, "big") + data)
+                got = b"".join(iter(lambda: client.recv(1 << 20), b""))
+            assert got == hashlib.sha256(data).digest() * (1 << 15)
+
+        user.does(life)
+
+    @needs_passt
+    def test_a_killed_keeper_takes_all_with_it(self, user: User) -> None:
+        port = free_port()
+
+        def life(vmm: VMM) -> None:
+            machine = vmm.create("debian", wall=self.wall, network="nat", ports={port: 80})
+            machine.start()
+            folder = Path(machine.info()["folder"])
+            os.kill(int((folder / "keeper").read_text().split()[0]), signal.SIGKILL)
+            machine.wait(BOUND)
+            assert machine.state is State.FAILED
+            deadline = time.monotonic() + 5
+            while not refused(port) and time.monotonic() < deadline:
+                time.sleep(0.02)  # nobody is left to tell when the last process has gone
+            assert refused(port)
+            assert not processes(folder)
+            machine.start()
+            assert machine.exec(["echo", "again"]).text == "again\n"
+
+        user.does(life)
+
+    def test_a_named_network_needs_root_and_says_so(self, user: User) -> None:
+        def life(vmm: VMM) -> None:
+            with pytest.raises(HostLacks, match="named network") as caught:
+                vmm.create("debian", wall=self.wall, network="backend")
+            assert "nat" in caught.value.hint
+            assert "named networks" in next(report for report in vmm.walls() if report.wall == self.wall).details["network"]
 
         user.does(life)
 
