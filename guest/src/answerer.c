@@ -31,7 +31,7 @@ pid_t answerer_fork(int intake, int listen, int said) {
         dup2(said, 2);
     int kept[] = {intake, listen};
     close_all_but(kept, 2);
-    _exit(0);
+    _exit(answer_main(intake, listen));
 }
 
 void answerer_given(int fd) {
