@@ -1,4 +1,4 @@
-"""What a machine's processes take on the host, for walls whose machines are trees of processes and hosts that give no control groups."""
+"""What a machine takes on the host, for walls whose machines are trees of processes: as its control group counts, or by its processes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,24 @@ import os
 from pathlib import Path
 
 from trivisor.core.paths import MachineDir
-from trivisor.vmm.engine import Usage
+from trivisor.launch.cgroups import Cgroup
+from trivisor.vmm.engine import Box, Usage
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
-def usage(place: MachineDir) -> Usage:
-    """Return what the machine's processes take, where no control group counts it: those there are now (proc(5), statm)."""
+def usage(box: Box) -> Usage:
+    """Return what all of the machine takes. Private is anonymous memory; pages of files count as shared."""
+    group = Cgroup.find(box.home, box.id)
+    if group is None:
+        return uncounted(box.dir)
+    used = group.usage()
+    return Usage(private=used.anonymous, shared=max(0, used.memory - used.anonymous), cpu_seconds=used.cpu_seconds)
+
+
+def uncounted(place: MachineDir) -> Usage:
+    """The same where no control group counts: of the processes that there are now, and the keeper (proc(5), statm)."""
     private = shared = 0
     seconds = 0.0
     waiting = [place.keeper.read_text().split()[0]] if place.keeper.exists() else []

@@ -92,12 +92,7 @@ class ContainerEngine:
         return _group(box).frozen
 
     def usage(self, box: Box) -> Usage:
-        """Its processes' and the keeper's. Private is anonymous memory; pages of files count as shared."""
-        group = Cgroup.find(box.home, box.id)
-        if group is None:
-            return procs.usage(box.dir)
-        used = group.usage()
-        return Usage(private=used.anonymous, shared=max(0, used.memory - used.anonymous), cpu_seconds=used.cpu_seconds)
+        return procs.usage(box)
 
     def syscalls(self, box: Box | None = None) -> SyscallPort:
         port = host.syscalls()

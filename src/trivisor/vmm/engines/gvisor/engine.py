@@ -124,12 +124,8 @@ class GvisorEngine:
         return group.frozen if group else control.paused(box, self._command(box))
 
     def usage(self, box: Box) -> Usage:
-        """All of the sandbox's, the Sentry included. Private is anonymous memory; pages of files count as shared."""
-        group = Cgroup.find(box.home, box.id)
-        if group is None:
-            return procs.usage(box.dir)
-        used = group.usage()
-        return Usage(private=used.anonymous, shared=max(0, used.memory - used.anonymous), cpu_seconds=used.cpu_seconds)
+        """All of the sandbox's, the Sentry included."""
+        return procs.usage(box)
 
     def syscalls(self, box: Box | None = None) -> SyscallPort:
         # The Sentry knows neither Landlock nor SECCOMP_RET_USER_NOTIF and _LOG.
