@@ -18,7 +18,6 @@
 #include "users.h"
 
 enum {
-    STALL_MS = 30000, /* so long tracees stand still because nobody reads records */
     THREAD = 0x00010000,
     SYSCALL_STOP = SIGTRAP | 0x80,
     OPTIONS = PTRACE_O_TRACESYSGOOD | PTRACE_O_EXITKILL | PTRACE_O_TRACEFORK | PTRACE_O_TRACEVFORK | PTRACE_O_TRACECLONE |
@@ -171,6 +170,32 @@ static pid_t group_of(pid_t tid) {
     return tgid > 0 ? tgid : tid;
 }
 
+/* Stops that came while nobody may go on. A tracee that is stopped has no second one. */
+static struct {
+    struct stop { pid_t tid; int status; } *list;
+    size_t count, size;
+} later;
+
+static void put_off(pid_t tid, int status) {
+    if (later.count == later.size) {
+        size_t want = later.size ? later.size * 2 : 64;
+        struct stop *grown = realloc(later.list, want * sizeof *grown);
+        if (!grown) {
+            kill(tid, SIGKILL); /* memory is out, and it may not stand still for ever */
+            return;
+        }
+        later.list = grown;
+        later.size = want;
+    }
+    later.list[later.count++] = (struct stop){tid, status};
+}
+
+static void forget_stop(pid_t tid) {
+    for (size_t i = 0; i < later.count; i++)
+        if (later.list[i].tid == tid)
+            later.list[i--] = later.list[--later.count];
+}
+
 static void ended(pid_t tid, int status) {
     struct tracee *t = tracee_of(tid);
     if (t && t->recorded)
@@ -178,6 +203,7 @@ static void ended(pid_t tid, int status) {
     if (t)
         records_exit(t, status, now_ns());
     tracee_drop(tid);
+    forget_stop(tid);
     if (tid == command)
         records_end();
 }
@@ -209,12 +235,15 @@ static void handle(pid_t tid, int status) {
         on_signal(t, number);
 }
 
-/* Take the dead off, whatever else stands still: the command's end must be heard of. */
+/* Take the dead off, whatever else stands still: the command's end must be heard of. (There is no waiting for ends alone: a
+ * tracer is told of stops whether it asks or not.) */
 static void bury(void) {
-    siginfo_t info = {0};
-    while (waitid(P_ALL, 0, &info, WEXITED | WNOHANG | __WALL) == 0 && info.si_pid > 0) {
-        ended(info.si_pid, info.si_code == CLD_EXITED ? (info.si_status & 0xff) << 8 : info.si_status & 0x7f);
-        info.si_pid = 0;
+    int status;
+    for (pid_t tid; (tid = waitpid(-1, &status, __WALL | WNOHANG)) > 0;) {
+        if (WIFSTOPPED(status))
+            put_off(tid, status);
+        else
+            ended(tid, status);
     }
 }
 
@@ -230,7 +259,7 @@ static bool wait_for_either(int ms) {
 }
 
 static void wait_for_room(void) {
-    uint64_t until = now_ns() + STALL_MS * 1000000ull, now;
+    uint64_t until = now_ns() + asked->stall * 1000000ull, now;
     for (bury(); records_flush() && records_full(); bury()) {
         if ((now = now_ns()) >= until) {
             records_give_up();
@@ -243,6 +272,13 @@ static void wait_for_room(void) {
 static void follow(void) {
     for (;;) {
         int status;
+        if (later.count) {
+            struct stop s = later.list[--later.count];
+            handle(s.tid, s.status);
+            if (records_full())
+                wait_for_room();
+            continue;
+        }
         pid_t tid = waitpid(-1, &status, __WALL | WNOHANG);
         if (tid == 0) {
             if (records_flush()) {

@@ -44,6 +44,7 @@ struct asked {
     enum trace_mode mode;
     bool no_vdso;
     uint32_t bytes; /* at most so many are copied of a buffer */
+    uint32_t stall; /* milliseconds that tracees stand still because nobody reads records; then these are lost */
     struct call calls[TRACE_CALLS];
 };
 

@@ -176,15 +176,17 @@ static bool parse_call(struct asked *a, const char *at) {
 bool asked_parse(struct asked *a, char *const *words) {
     bool said = false;
     a->bytes = 64;
+    a->stall = 30000;
     a->mode = words ? TRACE_ALL : TRACE_NONE;
     for (; words && *words; words++) {
         const char *w = *words;
         if (!strcmp(w, "filter") || !strcmp(w, "stops") || !strcmp(w, "all")) {
             a->mode = *w == 'f' ? TRACE_FILTER : *w == 's' ? TRACE_STOPS : TRACE_ALL;
             said = true;
-        } else if (!strncmp(w, "bytes=", 6)) {
+        } else if (!strncmp(w, "bytes=", 6) || !strncmp(w, "stall=", 6)) {
+            bool bytes = *w == 'b';
             w += 6;
-            if (!number(&w, TRACE_STRING, &a->bytes) || *w)
+            if (!number(&w, bytes ? TRACE_STRING : 86400000, bytes ? &a->bytes : &a->stall) || *w)
                 return false;
         } else if (!parse_call(a, w)) {
             return false;
@@ -197,6 +199,15 @@ bool asked_parse(struct asked *a, char *const *words) {
 
 /* ---- records ---- */
 
+static void head(int kind, const struct tracee *t, uint64_t now) {
+    records.begun = records.out.used;
+    write_u32(&records.out, 0);
+    write_u8(&records.out, (uint8_t)kind);
+    write_u32(&records.out, t ? (uint32_t)t->tgid : 0);
+    write_u32(&records.out, t ? (uint32_t)t->tid : 0);
+    write_u64(&records.out, now);
+}
+
 static bool begin(int kind, const struct tracee *t, uint64_t now) {
     if (records.fd < 0 || records.ending)
         return false;
@@ -204,12 +215,7 @@ static bool begin(int kind, const struct tracee *t, uint64_t now) {
         records.lost++;
         return false;
     }
-    records.begun = records.out.used;
-    write_u32(&records.out, 0);
-    write_u8(&records.out, (uint8_t)kind);
-    write_u32(&records.out, t ? (uint32_t)t->tgid : 0);
-    write_u32(&records.out, t ? (uint32_t)t->tid : 0);
-    write_u64(&records.out, now);
+    head(kind, t, now);
     return true;
 }
 
@@ -327,14 +333,13 @@ bool records_flush(void) {
         records.out.used = left;
         records.sent = 0;
     }
-    if (records.lost && left < RECORDS_LOW && !records.ending) {
-        records.dropping = false;
+    if (records.lost && left < RECORDS_LOW) {
         uint64_t lost = records.lost;
-        if (begin(REC_LOST, NULL, now_ns())) {
-            write_u64(&records.out, lost);
-            end();
-            records.lost -= lost;
-        }
+        records.dropping = false;
+        head(REC_LOST, NULL, now_ns());
+        write_u64(&records.out, lost);
+        end();
+        records.lost -= lost; /* one more, if memory is out */
         return true;
     }
     if (records.ending && left == 0)

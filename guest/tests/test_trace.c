@@ -8,6 +8,7 @@
 #include <signal.h>
 #include <stddef.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/ptrace.h>
 #include <sys/syscall.h>
@@ -116,6 +117,16 @@ static size_t count_of(int kind) {
     return n;
 }
 
+/* What the records say is missing. */
+static uint64_t lost(void) {
+    struct reader all = reader_of(bytes, used);
+    struct record r;
+    uint64_t n = 0;
+    while (next(&all, &r))
+        n += r.kind == REC_LOST ? read_u64(&r.body) : 0;
+    return n;
+}
+
 /* How many calls `nr` ended with `result`, or were cut off by an end; with `text` among what was copied, unless NULL. */
 static size_t calls(uint32_t nr, int64_t result, const char *text) {
     struct reader all = reader_of(bytes, used);
@@ -199,17 +210,32 @@ static void left_behind(void) {
     close(end[0]);
 }
 
+/* Until nothing more goes into the pipe. */
+static void await_full(int fd) {
+    for (int before = -1, now = 0; now != before || now == 0;) {
+        struct timespec wait = {.tv_nsec = 300000000};
+        before = now;
+        nanosleep(&wait, NULL);
+        CHECK(ioctl(fd, FIONREAD, &now) == 0);
+    }
+}
+
 /* Nobody reads: it stands still, can be killed, and its end is heard of before a record is read. */
 static void not_read(void) {
     struct tracing t;
     pid_t pid = begin(&t, WORDS("all"), false, NULL, 0, SH("while :; do echo x; done >/dev/null"));
-    struct timespec wait = {.tv_sec = 1};
-    nanosleep(&wait, NULL);
+    await_full(t.records);
     kill(pid, SIGKILL);
     CHECK(waitpid(pid, &status, 0) == pid && WIFSIGNALED(status));
     read_all(t.records);
     CHECK(waitpid(t.tracer, &status, 0) == t.tracer);
     CHECK(used > 256 * 1024 && used < 2 << 20 && count_of(REC_EXIT) == 1 && count_of(REC_LOST) == 0);
+    /* Too long: it goes on, and what is missing is said. */
+    pid = begin(&t, WORDS("all", "stall=100"), false, NULL, 0, SH("i=0; while [ $i -lt 20000 ]; do echo x; i=$((i+1)); done >/dev/null"));
+    CHECK(waitpid(pid, &status, 0) == pid && WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    read_all(t.records);
+    CHECK(waitpid(t.tracer, &status, 0) == t.tracer);
+    CHECK(count_of(REC_LOST) >= 1 && calls(SYS_write, 2, NULL) + lost() > 20000);
     /* The reader goes: the command does not stand still for it. */
     pid = begin(&t, WORDS("all"), false, NULL, 0, SH("i=0; while [ $i -lt 20000 ]; do echo x; i=$((i+1)); done >/dev/null"));
     close(t.records);
@@ -228,7 +254,7 @@ static void never_born(void) {
 static void words(void) {
     static struct asked a;
     static const char *const bad[] = {"", "x", "1024", "1:", "1:6s", "1:0", "1:0q", "1:0s,", "1:0b", "1:0b6", "1:0f513", "1:0s 1s",
-                                      "99999999999999999999", "bytes=4097", "bytes=", "bytes=1x", "-1", "1:0s,0s,0s,0s,0s,0s,0s"};
+                                      "99999999999999999999", "bytes=4097", "bytes=", "bytes=1x", "stall=", "stall=86400001", "-1", "1:0s,0s,0s,0s,0s,0s,0s"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
         CHECK(!asked_parse(&a, (char *const *)(uintptr_t)WORDS(bad[i])));
     memset(&a, 0, sizeof a);

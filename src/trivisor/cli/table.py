@@ -31,6 +31,7 @@ VERBS: dict[str, Verb] = {
     "delete": _life("delete", "Delete machines and their disks."),
     "ps": _own("ps", "List machines."),
     "exec": _own("exec", "Run a command in a running machine."),
+    "trace": _own("trace", "Run a command in a running machine and print its system calls."),
     "cp": _own("cp", "Copy files between a machine and this host."),
     "logs": _own("logs", "Print a machine's console or PID 1's log."),
     "inspect": _own("inspect", "Print all that is known of machines, as JSON."),
