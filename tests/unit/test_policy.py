@@ -303,9 +303,9 @@ def test_a_path_needs_a_call_that_has_one() -> None:
 
 
 def test_paths_become_one_ruleset_of_what_machine_and_command_both_allow() -> None:
-    spec = SyscallSpec(paths=Paths(write=("/build", "/tmp")))
+    spec = SyscallSpec(paths=Paths(write=("/build/out", "/tmp")))
     policy = Policy()
-    policy.paths(write=["/build/out"], execute=["/usr"])
+    policy.paths(write=["/build"], execute=["/usr"])
     places = dict(said(compiled(policy, spec), "landlock"))
     assert places.pop("/") == "r"
     assert places.pop("/usr") == "x"
@@ -315,6 +315,31 @@ def test_paths_become_one_ruleset_of_what_machine_and_command_both_allow() -> No
     nothing = Policy()
     nothing.paths(execute=[])
     assert said(compiled(nothing), "landlock") == [("/", "rw")]
+    all_denied = Policy(paths=Paths(read=(), write=(), execute=()))
+    assert {letters for _, letters in said(compiled(all_denied), "landlock")} == {"rw"}  # /dev/null and the like
+
+
+def test_where_reads_are_bound_executing_is_too() -> None:
+    """Executing takes reading, so that `x` on all files would let all be read."""
+    places = dict(said(compiled(Policy(paths=Paths(read=("/usr", "/data")))), "landlock"))
+    assert places["/usr"] == places["/data"] == "rx"
+    assert places["/"] == "w"
+    # Nor does what a command may execute widen what the machine lets it read.
+    spec = SyscallSpec(paths=Paths(read=("/data",)))
+    places = dict(said(compiled(Policy(paths=Paths(execute=("/usr",))), spec), "landlock"))
+    assert "/usr" not in places
+    assert places["/data"] == "r"
+
+
+def test_a_command_cannot_lead_out_of_the_machines_places_by_a_link() -> None:
+    spec = SyscallSpec(paths=Paths(write=("/data",)))
+    with pytest.raises(InvalidSpec, match="could be a link") as refused:
+        compiled(Policy(paths=Paths(write=("/data/out",))), spec)
+    assert "/data/out" in str(refused.value)
+    assert "paths(write=['/data'])" in str(refused.value)
+    assert dict(said(compiled(Policy(paths=Paths(write=("/data",))), spec), "landlock"))["/data"] == "w"
+    assert "/etc" not in dict(said(compiled(Policy(paths=Paths(write=("/etc",))), spec), "landlock"))
+    assert dict(said(compiled(Policy(paths=Paths(write=("/a",))), SyscallSpec(paths=Paths(write=("/",)))), "landlock"))["/a"] == "w"
 
 
 def test_a_trace_stops_in_the_filter_only_where_nothing_else_is_done_with_its_calls() -> None:

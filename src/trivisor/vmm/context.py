@@ -47,6 +47,20 @@ class Context:
         """Return what runs this process's handlers for a machine."""
         return self._supervisors.setdefault(machine, Supervisor(name))
 
+    def forget(self, machine: str) -> None:
+        """Let go of a machine that is gone, or is left to others: its line, and what answered its programs' calls."""
+        self.lines.drop(machine)
+        self._held.pop(machine, None)
+        supervisor = self._supervisors.pop(machine, None)
+        if supervisor is not None:
+            supervisor.close()
+
+    def close(self) -> None:
+        """Let go of all machines."""
+        for machine in list(self._supervisors):
+            self.forget(machine)
+        self.lines.close()
+
     def row(self, machine: str) -> Row:
         """Return the record of the machine with this id, as it stands. Raises NotFound."""
         row = self.records.row(machine)

@@ -6,10 +6,10 @@ Spec.make checks the values; None means the default. What a field means, and its
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
-from trivisor.core.rules import SyscallSpec
+from trivisor.core.rules import Paths, Rule, SyscallSpec
 from trivisor.core.spec import Lifetime
 from trivisor.core.wishes import IoLimits, Volume
 from trivisor.vos.syscalls.policy import Policy
@@ -39,7 +39,7 @@ class Keywords(TypedDict, total=False):
     ttl: Duration | None
     idle: Duration | None
     labels: dict[str, str] | None
-    syscalls: Policy | SyscallSpec | Mapping[str, Any] | None
+    syscalls: Policy | SyscallSpec | Sequence[Rule | Paths | str] | Mapping[str, Any] | None
 
 
 class RunKeywords(Keywords, total=False):

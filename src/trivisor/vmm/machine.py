@@ -6,6 +6,7 @@ Machines of one machine, in one process or in many, agree.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from types import TracebackType
@@ -13,7 +14,7 @@ from typing import Any, Self
 
 import msgspec
 
-from trivisor.core.errors import NotFound, UnsupportedByWall, WaitTimeout
+from trivisor.core.errors import NotFound, WaitTimeout
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.state import State, check
 from trivisor.vmm import life, limits, logs, reconcile, watch
@@ -28,8 +29,9 @@ from trivisor.vos.line import Line
 from trivisor.vos.ports import SyscallPort
 from trivisor.vos.process import Process
 from trivisor.vos.processes import MAX_OUTPUT, Argv, ExecResult, Processes
-from trivisor.vos.syscalls import direct
+from trivisor.vos.syscalls import direct, remote
 from trivisor.vos.syscalls.compile import Compiled
+from trivisor.vos.syscalls.listener import Listener
 from trivisor.vos.syscalls.policy import Policy
 from trivisor.vos.syscalls.service import Syscalls
 from trivisor.vos.syscalls.supervisor import Attachment
@@ -122,7 +124,7 @@ class Machine:
         try:
             life.delete(self._context, self.id, force=force)
         finally:
-            self._context.lines.drop(self.id)
+            self._context.forget(self.id)
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait until it neither runs nor is paused, and return the exit status that its guest gave, if it did.
@@ -271,12 +273,16 @@ class Machine:
 
     def _attach(self, compiled: Compiled) -> Attachment:
         """Have this process's handlers answer the command that what was compiled goes with."""
-        answer = self._port().answer
-        if answer is None or compiled.policy is None:
-            raise UnsupportedByWall("have Python functions answer system calls", self.wall, ["container"], machine=self.name)
-        listener = direct.dial(answer, compiled.token, self.name)
+        assert compiled.policy is not None
+        port, handlers = self._port(), compiled.policy.handlers
+        listener: Listener
+        if port.answer is not None:
+            listener = direct.dial(port.answer, compiled.token, self.name)
+        else:
+            calls = [name for handler in handlers for name in handler.calls]
+            listener = remote.dial(self._processes("exec"), compiled.token, calls, port.machine or os.uname().machine)
         supervisor = self._context.supervisor(self.id, self.name)
-        return supervisor.attach(listener, compiled.policy.handlers, ruled=compiled.ruled, refused=compiled.refused)
+        return supervisor.attach(listener, handlers, ruled=compiled.ruled, refused=compiled.refused)
 
     def _port(self) -> SyscallPort:
         return self._context.engine(self.wall, self.name).syscalls(self._context.box(self._first))

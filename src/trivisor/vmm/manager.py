@@ -163,7 +163,7 @@ class VMM:
 
     def close(self) -> None:
         """Let go of the home: commands that do not outlive it (spawn's `detach`) are killed, machines go on as they are."""
-        self._context.lines.close()
+        self._context.close()
         self._context.images.close()
         self._context.records.close()
 

@@ -272,7 +272,9 @@ def _landlock(places: list[Paths]) -> list[Operation]:
     for letter, kind in (("r", "read"), ("w", "write"), ("x", "execute")):
         allowed: tuple[str, ...] | None = None
         for paths in places:
-            allowed = _common(allowed, getattr(paths, kind))
+            # Executing takes reading (execve(2) opens the file): where reads are bound and executing is not, so is executing.
+            wished = getattr(paths, kind)
+            allowed = _common(allowed, paths.read if wished is None and kind == "execute" else wished, places)
         known: Iterable[str] = ("/",) if allowed is None else (*allowed, *(_DEVICES if letter != "x" else ()))
         for place in known:
             if letter not in flags.get(place, ""):
@@ -280,10 +282,20 @@ def _landlock(places: list[Paths]) -> list[Operation]:
     return [("landlock", place, letters) for place, letters in sorted(flags.items())] or [("landlock", "none")]
 
 
-def _common(left: tuple[str, ...] | None, right: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    if left is None or right is None:
-        return right if left is None else left
-    return tuple(sorted({deep for one in left for other in right for deep in (one, other) if _under(deep, one) and _under(deep, other)}))
+def _common(machine: tuple[str, ...] | None, command: tuple[str, ...] | None, both: Sequence[Paths]) -> tuple[str, ...] | None:
+    """Return the machine's places that the command's words leave. The other way round words would not do: a place of the command's under
+    one of the machine's may be a link that the machine's programs made, and lead out of it."""
+    if command is None:
+        return machine
+    if machine is None or "/" in machine:
+        return command
+    for place in command:
+        if place not in machine and any(_under(place, folder) for folder in machine):
+            raise InvalidSpec(
+                f"{both[-1]} contradicts the machine's {both[0]}: {place} lies in a place of the machine's, and could be a link out of it",
+                hint="bind a kind of access in the machine or in its commands, or name the machine's own places again",
+            )
+    return tuple(place for place in machine if any(_under(place, folder) for folder in command))
 
 
 def _under(path: str, folder: str) -> bool:
