@@ -46,9 +46,11 @@ class Image:
 class Images:
     """The catalog of one home. Safe to use from threads, forks and many processes at once."""
 
-    def __init__(self, home: Home) -> None:
+    def __init__(self, home: Home, *, noted: Callable[[Image], object] = lambda _: None) -> None:
+        """`noted` is told of each image that is made."""
         self._store = Store(home.store)
         self._trees = Trees(home)
+        self._noted = noted
 
     def get(self, ref: str) -> Image:
         """Return the image called `ref` (name[:tag]); "host" is the host's own root (host.py).
@@ -161,7 +163,9 @@ class Images:
             self._store.set_ref(_PREFIX + name, digest, value)
         if before and before != [digest]:
             self._store.collect()
-        return self._image(Ref(_PREFIX + name, digest, value))
+        image = self._image(Ref(_PREFIX + name, digest, value))
+        self._noted(image)
+        return image
 
     def _find(self, ref: str) -> Image:
         name = normalise(ref)

@@ -27,7 +27,6 @@ from trivisor.vmm.engine import Engine, Progress, WallReport
 from trivisor.vmm.engines.container.engine import ContainerEngine
 from trivisor.vmm.engines.gvisor.engine import GvisorEngine
 from trivisor.vmm.engines.vm.engine import VmEngine
-from trivisor.vmm.imports import NotedImages
 from trivisor.vmm.keywords import Keywords, RunKeywords
 from trivisor.vmm.machine import Machine
 from trivisor.vmm.records import Records, Row
@@ -56,7 +55,7 @@ class VMM:
         self._context = Context(
             home=place,
             records=records,
-            images=NotedImages(place, records),
+            images=Images(place, noted=lambda image: records.note("image-imported", f"{image.name} from {image.source}")),
             engines={engine.wall: engine for engine in chosen},
         )
         sweeping.sweep(self._context)

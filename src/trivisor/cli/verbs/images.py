@@ -8,25 +8,9 @@ from pathlib import Path
 import click
 
 from trivisor.cli import render
-from trivisor.cli.options import IMAGE, home_option, json_option, open_vmm, verb
+from trivisor.cli.groups import each, group
+from trivisor.cli.options import IMAGE, open_vmm, verb
 from trivisor.core.units import format_size
-
-
-@click.group("images", invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
-@home_option
-@json_option
-@click.pass_context
-def command(ctx: click.Context, as_json: bool) -> None:
-    """List, import, bootstrap and remove images."""
-    if ctx.invoked_subcommand is None:
-        _list(as_json)
-
-
-@verb("list")
-@json_option
-def list_(as_json: bool) -> None:
-    """List images."""
-    _list(as_json)
 
 
 def _list(as_json: bool) -> None:
@@ -37,6 +21,9 @@ def _list(as_json: bool) -> None:
         return
     rows = [(image.name, image.digest.removeprefix("sha256:")[:12], format_size(image.size), render.ago(image.created)) for image in images]
     render.table(("NAME", "DIGEST", "SIZE", "CREATED"), rows)
+
+
+command = group("images", "List, import, bootstrap and remove images.", _list, "List images.")
 
 
 @verb("import")
@@ -64,11 +51,8 @@ def bootstrap(name: str, suite: str, packages: Sequence[str]) -> None:
 @click.argument("names", nargs=-1, required=True, type=IMAGE, metavar="NAME...")
 def remove(names: Sequence[str]) -> None:
     """Remove images. One that a machine was made from stays."""
-    images = open_vmm().images
-    for name in names:
-        images.remove(name)
-        click.echo(name)
+    each(names, open_vmm().images.remove)
 
 
-for sub in (list_, import_, bootstrap, remove):
+for sub in (import_, bootstrap, remove):
     command.add_command(sub)

@@ -7,24 +7,8 @@ from collections.abc import Sequence
 import click
 
 from trivisor.cli import render
-from trivisor.cli.options import VOLUME, home_option, json_option, open_vmm, verb
-
-
-@click.group("volume", invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
-@home_option
-@json_option
-@click.pass_context
-def command(ctx: click.Context, as_json: bool) -> None:
-    """List, make and remove volumes."""
-    if ctx.invoked_subcommand is None:
-        _list(as_json)
-
-
-@verb("list")
-@json_option
-def list_(as_json: bool) -> None:
-    """List volumes, and the machines that have them."""
-    _list(as_json)
+from trivisor.cli.groups import each, group
+from trivisor.cli.options import VOLUME, open_vmm, verb
 
 
 def _list(as_json: bool) -> None:
@@ -33,6 +17,9 @@ def _list(as_json: bool) -> None:
         render.emit([{"name": one.name, "path": str(one.path), "created": one.created, "machines": list(one.machines)} for one in volumes])
         return
     render.table(("NAME", "CREATED", "MACHINES"), [(one.name, render.ago(one.created), ", ".join(one.machines)) for one in volumes])
+
+
+command = group("volume", "List, make and remove volumes.", _list, "List volumes, and the machines that have them.")
 
 
 @verb("create")
@@ -48,11 +35,8 @@ def create(names: Sequence[str]) -> None:
 @click.argument("names", nargs=-1, required=True, type=VOLUME, metavar="NAME...")
 def remove(names: Sequence[str]) -> None:
     """Remove volumes with all that is in them. One that a machine has stays."""
-    volumes = open_vmm().volumes
-    for name in names:
-        volumes.remove(name)
-        click.echo(name)
+    each(names, open_vmm().volumes.remove)
 
 
-for one in (list_, create, remove):
+for one in (create, remove):
     command.add_command(one)
