@@ -162,6 +162,8 @@ class DirectListener:
             raise CallGone("the program has gone", machine=self.machine)
         if got > 0:
             return data
+        if code == errno.ESRCH:
+            raise CallGone("the program has gone", machine=self.machine)
         if code in (errno.EFAULT, 0):
             raise BadArgument(errno.EFAULT, f"nothing can be read at {address:#x}", machine=self.machine)
         raise OSError(code, f"cannot read the memory of process {notification[PID]}: {os.strerror(code)}")
@@ -173,7 +175,7 @@ class DirectListener:
             raise BadArgument(errno.EFAULT, f"nothing can be written at {address:#x}", machine=self.machine)
         try:
             memory = os.open(f"/proc/{notification[PID]}/mem", os.O_WRONLY | os.O_CLOEXEC)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, ProcessLookupError) as error:
             raise CallGone("the program has gone", machine=self.machine) from error
         try:
             if not self.valid(notification):

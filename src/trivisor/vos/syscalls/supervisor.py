@@ -211,20 +211,19 @@ class Supervisor:
 
     def _fail(self, attachment: Attachment, call: Call, handled: Handled, error: BaseException) -> None:
         """Refuse a call because its handler failed, and say so, unless it is the program's own fault."""
+        ours = not isinstance(error, BadArgument | CallGone)
+        handler = getattr(handled.function, "__qualname__", repr(handled.function))
+        if ours:
+            attachment.failures.append(Failure(call.name, call.pid, handler, error))
+            attachment.failed += 1
         if call.claim():
-            code = error.errno if isinstance(error, BadArgument) else handled.errno
             try:
-                call.refuse(code)
+                call.refuse(error.errno if isinstance(error, BadArgument) else handled.errno)
             except OSError as failure:
                 error.add_note(f"nor could the call be refused: {failure}")
         else:
             call.drop()
-        if isinstance(error, BadArgument | CallGone):
-            return
-        handler = getattr(handled.function, "__qualname__", repr(handled.function))
-        attachment.failures.append(Failure(call.name, call.pid, handler, error))
-        attachment.failed += 1
-        if attachment.failed <= _LOGGED:
+        if ours and attachment.failed <= _LOGGED:
             _log.warning("%s: %s of process %d was refused: handler %s failed", self.machine, call.name, call.pid, handler, exc_info=error)
 
     def _hand_off(self, attachment: Attachment, notification: Notification, *, back: bool) -> None:
