@@ -46,6 +46,7 @@ static void resume(const struct tracee *t, int signal_to) {
 static void enter(struct tracee *t, const struct stopped *s) {
     t->in_call = true;
     t->nr = (uint32_t)s->nr;
+    t->sp = s->sp;
     memcpy(t->args, s->args, sizeof t->args);
     bool wanted = s->nr < TRACE_CALLS && asked->mode != TRACE_NONE && (asked->mode == TRACE_ALL || asked->calls[s->nr].wanted);
     t->recorded = wanted && !records_closed();
@@ -64,16 +65,32 @@ static void leave(struct tracee *t, int64_t result) {
     t->in_call = t->recorded = false;
 }
 
+/* Where nothing says which of the two it is: they take turns, but a call that the filter refuses has no entry in gVisor. At an
+ * entry the result is preset, to ENOSYS. */
+static void take_turns(struct tracee *t, const struct stopped *s) {
+#ifdef __x86_64__
+    bool preset = s->result == -ENOSYS;
+    if (t->in_call && preset && (s->nr != t->nr || s->sp != t->sp))
+        leave(t, -ENOSYS); /* and this is the next one's entry */
+    else if (!t->in_call && !preset)
+        enter(t, s);
+#endif
+    if (t->in_call)
+        leave(t, s->result);
+    else
+        enter(t, s);
+}
+
 static void on_syscall(struct tracee *t) {
     struct stopped s;
-    if (t->skip_entry) {
+    if (t->skip_entry)
         t->skip_entry = false;
-    } else if (stopped_read(t->tid, &s)) {
-        if (s.at == STOP_EXIT || (s.at == STOP_UNKNOWN && t->in_call))
-            leave(t, s.result);
-        else
-            enter(t, &s);
-    }
+    else if (stopped_read(t->tid, &s) && s.at == STOP_UNKNOWN)
+        take_turns(t, &s);
+    else if (s.at == STOP_EXIT)
+        leave(t, s.result);
+    else if (s.at == STOP_ENTRY)
+        enter(t, &s);
     resume(t, 0);
 }
 

@@ -60,7 +60,7 @@ struct tracee {
     bool recorded;   /* ... that is recorded */
     bool skip_entry; /* an entry stop comes after the filter's, as before Linux 4.8 and in gVisor */
     uint32_t nr;
-    uint64_t args[6];
+    uint64_t args[6], sp;
     uint64_t start;
     uint8_t captured;
     struct writer data; /* what was copied at the entry */
