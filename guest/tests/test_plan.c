@@ -90,6 +90,9 @@ static void containers(void) {
     CHECK(PLAN("answer 5", "exec x"));
     CHECK(!PLAN("namespaces mount pid", "netns 3", "root /", "pivot", "guest 4"));
     CHECK(PLAN("namespaces mount pid net", "netns 3", "root /", "pivot", "guest 4")); /* which one? */
+    CHECK(!PLAN("namespaces user net", "loopback", "uplink 3 eth0 52:54:00:00:00:01 1500", "address eth0 10.0.2.15 24", "exec x"));
+    CHECK(PLAN("namespaces user", "uplink 3 eth0 52:54:00:00:00:01 1500", "exec x")); /* would give the host an interface */
+    CHECK(PLAN("namespaces user net", "uplink 3 eth0 52:54:00:00:00:01", "exec x"));
     CHECK(PLAN(NAMESPACES, "cgroup 4", "exec x"));            /* its namespace would begin elsewhere */
     CHECK(PLAN("cgroup 4", "cgroup 5", "exec x"));            /* one list */
     CHECK(PLAN("guest 4"));                                   /* would be PID 1 of nothing */
