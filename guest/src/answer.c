@@ -239,13 +239,13 @@ static int serve(struct answerer *a) {
         until = least(until, listeners_due(a));
         until = least(until, clients_due(a));
         until = least(until, clients_jobs(a));
-        bury(a);
         int n = wait_for(a, events, until);
         if (n < 0 && errno != EINTR)
             return errno;
         a->now = answer_now();
         for (int i = 0; i < n; i++)
             event(a, &events[i]);
+        bury(a);
     }
     return 0;
 }

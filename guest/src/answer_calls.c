@@ -164,6 +164,12 @@ static void refuse(struct answerer *a, struct listener *l, uint64_t first, uint6
     }
 }
 
+void calls_seen(struct listener *l, uint64_t id) {
+    if (!l->seen || (int64_t)(id - l->last_id) > 0)
+        l->last_id = id;
+    l->seen = true;
+}
+
 void calls_fail(struct answerer *a, struct listener *l, int page) {
     uint64_t ids[2] = {0};
     if (page >= 0 && pread(page, ids, sizeof ids, 0) != sizeof ids)
@@ -174,8 +180,8 @@ void calls_fail(struct answerer *a, struct listener *l, int page) {
     if (last)
         refuse(a, l, last - back + 1, back + WALK_ON);
     else if (l->seen)
-        refuse(a, l, l->last_id + 1, WALK_ON);
-    l->walk_next = !last;
+        refuse(a, l, l->last_id - WALK_BACK, WALK_BACK + WALK_ON);
+    l->walk_next = !last && !l->seen;
 }
 
 /* A poll that says there is a call may be wrong by now if a client holds the listener, too, as may be a receive then: it
@@ -198,7 +204,6 @@ void calls_receive(struct answerer *a, struct listener *l) {
     if (l->walk_next)
         refuse(a, l, call.id - WALK_BACK, WALK_BACK);
     l->walk_next = false;
-    l->seen = true;
-    l->last_id = call.id;
+    calls_seen(l, call.id);
     calls_decide(a, l, &call, false);
 }

@@ -175,6 +175,8 @@ static void start(struct answerer *a, struct client *c, struct reader *r, char w
         clients_drop(a, c);
         return;
     }
+    if (calls_valid(c->listener, b.id))
+        calls_seen(c->listener, b.id);
     pid_t self = getpid(), pid = -1;
     errno = EAGAIN;
     if (a->job_count < JOBS_MAX && (pid = fork()) == 0) {
@@ -228,6 +230,8 @@ static void hand_off(struct answerer *a, struct client *c, struct reader *r) {
         return;
     }
     memcpy(&call, bytes, sizeof call);
+    if (calls_valid(c->listener, call.id))
+        calls_seen(c->listener, call.id);
     if (calls_decide(a, c->listener, &call, flags & GIVE_BACK))
         return;
     uint8_t back[9] = {'B'};

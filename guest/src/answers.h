@@ -50,7 +50,7 @@ struct listener {
     int64_t waits_until;     /* ns; 0: no call waits yet */
     bool gone;
     bool seen;               /* last_id is one */
-    uint64_t last_id;        /* that we received last */
+    uint64_t last_id;        /* the latest that we received, or were told of */
     bool walk_next;          /* an owner left that never said which ids it had: look when the next comes */
     size_t held;
     struct client *client;
@@ -111,6 +111,8 @@ bool calls_decide(struct answerer *a, struct listener *l, const struct seccomp_n
 bool calls_valid(const struct listener *l, uint64_t id);
 /* Send what is due; returns when the next is (INT64_MAX: none). */
 int64_t calls_due(struct answerer *a);
+/* This id is one of the listener's. */
+void calls_seen(struct listener *l, uint64_t id);
 /* Forget what is held of a listener that is gone. */
 void calls_forget(struct answerer *a, struct listener *l);
 /* Fail what an owner received and did not answer. page: its ids, or -1. */

@@ -25,7 +25,7 @@ static const char *field(const char *status, const char *name) {
 /* The nth number of a line, from 0; -1 for the last. */
 static bool number(const char *line, int nth, int base, unsigned long long *out) {
     bool found = false;
-    for (int i = 0; line && i != nth + 1; i++) {
+    for (int i = 0; line && (nth < 0 || i <= nth); i++) {
         char *end;
         line += strspn(line, " \t");
         if (*line == '\n' || !*line)
