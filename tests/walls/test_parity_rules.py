@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 from machine_home import VmHome
 
-from trivisor import VMM, GuestError, InvalidSpec, Machine, UnsupportedByWall
+from trivisor import VMM, GuestError, InvalidSpec, InvalidState, Machine, UnsupportedByWall
 from trivisor.core.spec import Wall
 from trivisor.launch import syscalls
+from trivisor.vos.syscalls.call import Call
 from trivisor.vos.syscalls.policy import Policy
 
 Make = Callable[..., Machine]
@@ -270,6 +271,88 @@ def test_programs_are_executed_only_from_where_it_is_allowed(running: Machine) -
     assert running.exec(["/bin/true"], policy=policy).ok
     assert not running.exec("/tmp/rules-true", policy=policy).ok
     assert running.exec("/tmp/rules-true").ok
+
+
+def test_files_are_read_only_where_it_is_allowed(running: Machine) -> None:
+    needs(running, "landlock")
+    code = (
+        "print(*[errno_of(lambda: len(open(path, 'rb').read(1)) and 0) for path in ('/etc/passwd', '/usr/bin/env', '/etc/../etc/passwd')])"
+    )
+    policy = Policy()
+    policy.paths(read=["/usr", "/lib", "/lib64", "/bin", "/proc"])
+    assert python(running, code, policy) == f"{-errno.EACCES} 0 {-errno.EACCES}"
+    assert python(running, "print(errno_of(os.unlink, '/tmp/rules-no') == -2, os.path.exists('/etc/passwd'))", policy) == "True True"
+
+
+def test_an_open_on_behalf_is_bound_by_the_paths_too(running: Machine) -> None:
+    needs(running, "notify")
+    needs(running, "landlock")
+    running.exec("mkdir -p /tmp/rules-in && rm -f /tmp/rules-out /tmp/rules-in/b", check=True)
+    policy = Policy()
+    policy.paths(write=["/tmp/rules-in"])
+
+    @policy.on("open", "openat", enforces=True)
+    def opened(call: Call) -> None:
+        call.open()
+
+    code = "print(*[errno_of(os.open, path, os.O_WRONLY | os.O_CREAT) > 0 for path in ('/tmp/rules-in/b', '/tmp/rules-out')])"
+    assert python(running, code, policy) == "True False"
+    assert not running.files.exists("/tmp/rules-out")
+
+
+# -- handlers --------------------------------------------------------------------------------------
+
+
+def test_handlers_of_a_machine_answer_the_commands_of_this_process(wall_vmm: VMM, wall: Wall) -> None:
+    seen: list[str] = []
+    policy = Policy("mkdir+mkdirat:ENOSPC")
+
+    @policy.on("getppid")
+    def parent(call: Call) -> None:
+        seen.append(call.name)
+        call.returns(4711)
+
+    if wall == "gvisor":
+        with pytest.raises(UnsupportedByWall):
+            wall_vmm.create("debian", wall=wall, syscalls=policy)
+        return
+    machine = wall_vmm.create("debian", wall=wall, syscalls=policy)
+    machine.start()
+    assert machine.spec.syscalls == policy.spec
+    code = "print(os.getppid(), errno_of(os.mkdir, '/tmp/rules-i'))"
+    assert python(machine, code) == python(wall_vmm.get(machine.id), code) == f"4711 {-errno.ENOSPC}"
+    assert python(machine, code, Policy("getpid:EPERM")) == f"4711 {-errno.ENOSPC}"
+    assert seen == ["getppid"] * 3
+    machine.stop()
+    machine.start()
+    assert python(machine, code) == f"4711 {-errno.ENOSPC}"
+    with pytest.raises(InvalidState):
+        machine.delete()
+    assert python(machine, code) == f"4711 {-errno.ENOSPC}"  # it is still there, and so are they
+    machine.syscalls.use(None)
+    assert python(machine, code) != f"4711 {-errno.ENOSPC}"
+    machine.delete(force=True)
+
+
+def test_a_handler_answers_what_no_rule_takes(running: Machine) -> None:
+    needs(running, "notify")
+    policy = Policy("getppid:return=1,times=1", "getppid:return=2,after=1,times=1")
+
+    @policy.on("getppid")
+    def parent(call: Call) -> None:
+        call.returns(3)
+
+    assert python(running, "print(*[os.getppid() for _ in range(5)])", policy) == "1 3 2 3 3"
+
+
+def test_a_command_that_cannot_start_is_told_apart_from_handlers_that_cannot(running: Machine) -> None:
+    needs(running, "notify")
+    policy = Policy()
+    policy.on("getppid")(lambda call: call.returns(1))
+    with pytest.raises(GuestError, match="no-such-user"):
+        running.exec(["true"], user="no-such-user", policy=policy)
+    assert running.exec(["no-such-program"], policy=policy).exit_code == 127
+    assert running.exec(["true"], policy=policy).ok
 
 
 # -- the machine's own -----------------------------------------------------------------------------

@@ -123,8 +123,9 @@ class Machine:
         """Remove it with its disk. With `force` in any state, whatever it is doing. Raises InvalidState, Busy, StorageError."""
         try:
             life.delete(self._context, self.id, force=force)
-        finally:
             self._context.forget(self.id)
+        finally:
+            self._context.lines.drop(self.id)
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait until it neither runs nor is paused, and return the exit status that its guest gave, if it did.

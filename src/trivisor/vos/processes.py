@@ -17,10 +17,12 @@ from trivisor.vos.capture import QUIET_WAKE, Capture, Sink, Stdin
 from trivisor.vos.command import Command
 from trivisor.vos.line import Line
 from trivisor.vos.process import Process
+from trivisor.vos.syscalls.attaching import Attaching
 from trivisor.vos.syscalls.compile import Compiled
 from trivisor.vos.syscalls.policy import Policy
 from trivisor.vos.syscalls.records import Decoder
-from trivisor.vos.syscalls.service import Answering, Syscalls
+from trivisor.vos.syscalls.service import Syscalls
+from trivisor.vos.syscalls.supervisor import step_aside
 from trivisor.vos.syscalls.trace import Filter, Trace
 from trivisor.vos.wire import STDERR, STDOUT, Flag
 
@@ -167,7 +169,7 @@ class Processes:
         )
         deadline = None if timeout is None else time.monotonic() + timeout
         command = Command.start(self._line_of(), request, deadline, traced=True)
-        self._answering(command, compiled)
+        self._answering(command, compiled, deadline)
         decoder = Decoder(self._syscalls.architecture if self._syscalls else "")
         return Trace(command, words, capture, decoder, keep, stdin, timeout)
 
@@ -201,17 +203,17 @@ class Processes:
             raise InvalidSpec("these commands take no policy", hint="use exec and spawn of the machine")
         return None
 
-    def _answering(self, command: Command, compiled: Compiled | None) -> Answering | None:
-        """Have the handlers of what was compiled answer `command`, which is under way."""
+    def _answering(self, command: Command, compiled: Compiled | None, deadline: float | None) -> None:
+        """Have the handlers of what was compiled answer `command`, which is under way: return when they do, or it is over."""
+        step_aside()
         if compiled is None or compiled.policy is None or self._syscalls is None:
-            return None
+            return
+        attaching = Attaching(self._syscalls, compiled, command)
         try:
-            return self._syscalls.attach(compiled)
+            attaching.wait(deadline)
         except BaseException:
-            if command.error is None:
-                command.abort()
-                raise
-            return None  # the guest refused the command: whoever waits for it hears why
+            command.abort()
+            raise
 
     def _run(
         self,
@@ -225,13 +227,14 @@ class Processes:
         began = time.monotonic()
         deadline = None if timeout is None else began + timeout
         command = Command.start(self._line_of(), request, deadline, QUIET_WAKE if capture.quiet else 1)
-        self._answering(command, compiled)
+        self._answering(command, compiled, deadline)
         capture.run(command, stdin, timeout, deadline)
         return self._result(words, command, capture, time.monotonic() - began)
 
     def _start(self, words: tuple[str, ...], request: bytes, *, pty: bool, compiled: Compiled | None = None) -> Process:
-        command = Command.start(self._line_of(), request, time.monotonic() + START_TIMEOUT)
-        self._answering(command, compiled)
+        deadline = time.monotonic() + START_TIMEOUT
+        command = Command.start(self._line_of(), request, deadline)
+        self._answering(command, compiled, deadline)
         try:
             pid = command.started(START_TIMEOUT)
         except KeyboardInterrupt:
