@@ -129,7 +129,8 @@ class FakeEngine:
     def _signal(self, box: Box, number: signal.Signals, *, stopped: bool) -> None:
         engine = _engine(box)
         self._step("signal")
-        os.kill(engine.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it has ended, which is said below
+            os.kill(engine.pid, number)
         deadline = time.monotonic() + 5
         # kill(2) returns before the target has stopped.
         while engine.alive() and (_stat(engine.pid) == "T") != stopped and time.monotonic() < deadline:

@@ -11,8 +11,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
 from fake_engine import FakeEngine, engine_pid
 
+from trivisor.core import undo
+from trivisor.launch import tvinit
 from trivisor.vmm.machine import Machine
 from trivisor.vmm.manager import VMM
 
@@ -72,13 +75,29 @@ def _copy(source: str, target: str) -> None:
     shutil.copy2(source, target)
 
 
-def make_template(root: Path, source: Path) -> Path:
-    """Make a home whose only content is the image."""
+def tiny_template(folder: Path) -> Path:
+    """Make a home whose only content is the image, or skip: its machines are a real keeper and guest on the host."""
+    if not tvinit.path().exists():
+        pytest.skip("needs the compiled guest program (make -C guest)")
+    root, source = folder / "home", folder / "image"
     source.mkdir()
     (source / "hello").write_text("hello\n")
     with VMM(root, engines=[FakeEngine()]) as vmm:
         vmm.images.import_(source, IMAGE)
     return root
+
+
+def die_at_undo(number: int) -> None:
+    """Have this process end itself at the Nth thing that could be taken back (core/undo.py, `observer`)."""
+    left = number
+
+    def count(_: str) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    undo.observer = count
 
 
 def in_child(work: Callable[[], object]) -> int:

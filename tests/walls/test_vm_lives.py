@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 from host_state import assert_nothing_left
 from lives import drive
-from machine_home import KILLED, VmHome, in_child
+from machine_home import KILLED, VmHome, die_at_undo, in_child
 
 from trivisor import VMM, Machine, State
-from trivisor.core import undo
 
 NAME = "web"
 MOST = 40
@@ -32,18 +31,6 @@ def test_every_verb_in_every_state(image_home: Path) -> None:
     drive(lambda place: VmHome(place, image_home), None, examples=8, steps=30)
 
 
-def die_at(number: int) -> None:
-    left = number
-
-    def count(_: str) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    undo.observer = count
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_killed_at_each_step_of_create_and_start(home: VmHome) -> None:
@@ -53,7 +40,7 @@ def test_killed_at_each_step_of_create_and_start(home: VmHome) -> None:
 
         def life(number: int = number) -> None:
             with home.open() as vmm:
-                die_at(number)
+                die_at_undo(number)
                 vmm.create(home.image, wall="vm", name=NAME, disk="1G").start()
 
         status = in_child(life)

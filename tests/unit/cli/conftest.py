@@ -8,20 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from trivisor.launch import tvinit
-
 sys.path.insert(0, str(Path(__file__).parents[1] / "machines"))
 
 from cli_support import Cli
-from machine_home import TestHome, make_template
+from machine_home import TestHome, tiny_template
 
 
 @pytest.fixture(scope="session")
 def cli_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not tvinit.path().exists():
-        pytest.skip("needs the compiled guest program (make -C guest)")
-    folder = tmp_path_factory.mktemp("cli")
-    return make_template(folder / "home", folder / "image")
+    return tiny_template(tmp_path_factory.mktemp("cli"))
 
 
 @pytest.fixture

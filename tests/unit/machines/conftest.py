@@ -7,19 +7,15 @@ from pathlib import Path
 
 import pytest
 from fake_engine import FakeEngine
-from machine_home import IMAGE, TestHome, make_template
+from machine_home import IMAGE, TestHome, tiny_template
 
-from trivisor.launch import tvinit
 from trivisor.vmm.machine import Machine
 from trivisor.vmm.manager import VMM
 
 
 @pytest.fixture(scope="session")
 def home_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not tvinit.path().exists():
-        pytest.skip("needs the compiled guest program (make -C guest)")
-    folder = tmp_path_factory.mktemp("template")
-    return make_template(folder / "home", folder / "image")
+    return tiny_template(tmp_path_factory.mktemp("template"))
 
 
 @pytest.fixture

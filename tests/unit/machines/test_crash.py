@@ -17,27 +17,14 @@ from pathlib import Path
 import pytest
 from fake_engine import FakeEngine, keeper_pid
 from host_state import assert_nothing_left
-from machine_home import IMAGE, KILLED, TestHome, in_child
+from machine_home import IMAGE, KILLED, TestHome, die_at_undo, in_child
 
 from trivisor import VMM, Machine, NotFound, State
-from trivisor.core import undo
 from trivisor.core.process import Who
 from trivisor.vmm.records import Records
 
 NAME = "web"
 MOST = 40
-
-
-def die_at_undo(number: int) -> None:
-    left = number
-
-    def count(_: str) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    undo.observer = count
 
 
 def die_at_write(number: int, *, after: bool) -> None:
