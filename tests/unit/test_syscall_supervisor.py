@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -175,12 +176,10 @@ def test_children_and_programs_inherit_it() -> None:
         pid = os.fork()
         if pid == 0:
             os.dup2(write, 1)
-            os.execv(
-                "/usr/bin/python3" if os.path.exists("/usr/bin/python3") else "/bin/sh", ["sh", "-c", "import os; print(os.getppid())"]
-            )
+            os.execv(sys.executable, ["python3", "-c", "import os; print(os.getppid())"])
         os.close(write)
-        said = os.read(read, 100)
         os.waitpid(pid, 0)
+        said = os.read(read, 100)
         return os.getppid(), said
 
     with answered(program, On(("getppid",), lambda call: call.returns(31))) as (child, _):
