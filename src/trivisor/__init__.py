@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from trivisor.vmm.engine import WallReport
     from trivisor.vmm.machine import Machine, Stats
     from trivisor.vmm.manager import VMM
-    from trivisor.vos.syscalls.policy import Policy
     from trivisor.vos.syscalls.call import Call
     from trivisor.vos.syscalls.policy import Policy
 
@@ -84,7 +83,6 @@ _ELSEWHERE = {
     "Call": "vos.syscalls.call",
     "Event": "core.events",
     "Machine": "vmm.machine",
-    "Policy": "vos.syscalls.policy",
     "Policy": "vos.syscalls.policy",
     "Spec": "core.spec",
     "State": "core.state",
