@@ -69,9 +69,13 @@ static int write_memory(struct remote *m, struct reader *r) {
     uint64_t address = read_u64(r);
     if (r->bad)
         return EPROTO;
-    int error = valid(m, id) ? 0 : ENOENT;
-    if (!error && target_write((pid_t)pid, address, r->at, r->left) < 0)
+    /* Opened first: then it is this process's memory, or none, that is written, whoever gets its number. */
+    int memory = target_memory((pid_t)pid);
+    int error = memory < 0 ? errno : valid(m, id) ? 0 : ENOENT;
+    if (!error && target_write(memory, address, r->at, r->left) < 0)
         error = errno;
+    if (memory >= 0)
+        close(memory);
     return failed(request, error);
 }
 

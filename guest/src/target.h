@@ -14,8 +14,11 @@ ssize_t target_read(pid_t pid, uint64_t address, void *out, size_t size);
 /* A string of less than `size` bytes: its length, -1 and errno (ENAMETOOLONG: no NUL within `size`). */
 ssize_t target_string(pid_t pid, uint64_t address, char *out, size_t size);
 
+/* Its memory, to write; -1 and errno. */
+int target_memory(pid_t pid);
+
 /* All of it, or -1 and errno. */
-int target_write(pid_t pid, uint64_t address, const void *data, size_t size);
+int target_write(int memory, uint64_t address, const void *data, size_t size);
 
 /* What a rule's path is of a call of `pid`, as rules_decide asks. */
 struct target {
