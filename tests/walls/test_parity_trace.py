@@ -42,7 +42,7 @@ def test_every_call(running: Machine) -> None:
     written = calls(events, "write")[-1]
     assert (written.args["fd"], written.args["buf"], written.result) == (1, b"roo", 3)
     opened = next(event.result for event in calls(events, "openat") if event.args["pathname"] == "/etc/passwd")
-    assert any(event.args["fd"] == opened and str(event.args["buf"]).startswith("b'root:") for event in calls(events, "read"))
+    assert any(event.args["fd"] == opened and str(event.args["buf"]).startswith("b'roo") for event in calls(events, "read"))
     assert calls(events, "exit_group")[0].result is None
     assert trace.summary.calls["write"].calls == 1
 
