@@ -68,3 +68,10 @@ int answerer_end(void) {
     errno = saved;
     return end;
 }
+
+void answerer_release(void) {
+    if (given || end < 0)
+        return;
+    close(end);
+    end = -1;
+}

@@ -15,4 +15,8 @@ void answerer_given(int fd);
  * errno. */
 int answerer_end(void);
 
+/* PID 1: nothing more is handed over. An answerer of our own goes on until the last program that it answers has ended, and
+ * then ends itself. */
+void answerer_release(void);
+
 #endif

@@ -10,6 +10,7 @@
 #include <sys/reboot.h>
 #include <unistd.h>
 
+#include "answerer.h"
 #include "command.h"
 #include "exec.h"
 #include "line.h"
@@ -49,6 +50,7 @@ void power_begin(enum power how) {
     phase = TERMINATING;
     deadline = now_ms() + TERM_MS;
     exec_close();
+    answerer_release();
     signal_all(SIGTERM);
 }
 

@@ -95,10 +95,10 @@ def test_pid_1_shows_nothing_and_holds_nothing(running: Machine) -> None:
     assert running.exec(["cat", "/proc/1/cmdline"]).stdout.rstrip(b"\0") == b"tvinit"
     assert syscall(running, 101, 16, 1, 0, 0) == "-1 1"  # ptrace(PTRACE_ATTACH, 1): EPERM
     assert syscall(running, 101, 0x4206, 1, 0, 0) == "-1 1"  # PTRACE_SEIZE
-    # Its descriptors: its own null devices, the pipe of its log, the line, and what the loop is made of.
+    # Its descriptors: its own null devices, the pipe of its log, the line, where it hands listeners over, and what the loop is made of.
     held = [os.readlink(entry) for entry in Path(f"/proc/{outside(running)}/fd").iterdir()]
     assert all(what.startswith(("/dev/null", "pipe:", "socket:", "anon_inode:")) for what in held), held
-    assert sum(what.startswith("socket:") for what in held) == 1
+    assert sum(what.startswith("socket:") for what in held) == 2
     # Nor do the commands that it starts hold any of these.
     assert running.exec([PYTHON, "-c", "import os; print(sorted(os.listdir('/proc/self/fd'))[:-1])"]).text.strip() in ("['0', '1', '2']",)
 
