@@ -25,7 +25,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 
-from trivisor.core.errors import BadArgument, CallGone, GuestError
+from trivisor.core.errors import BadArgument, CallGone, GuestError, GuestGone
 from trivisor.vos.syscalls.asked import Handled
 from trivisor.vos.syscalls.attachment import Answering, Attachment, Failure, handled_by
 from trivisor.vos.syscalls.call import Call
@@ -72,7 +72,7 @@ class Supervisor:
         refused: Mapping[int, int] | None = None,
         architectures: Iterable[str] = ("x86_64", "aarch64"),
     ) -> Attachment:
-        """Have `handlers` answer what comes from `listener`, which is taken over. Returns at once.
+        """Have `handlers` answer what comes from `listener`, which is taken over. Returns at once. Raises GuestGone once it is closed.
 
         `ruled`: numbers of calls that rules of the answerer are asked about first. `refused`: numbers of calls that may not
         proceed, to the errno that they get instead.
@@ -82,6 +82,9 @@ class Supervisor:
         with self._starting:
             if self._pid != os.getpid():
                 self._start()
+            if self._closed:  # while the command was setting itself up
+                listener.close()
+                raise GuestGone("this process has let go of the machine", machine=self.machine)
             connection = listener.connection
             attachment.fds = (listener.fileno(),) if connection is None else (listener.fileno(), connection)
             for fd in attachment.fds:
