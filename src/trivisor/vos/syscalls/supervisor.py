@@ -87,7 +87,8 @@ class Supervisor:
                 raise GuestGone("this process has let go of the machine", machine=self.machine)
             connection = listener.connection
             attachment.fds = (listener.fileno(),) if connection is None else (listener.fileno(), connection)
-            for fd in attachment.fds:
+            # The listener last: its programs may have ended already, and then all is closed at once.
+            for fd in reversed(attachment.fds):
                 self._sources[fd] = attachment
                 self._epoll.register(fd, select.EPOLLIN)
         return attachment
