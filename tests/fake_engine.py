@@ -87,7 +87,7 @@ class FakeEngine:
         return Usage(private=1 << 20, shared=0, cpu_seconds=0.5)
 
     def syscalls(self, box: Box | None = None) -> SyscallPort:
-        return SyscallPort(self.wall, frozenset({"kernel"}), seccomp.OPEN)
+        return SyscallPort(self.wall, frozenset({"kernel", "trace", "no-vdso"}), seccomp.OPEN)
 
     def sweep(self, home: Home, machines: set[str]) -> list[str]:
         self.swept.append(set(machines))
