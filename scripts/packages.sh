@@ -47,6 +47,7 @@ tests() {
 peers() {
     need bubblewrap bwrap
     need runc runc
+    need strace strace
 }
 
 python() {

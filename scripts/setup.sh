@@ -20,6 +20,12 @@ if [ "$(cat "$venv/trivisor.stamp" 2>/dev/null)" != "$stamp" ]; then
     printf '%s\n' "$stamp" >"$venv/trivisor.stamp"
 fi
 
+# A peer of bench/vos.py, which goes without where there is none for this Python.
+if [ "$what" = bench ] && ! "$venv/bin/python" -c 'import sandlock' 2>/dev/null; then
+    PIP_CONSTRAINT=$root/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+        "$venv/bin/python" -m pip install -qq --editable '.[bench]' || say "no sandlock here: the benches go without"
+fi
+
 # Quick when nothing changed. pip compiled it too, but only once.
 make -C guest --no-print-directory --silent
 
