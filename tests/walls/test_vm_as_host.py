@@ -1,7 +1,7 @@
-"""Control groups as other hosts have them, whatever this one has: in the kernel of a virtual machine.
+"""Hosts of other kinds than this one: a virtual machine is the host, whose kernel has what this one may lack.
 
-Version 2 alone, version 1 alone, and version 2 as it is delegated to a user who is not root. What runs there is our own code with
-this host's Python (cgroup_script.py).
+Control groups of version 2 alone, version 1 alone, and version 2 as it is delegated to a user who is not root; AppArmor. What runs there is
+our own code with this host's Python (cgroup_script.py, apparmor_script.py).
 """
 
 from __future__ import annotations
@@ -61,17 +61,29 @@ def libraries() -> list[Path]:
     return [Path(found[1]) for path in mapped if (found := re.match(r"(/.*/lib(?:sqlite3|ffi)\.so\.\d+)", path))]
 
 
-@pytest.mark.parametrize("kind", HIERARCHIES)
-def test_control_groups(machine: Machine, kind: str) -> None:
-    python = {"PYTHONPATH": "/srv/src:/srv/site:/srv/stdlib:/srv/stdlib/lib-dynload", "PYTHONDONTWRITEBYTECODE": "1", "HOME": "/tmp"}
+def run(machine: Machine, script: str, prepared: str = "", before: str = "", become: str = "") -> None:
+    """Run a script of this folder in the machine, with a folder for its home as the last argument."""
     # The home lies on the machine's disk itself: the root is an overlay, which has no disk and carries no other.
     given = f"mkdir /mnt/disk; mount {UPPER_DISK} /mnt/disk; mkdir /mnt/disk/own; chown {USER}:{USER} /mnt/disk/own"
-    machine.exec(f"set -e; mkdir -p /sys/fs/cgroup; {HIERARCHIES[kind]}; {given}", check=True, timeout=BOUND)
-    script = f"exec python3 /srv/tests/cgroup_script.py {kind} /mnt/disk/own/home"
-    if kind == "delegated":
-        # Only root can put the first process into what it gives away.
-        become = f"setpriv --reuid={USER} --regid={USER} --clear-groups"
-        script = f"echo $$ >/sys/fs/cgroup/user.slice/own/inner/cgroup.procs; {script.replace('exec', f'exec {become}')}"
-    result = machine.exec(f"cd /tmp; {script}", env=python, timeout=BOUND)
+    machine.exec(f"set -e; {given}; {prepared}", check=True, timeout=BOUND)
+    python = {"PYTHONPATH": "/srv/src:/srv/site:/srv/stdlib:/srv/stdlib/lib-dynload", "PYTHONDONTWRITEBYTECODE": "1", "HOME": "/tmp"}
+    result = machine.exec(f"cd /tmp; {before} exec {become} python3 /srv/tests/{script} /mnt/disk/own/home", env=python, timeout=BOUND)
     assert result.ok, f"{result.text}\n{result.error_text}"
     assert result.text.endswith("all of it\n")
+
+
+@pytest.mark.parametrize("kind", HIERARCHIES)
+def test_control_groups(machine: Machine, kind: str) -> None:
+    before = become = ""
+    if kind == "delegated":
+        # Only root can put the first process into what it gives away.
+        before = "echo $$ >/sys/fs/cgroup/user.slice/own/inner/cgroup.procs;"
+        become = f"setpriv --reuid={USER} --regid={USER} --clear-groups"
+    run(machine, f"cgroup_script.py {kind}", f"mkdir -p /sys/fs/cgroup; {HIERARCHIES[kind]}", before, become)
+
+
+def test_apparmor(machine: Machine) -> None:
+    """A container is under Docker's profile where it is loaded."""
+    if not machine.files.exists("/sys/module/apparmor/parameters/enabled"):
+        pytest.skip("needs a guest's kernel with AppArmor")
+    run(machine, "apparmor_script.py")
