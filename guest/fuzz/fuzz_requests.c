@@ -2,6 +2,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "policy.h"
 #include "request.h"
 #include "steps.h"
 #include "users.h"
@@ -18,6 +19,9 @@ static void exec(const uint8_t *data, size_t size) {
         if (!env || !env_get(env, "PATH"))
             abort();
         free(env);
+        struct policy p;
+        policy_take(&r.policy, &p);
+        policy_free(&p);
     }
     request_free(&r);
 }

@@ -52,6 +52,14 @@ static void write_request(struct writer *w, uint32_t flags, const char *program,
     write_string(w, program);
     write_u32(w, 1);
     write_string(w, pair);
+    if (!(flags & EXEC_POLICY))
+        return;
+    write_u32(w, 2); /* operations, of one word and of two */
+    write_u32(w, 1);
+    write_string(w, "no-vdso");
+    write_u32(w, 2);
+    write_string(w, "landlock");
+    write_string(w, "none");
 }
 
 static bool decodes(uint32_t flags, const char *program, const char *pair) {
@@ -74,10 +82,26 @@ static bool decodes(uint32_t flags, const char *program, const char *pair) {
 static void requests(void) {
     CHECK(decodes(0, "true", "A=B"));
     CHECK(decodes(15, "true", "A="));
-    CHECK(!decodes(16, "true", "A=B"));
+    CHECK(decodes(EXEC_POLICY | EXEC_PTY, "true", "A=B"));
+    CHECK(!decodes(32, "true", "A=B"));
     CHECK(!decodes(0, "", "A=B"));
     CHECK(!decodes(0, "true", "A"));
     CHECK(!decodes(0, "true", "=B"));
+}
+
+static void policies(void) {
+    struct writer w = {0};
+    struct request r;
+    write_request(&w, EXEC_POLICY, "true", "A=B");
+    CHECK(request_decode(w.data, w.used, &r));
+    CHECK(r.policy.count == 2 && r.policy.ops[0].count == 1 && r.policy.ops[1].count == 2);
+    CHECK(!strcmp(r.policy.ops[0].words[0], "no-vdso") && !strcmp(r.policy.ops[1].words[1], "none") && !r.policy.ops[1].words[2]);
+    request_free(&r);
+    CHECK(!r.policy.ops);
+    put_u32(w.data + w.used - 43, 0xffffffff); /* many more operations than there are bytes */
+    CHECK(!request_decode(w.data, w.used, &r));
+    request_free(&r);
+    writer_free(&w);
 }
 
 /* User and terminal, then the env step, then the request: the last one counts. */
@@ -136,6 +160,7 @@ int main(void) {
     round_trip();
     hostile();
     requests();
+    policies();
     environment();
     steps();
     return 0;

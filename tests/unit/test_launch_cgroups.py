@@ -309,9 +309,7 @@ def test_frozen_while_a_call_is_held(home: Home, layout: Layout, call: str) -> N
         place = next(place for place in group._places if "freezer" in place.controllers)
         (place.path / "cgroup.procs").write_text(str(child.pid))
         notification = _held(child.listener)
-        begun = time.monotonic()
-        group.freeze(5)
-        assert time.monotonic() - begun < 2
+        group.freeze(2)
         assert group.frozen and cgroup_freeze.still(place)
         child.listener.answer(notification, 0, 0, CONTINUE)
         with pytest.raises(TimeoutError):
