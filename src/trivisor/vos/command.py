@@ -16,6 +16,7 @@ from collections.abc import Callable
 from trivisor.core.errors import ExecTimeout, GuestError, GuestProtocolError, WaitTimeout
 from trivisor.vos import wire
 from trivisor.vos.line import Line
+from trivisor.vos.syscalls.supervisor import step_aside
 from trivisor.vos.wire import STDERR, STDIN, STDOUT, TRACE, Exited, Type
 
 _GRANT = wire.WINDOW // 2
@@ -56,6 +57,7 @@ class Command:
     @classmethod
     def start(cls, line: Line, request: bytes, deadline: float | None, wake_size: int = 1, *, traced: bool = False) -> Command:
         """Send an EXEC request. Does not wait for an answer. Only a command that is `traced` may send records of a trace."""
+        step_aside()  # a handler of system calls that waits for a machine must not be waited for by its programs
         command = cls(line, traced=traced)
         command.wake_size = wake_size
         command._stream = line.open(command)

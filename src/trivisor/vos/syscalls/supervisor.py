@@ -78,6 +78,8 @@ class Supervisor:
         proceed, to the errno that they get instead.
         """
         known = {arch: handled_by(handlers, arch, refused or {}) for arch in architectures}
+        if self._pid not in (0, os.getpid()):
+            self._starting = threading.Lock()  # a forked child's may be held by a thread that is not there
         attachment = Attachment(self.leave, listener, known, frozenset(ruled))
         with self._starting:
             if self._pid != os.getpid():
