@@ -32,7 +32,7 @@ def begin(
 ) -> Trace:
     request = wire.exec_request(argv, ["PATH=/usr/bin:/bin"], flags=wire.Flag.NO_STDIN, policy=operations)
     command = Command.start(peer.line, request, None, traced=True)
-    return Trace(command, tuple(argv), Capture("test", MiB, {1: None, 2: None}), Decoder(), Filter(), b"", timeout)
+    return Trace(command, tuple(argv), Capture("test", MiB, {1: None, 2: None}), Decoder(), Filter(), b"", timeout, GuestError)
 
 
 def traced(guest: RealGuest, argv: Sequence[str] | str, *calls: str, mode: str = "filter", timeout: float | None = 60) -> Trace:
@@ -180,6 +180,16 @@ def test_a_guest_that_sends_nonsense() -> None:
         peer.exited(stream)
 
     with scripted(script) as peer, pytest.raises(GuestProtocolError), within(10):
+        list(begin(peer, ["true"], [("trace",)]))
+
+
+def test_a_guest_that_cannot_trace() -> None:
+    def script(peer: Scripted) -> None:
+        stream = peer.run_one()
+        peer.output(stream, b"policy: it cannot be traced: Operation not permitted\n", channel=wire.STDERR)
+        peer.exited(stream, 126)
+
+    with scripted(script) as peer, pytest.raises(GuestError, match="cannot be traced: Operation not permitted"):
         list(begin(peer, ["true"], [("trace",)]))
 
 

@@ -163,6 +163,7 @@ class Processes:
         """Run `argv` under a policy that traces (vos.syscalls.service.Syscalls.trace)."""
         words = _words(argv)
         compiled = self._compiled(policy, traced=True)
+        assert self._syscalls is not None  # or a policy would not have been taken
         capture = Capture(self.machine, MAX_TRACED, {STDOUT: on_stdout or _forget, STDERR: on_stderr or _forget})
         request = wire.exec_request(
             words, self._environment(env), flags=_stdin_flag(stdin), user=user, cwd=cwd, policy=compiled.operations if compiled else None
@@ -170,8 +171,8 @@ class Processes:
         deadline = None if timeout is None else time.monotonic() + timeout
         command = Command.start(self._line_of(), request, deadline, traced=True)
         self._answering(command, compiled, deadline)
-        decoder = Decoder(self._syscalls.architecture if self._syscalls else "")
-        return Trace(command, words, capture, decoder, keep, stdin, timeout)
+        decoder = Decoder(self._syscalls.architecture)
+        return Trace(command, words, capture, decoder, keep, stdin, timeout, self._syscalls.untraceable)
 
     def builtin(self, argv: Sequence[str], *, user: str = "", stdin: bool = False) -> Process:
         """Start one of the guest's own commands (PROTOCOL.md, "Builtins")."""

@@ -77,6 +77,11 @@ class Decoder:
             1: self._call, 2: self._signal, 3: self._exit, 4: self._new, 5: self._exec, 6: self._stop, 7: self._lost,
         }  # fmt: skip
 
+    @property
+    def began(self) -> bool:
+        """Whether the first record, which a tracer writes once it holds the command, has come."""
+        return self._offset is not None
+
     def feed(self, data: bytes) -> list[Event]:
         """Return the events that `data` completes. Raises GuestProtocolError for what is none."""
         view = memoryview(self._rest + data)

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from trivisor.core.errors import InvalidSpec
+from trivisor.core.errors import InvalidSpec, UnsupportedByWall
 from trivisor.core.rules import Paths, Rule, SyscallSpec
 from trivisor.vos.capture import Sink, Stdin
-from trivisor.vos.ports import SyscallPort
+from trivisor.vos.ports import FEATURES, SyscallPort
 from trivisor.vos.syscalls.compile import Compiled, compile_exec
 from trivisor.vos.syscalls.policy import Handler, Policy
 from trivisor.vos.syscalls.trace import Filter, Trace
@@ -49,6 +49,12 @@ class Syscalls:
         self._held = held
         self._attach = attach
         self._start = start
+
+    def untraceable(self, why: str) -> UnsupportedByWall:
+        """Return the error for a guest whose kernel, or whose runsc, could not trace a command after all."""
+        what, walls = FEATURES["trace"]
+        wall = self._port().wall
+        return UnsupportedByWall(f"{what}: {why}", wall, [other for other in walls if other != wall], machine=self._machine)
 
     @property
     def architecture(self) -> str:

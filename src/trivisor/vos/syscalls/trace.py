@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from trivisor.core.errors import ExecTimeout, InvalidSpec
+from trivisor.core.errors import ExecTimeout, InvalidSpec, TrivisorError
 from trivisor.launch import syscalls
 from trivisor.vos.capture import Capture, Feed, Stdin
 from trivisor.vos.command import Command
@@ -22,6 +22,8 @@ from trivisor.vos.syscalls.events import CallEvent, Event, LostEvent, error_name
 from trivisor.vos.syscalls.records import Decoder
 from trivisor.vos.wire import STDERR, STDOUT, TRACE, Exited
 
+_REFUSED = 126
+"""The exit status of a command that was never begun (guest/src/policy.c)."""
 _CHUNK = 64 << 10
 """Bytes of records that are made into events at once."""
 
@@ -115,8 +117,17 @@ class Trace(Iterator[Event]):
     """
 
     def __init__(
-        self, command: Command, argv: tuple[str, ...], capture: Capture, decoder: Decoder, keep: Filter, stdin: Stdin, timeout: float | None
+        self,
+        command: Command,
+        argv: tuple[str, ...],
+        capture: Capture,
+        decoder: Decoder,
+        keep: Filter,
+        stdin: Stdin,
+        timeout: float | None,
+        refusal: Callable[[str], TrivisorError],
     ) -> None:
+        """`refusal` makes the error of a command that could not be traced, of what the guest said."""
         self.argv = argv
         self.summary = Summary()
         """Of the events that came so far and passed the filter."""
@@ -125,6 +136,7 @@ class Trace(Iterator[Event]):
         self._decoder = decoder
         self._keep = keep
         self._timeout = timeout
+        self._refusal = refusal
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._events: deque[Event] = deque()
         self._ended = False
@@ -134,7 +146,11 @@ class Trace(Iterator[Event]):
         return self
 
     def __next__(self) -> Event:
-        """Return the next event. Raises ExecTimeout (the command is killed), GuestGone, GuestProtocolError, and what a callback raises."""
+        """Return the next event.
+
+        Raises ExecTimeout (the command is killed), UnsupportedByWall (the guest's kernel will not have it traced), GuestGone,
+        GuestProtocolError, and what a callback raises.
+        """
         try:
             while not self._events:
                 if self._ended:
@@ -222,6 +238,8 @@ class Trace(Iterator[Event]):
             command.check()
             self._feed.check()
             self._decoder.end()
+            if not self._decoder.began and self.exit_code == _REFUSED:
+                raise self._refusal(self.stderr.decode("utf-8", "replace").strip()[-200:])
 
     def _ready(self) -> bool:
         command = self._command
