@@ -317,6 +317,19 @@ def test_signals_end_a_held_call(vm: Machine, line: Line) -> None:
         assert process.wait(10) == 128 + signal.SIGKILL
 
 
+def test_rules_without_anybody_attached(vm: Machine, line: Line) -> None:
+    """The answerer's own work: rules hold without an owner, and what they log is in the machine's log."""
+    number = str(NUMBERS["mkdir"])
+    rules: Operations = [
+        ("rule", "1", number, "log", "path=/tmp/logged*", "on=0p"),
+        ("rule", "2", number, "errno=28", "path=/tmp/*", "on=0p", "after=1"),
+    ]
+    operations = [seccomp(NOTIFY, "mkdir"), ("token", secrets.token_hex(16)), *rules]
+    r = run(line, operations, "mkdir /tmp/logged-here; mkdir /tmp/first; mkdir /tmp/second; mkdir /srv/third; ls -d /tmp/first /srv/third")
+    assert r.text.split() == ["/srv/third", "/tmp/first"] and "second" in r.error_text, r
+    assert _until(lambda: b"/tmp/logged-here" in b"".join(vm.logs(source="answer")))
+
+
 # -- the machine's life ---------------------------------------------------------------------------
 
 

@@ -136,7 +136,7 @@ class MachineDir:
         return self.root / "logs"
 
     def log(self, name: str) -> Path:
-        """`name` is serial, init or engine."""
+        """`name` is serial, init, engine or answer."""
         return self.logs / f"{name}.log"
 
 

@@ -225,7 +225,7 @@ def test_inspect_events_stats_logs(cli: Cli, web: str) -> None:
     (stats,) = cli("stats", "--json").json
     assert stats["name"] == "web" and stats["stats"]["private"] >= 0
     assert cli("stats", "web").out.splitlines()[0].startswith("NAME")
-    for source in ("serial", "init", "engine", "all"):
+    for source in ("serial", "init", "engine", "answer", "all"):
         assert cli("logs", "--source", source, "web").status == 0
 
 

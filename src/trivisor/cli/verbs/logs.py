@@ -13,7 +13,9 @@ from trivisor.vmm.logs import SOURCES
 
 @verb("logs")
 @click.option("-f", "--follow", is_flag=True, help="Go on until the machine stops.")
-@click.option("--source", type=click.Choice([*SOURCES, "all"]), default="serial", show_default=True, help="The console, PID 1, or QEMU.")
+@click.option(
+    "--source", type=click.Choice([*SOURCES, "all"]), default="serial", show_default=True, help="The console, PID 1, QEMU, rules that log."
+)
 @machine_argument
 def command(machine: str, follow: bool, source: str) -> int:
     """Print a machine's console or PID 1's log.
