@@ -71,6 +71,8 @@ static void listener_drop(struct answerer *a, struct listener *l) {
     if (l->ruleset >= 0)
         close(l->ruleset);
     l->source.fd = l->ruleset = -1;
+    if (l->rules.has_token)
+        memcpy(a->ended[a->ended_count++ % ENDED_MAX], l->rules.token, ANSWER_TOKEN);
     a->rules_bytes -= l->bytes;
     rules_free(&l->rules);
     l->gone = true; /* freed at the end of the turn: an event of it may still be in hand */

@@ -137,11 +137,21 @@ static struct listener *listener_of(struct answerer *a, const uint8_t *token) {
     return l;
 }
 
+/* Whether all that was under that listener has ended, before anybody asked for it. */
+static bool has_ended(const struct answerer *a, const uint8_t *token) {
+    for (size_t i = 0; i < a->ended_count && i < ENDED_MAX; i++)
+        if (!memcmp(a->ended[i], token, ANSWER_TOKEN))
+            return true;
+    return false;
+}
+
 /* Attach if the listener is there. A client whose time is up without it is refused. */
 static void attach(struct answerer *a, struct client *c) {
     struct listener *l = c->asked ? listener_of(a, c->token) : NULL;
     if (!l) {
-        if (c->until <= a->now)
+        if (c->asked && has_ended(a, c->token))
+            refuse(a, c, ESRCH);
+        else if (c->until <= a->now)
             refuse(a, c, c->asked ? ENOENT : EPROTO);
         return;
     }

@@ -21,6 +21,7 @@
 enum {
     LISTENERS_MAX = 512,
     CLIENTS_MAX = 64,
+    ENDED_MAX = 256,
     JOBS_MAX = 64,
     HELD_MAX = 16384,         /* delayed answers ... */
     HELD_OF_ONE = 4096,       /* ... and of one listener */
@@ -92,6 +93,8 @@ struct answerer {
     size_t held_count;
     struct job jobs[JOBS_MAX];
     size_t job_count;
+    uint8_t ended[ENDED_MAX][ANSWER_TOKEN]; /* tokens of listeners that are gone, the oldest overwritten: nobody need wait for them */
+    size_t ended_count;
     bool intake_ended;
     int64_t now; /* CLOCK_MONOTONIC, ns, of this turn */
 };
