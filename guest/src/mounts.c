@@ -64,7 +64,8 @@ bool parse_mode(const char *word, mode_t *mode) {
     return false;
 }
 
-int op_dir(struct launch *l, const struct op *op) {
+/* Make PATH with MODE, past the umask; `make` makes it and returns a descriptor of it, or -1. */
+static int make_in_root(struct launch *l, const struct op *op, int (*make)(int at, const char *name, mode_t mode)) {
     char copy[PATH_MAX], *name;
     mode_t mode;
     if (!parse_mode(op->words[2], &mode))
@@ -72,28 +73,26 @@ int op_dir(struct launch *l, const struct op *op) {
     int at = open_parent(l->root, op->words[1], copy, &name);
     if (at < 0)
         return -1;
-    int r = mkdirat(at, name, mode);
-    if (r == 0)
-        r = fchmodat(at, name, mode, 0); /* past the umask */
-    close(at);
-    return r;
-}
-
-int op_file(struct launch *l, const struct op *op) {
-    char copy[PATH_MAX], *name;
-    mode_t mode;
-    if (!parse_mode(op->words[2], &mode))
-        return -1;
-    int at = open_parent(l->root, op->words[1], copy, &name);
-    if (at < 0)
-        return -1;
-    int fd = openat(at, name, O_CREAT | O_EXCL | O_WRONLY | O_NOFOLLOW | O_CLOEXEC, mode);
+    int fd = make(at, name, mode);
     int r = fd < 0 ? -1 : fchmod(fd, mode);
     if (fd >= 0)
         close(fd);
     close(at);
     return r;
 }
+
+static int make_folder(int at, const char *name, mode_t mode) {
+    (void)mode; /* set when it is open, which a mode may not allow */
+    return mkdirat(at, name, 0700) < 0 ? -1 : openat(at, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+}
+
+static int make_file(int at, const char *name, mode_t mode) {
+    return openat(at, name, O_CREAT | O_EXCL | O_WRONLY | O_NOFOLLOW | O_CLOEXEC, mode);
+}
+
+int op_dir(struct launch *l, const struct op *op) { return make_in_root(l, op, make_folder); }
+
+int op_file(struct launch *l, const struct op *op) { return make_in_root(l, op, make_file); }
 
 int op_link(struct launch *l, const struct op *op) {
     char copy[PATH_MAX], *name;
