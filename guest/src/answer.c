@@ -55,7 +55,8 @@ void answer_interest(struct answerer *a, struct listener *l) {
     /* Where we do not receive we still hear that its last task is gone. While its calls wait for an owner, the first of them
      * starts the clock. */
     bool ours = !l->client && (!l->waits || !l->waits_until) && l->held < HELD_OF_ONE && a->held_count < HELD_MAX;
-    answer_watch(a, &l->source, ours ? EPOLLIN : 0, false);
+    if (ours != l->heard && answer_watch(a, &l->source, ours ? EPOLLIN : 0, false))
+        l->heard = ours;
 }
 
 static void listener_drop(struct answerer *a, struct listener *l) {
@@ -114,7 +115,8 @@ static void listener_add(struct answerer *a, const int fds[2], const uint8_t *da
     l->next = a->listeners;
     a->listeners = l;
     a->listener_count++;
-    if (!answer_watch(a, &l->source, EPOLLIN, true))
+    l->heard = answer_watch(a, &l->source, EPOLLIN, true);
+    if (!l->heard)
         listener_drop(a, l);
 }
 

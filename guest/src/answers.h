@@ -49,6 +49,7 @@ struct listener {
     bool shared;             /* a client has, or had, the listener too */
     bool waits;              /* for the owner of its handlers: calls are left in the kernel */
     int64_t waits_until;     /* ns; 0: no call waits yet */
+    bool heard;              /* epoll tells us of its calls */
     bool gone;
     bool seen;               /* last_id is one */
     uint64_t last_id;        /* the latest that we received, or were told of */

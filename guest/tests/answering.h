@@ -25,11 +25,18 @@
 #include "fds.h"
 #include "wire.h"
 
-#define TOKEN "000102030405060708090a0b0c0d0e0f"
 
 static int intake = -1; /* PID 1's end */
 static pid_t answerer;
 static char socket_path[64], test_folder[48];
+
+/* Each listener's own: nobody waits for one that has been. */
+static char token[2 * ANSWER_TOKEN + 1];
+
+static inline void new_token(void) {
+    static unsigned count;
+    snprintf(token, sizeof token, "%032x", ++count);
+}
 
 static inline double seconds(void) {
     struct timespec t;

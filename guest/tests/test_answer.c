@@ -5,12 +5,13 @@
 #include <stdatomic.h>
 #include <sys/mman.h>
 
-#define RULES(text) "token " TOKEN "\n" text
-
 static char rules[1024];
 
+/* With a token of its own, that of the next attach. */
 static const char *with(const char *format, int a, int b) {
-    snprintf(rules, sizeof rules, format, a, b);
+    new_token();
+    int n = snprintf(rules, sizeof rules, "token %s\n", token);
+    snprintf(rules + n, sizeof rules - (size_t)n, format, a, b);
     return rules;
 }
 
@@ -51,8 +52,8 @@ static int see_rules(void) {
 
 static void rule_by_rule(void) {
     char text[512];
-    snprintf(text, sizeof text, RULES("rule 1 %d return=4242\nrule 2 %d errno=28 path=*/passwd on=1p\nrule 3 %d errno=5 path=/usr/* on=0f"),
-             SYS_getppid, SYS_openat, SYS_fsync);
+    int n = snprintf(text, sizeof text, "%s", with("rule 1 %d return=4242\nrule 2 %d errno=28 path=*/passwd on=1p", SYS_getppid, SYS_openat));
+    snprintf(text + n, sizeof text - (size_t)n, "\nrule 3 %d errno=5 path=/usr/* on=0f", SYS_fsync);
     const int calls[] = {SYS_openat, SYS_getppid, SYS_fsync, 0};
     CHECK(result_of(program(text, calls, see_rules)) == 7);
 }
@@ -92,7 +93,7 @@ static int see_changing(void) {
 }
 
 static void changing_paths(void) {
-    int r = result_of(program(with(RULES("rule 1 %d errno=28 path=/etc/passwd on=1p"), SYS_openat, 0), OPENS, see_changing));
+    int r = result_of(program(with("rule 1 %d errno=28 path=/etc/passwd on=1p", SYS_openat, 0), OPENS, see_changing));
     CHECK(r == 1 || r == 2);
 }
 
@@ -191,14 +192,13 @@ static void owners(void) {
     uint8_t b[64];
     int sock, other, none, page = new_page(&ids);
     /* The attach comes before the listener. */
-    sock = call_answerer(TOKEN, page);
+    const char *text = with("rule 1 %d return=77 times=1\nhandler %d", SYS_getppid, SYS_getppid);
+    sock = call_answerer(token, page);
     usleep(100000);
-    char text[256];
-    snprintf(text, sizeof text, RULES("rule 1 %d return=77 times=1\nhandler %d"), SYS_getppid, SYS_getppid);
     pid_t pid = program(text, OPENS, see_owner);
     int listener;
     CHECK(hear(sock, b, sizeof b, &listener) == 1 && b[0] == 'O' && listener >= 0);
-    CHECK(attach(TOKEN, page, &other) == -EBUSY);
+    CHECK(attach(token, page, &other) == -EBUSY);
     close(other);
     CHECK(receive(listener, &call) && call.data.nr == SYS_getppid);
     respond(listener, call.id, 100, 0);
@@ -239,7 +239,7 @@ static pid_t bad_owner(int note) {
     if (pid)
         return pid;
     uint64_t *ids;
-    int sock, page = new_page(&ids), listener = attach(TOKEN, page, &sock);
+    int sock, page = new_page(&ids), listener = attach(token, page, &sock);
     struct seccomp_notif call;
     CHECK(listener >= 0);
     for (int i = 0; i < 64; i++) {
@@ -259,7 +259,7 @@ static pid_t bad_owner(int note) {
 static void killed_owner(void) {
     /* The last kind never said what it has: it is found out from the next call's id. */
     for (int note = 0; note < 3; note++) {
-        pid_t pid = program(with(RULES("handler %d"), SYS_getppid, 0), PPID, see_killed_owner);
+        pid_t pid = program(with("handler %d", SYS_getppid, 0), PPID, see_killed_owner);
         CHECK(result_of(bad_owner(note)) == -SIGKILL);
         CHECK(ends_within(pid, 5) && result_of(pid) == 0);
     }
@@ -276,10 +276,10 @@ static int see_silent_owner(void) {
 }
 
 static void silent_owner(void) {
-    pid_t pid = program(with(RULES("handler %d"), SYS_getppid, 0), PPID, see_silent_owner), owner = fork();
+    pid_t pid = program(with("handler %d", SYS_getppid, 0), PPID, see_silent_owner), owner = fork();
     if (owner == 0) {
         uint64_t *ids;
-        int sock, listener = attach(TOKEN, new_page(&ids), &sock);
+        int sock, listener = attach(token, new_page(&ids), &sock);
         struct seccomp_notif call;
         CHECK(listener >= 0 && receive(listener, &call));
         kill(getpid(), SIGKILL);
@@ -300,10 +300,19 @@ static int see_nobody(void) {
 static void nobody(void) {
     uint64_t *ids;
     int sock, page = new_page(&ids);
-    pid_t pid = program(with("token 11111111111111111111111111111111\nhandler %d", SYS_getppid, 0), PPID, see_nobody);
+    pid_t pid = program(with("handler %d", SYS_getppid, 0), PPID, see_nobody);
     double begun = seconds();
     CHECK(attach("22222222222222222222222222222222", page, &sock) == -ENOENT && seconds() - begun > 4);
     CHECK(result_of(pid) == 0);
+    close(sock);
+    /* Its listener has been: that is said at once. */
+    begun = seconds();
+    int r;
+    while ((r = attach(token, page, &sock)) >= 0 && seconds() - begun < 3) { /* its last task may go only now */
+        close(r);
+        close(sock);
+    }
+    CHECK(r == -ESRCH && seconds() - begun < 3);
     close(sock);
     close(page);
 }
@@ -338,7 +347,7 @@ static void garbage(void) {
     }
     CHECK(send_with_fd(intake, noise, sizeof noise, fd));
     for (int i = 0; i < 50; i++) {
-        int sock = call_answerer(TOKEN, fd);
+        int sock = call_answerer(token, fd);
         noise[0] = "ALHPMNO"[i % 7];
         send(sock, noise, 1 + (size_t)rand() % 300, MSG_NOSIGNAL);
         if (i % 2)
@@ -368,6 +377,38 @@ static void many_come_and_go(void) {
     CHECK(descriptors() <= before); /* a listener whose tasks are gone is gone */
 }
 
+/* More listeners than there is room for: the calls of those over it fail, and others' do not. */
+static int see_and_stay(void) {
+    long r = ppid();
+    int error = errno;
+    CHECK(write(1, r == 5 ? "5" : r < 0 && error == ENOSYS ? "e" : "?", 1) == 1);
+    pause();
+    return 0;
+}
+
+static void too_many(void) {
+    enum { MOST = 512, OVER = 4 };
+    static pid_t pids[MOST + OVER];
+    static char said[MOST + OVER];
+    int p[2], out = dup(1);
+    CHECK(pipe(p) == 0);
+    fflush(stdout);
+    CHECK(dup2(p[1], 1) == 1);
+    for (int i = 0; i < MOST + OVER; i++) {
+        pids[i] = program(with("rule 1 %d return=5", SYS_getppid, 0), PPID, see_and_stay);
+        struct pollfd heard = {.fd = p[0], .events = POLLIN};
+        CHECK(poll(&heard, 1, 10000) == 1 && read(p[0], said + i, 1) == 1);
+    }
+    CHECK(dup2(out, 1) == 1);
+    for (int i = 0; i < MOST + OVER; i++) {
+        CHECK(said[i] == (i < MOST ? '5' : 'e'));
+        kill(pids[i], SIGKILL);
+        CHECK(result_of(pids[i]) == -SIGKILL);
+    }
+    close(p[0]), close(p[1]), close(out);
+    CHECK(result_of(program(with("rule 1 %d return=3", SYS_getppid, 0), PPID, see_at_once)) == 0);
+}
+
 static bool able(void) {
     pid_t pid = fork();
     if (pid == 0)
@@ -392,6 +433,7 @@ int main(void) {
     nobody();
     garbage();
     many_come_and_go();
+    too_many();
     end();
     puts("test_answer: ok");
     return 0;

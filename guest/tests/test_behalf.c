@@ -89,9 +89,10 @@ static char operations[256];
 static int own(int (*run)(void), pid_t *pid, int *sock, struct seccomp_notif *call) {
     int page = memfd_create("ids", MFD_CLOEXEC);
     CHECK(page >= 0 && ftruncate(page, 4096) == 0);
-    snprintf(operations, sizeof operations, "token " TOKEN "\nhandler %d", SYS_getppid);
+    new_token();
+    snprintf(operations, sizeof operations, "token %s\nhandler %d", token, SYS_getppid);
     *pid = program(operations, HELD, run);
-    int listener = attach(TOKEN, page, sock);
+    int listener = attach(token, page, sock);
     close(page);
     CHECK(listener >= 0 && receive(listener, call));
     return listener;
@@ -245,9 +246,10 @@ static void apart(void) {
     }
     int sock, page = memfd_create("ids", MFD_CLOEXEC);
     CHECK(ftruncate(page, 4096) == 0);
-    snprintf(operations, sizeof operations, "token " TOKEN "\nhandler %d", SYS_getppid);
+    new_token();
+    snprintf(operations, sizeof operations, "token %s\nhandler %d", token, SYS_getppid);
     pid = program(operations, HELD, be_apart);
-    int listener = attach(TOKEN, page, &sock);
+    int listener = attach(token, page, &sock);
     struct pollfd p = {.fd = listener, .events = POLLIN};
     if (poll(&p, 1, 5000) != 1 || !(p.revents & POLLIN)) {
         puts("test_behalf: mounts and nodes skipped: no user namespace can be had here");

@@ -156,9 +156,10 @@ static void conversation(void) {
     struct seccomp_notif call;
     char text[512];
     const int calls[] = {SYS_openat, SYS_getppid, 0};
-    snprintf(text, sizeof text, "token " TOKEN "\nrule 1 %d errno=18 arg=1:==:8:255\nhandler %d,%d", SYS_openat, SYS_openat, SYS_getppid);
+    new_token();
+    snprintf(text, sizeof text, "token %s\nrule 1 %d errno=18 arg=1:==:8:255\nhandler %d,%d", token, SYS_openat, SYS_openat, SYS_getppid);
     pid_t pid = program(text, calls, talk);
-    start_builtin(TOKEN);
+    start_builtin(token);
     CHECK(next(&r) == 'o');
     struct writer w = start_message('t');
     write_u32(&w, 1), write_u32(&w, SYS_openat), write_u8(&w, 1), write_u8(&w, 0), write_u32(&w, 0);
@@ -199,11 +200,12 @@ static void malformed(void) {
     static const uint8_t bad[][12] = {{0, 0, 0, 0, 1}, {0xff, 0xff, 0xff, 0xff, 1}, {1, 0, 0, 0, 'z'}, {3, 0, 0, 0, 'd', 1, 2}, {5, 0, 0, 0, 't', 255, 255, 255, 255}};
     const int calls[] = {SYS_getppid, 0};
     char text[256];
-    snprintf(text, sizeof text, "token " TOKEN "\nhandler %d", SYS_getppid);
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         struct reader r;
+        new_token();
+        snprintf(text, sizeof text, "token %s\nhandler %d", token, SYS_getppid);
         pid_t pid = program(text, calls, wait_here);
-        start_builtin(TOKEN);
+        start_builtin(token);
         CHECK(next(&r) == 'o');
         if (bad[i][4] != 't') {
             struct writer w = start_message('t');
