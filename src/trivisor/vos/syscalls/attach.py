@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from trivisor.core.errors import GuestError, GuestGone, GuestProtocolError
+from trivisor.core.errors import CallGone, GuestError, GuestGone, GuestProtocolError
 from trivisor.vos import line
 from trivisor.vos.syscalls.behalf import Wish
 
@@ -123,7 +123,7 @@ class Attached:
 
 
 def attach(path: Path, token: bytes, machine: str, timeout: float) -> tuple[int, Attached]:
-    """Borrow the listener that bears `token`. Raises GuestGone if there is no answerer, GuestError if it refuses."""
+    """Borrow the listener that bears `token`. Raises GuestGone without an answerer, CallGone if all has ended, GuestError."""
     with contextlib.ExitStack() as undo:
         connection = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
         connection.settimeout(timeout)
@@ -145,5 +145,7 @@ def attach(path: Path, token: bytes, machine: str, timeout: float) -> tuple[int,
             os.close(fd)
         if message[:1] == b"E" and len(message) == _ERROR.size:
             code = abs(_ERROR.unpack(message)[1])
+            if code == errno.ESRCH:
+                raise CallGone("the programs whose calls were to be answered have ended", machine=machine)
             raise GuestError(f"the program's calls cannot be answered: {os.strerror(code)}", machine=machine, hint="has it started?")
         raise GuestGone("the machine's answerer has gone", machine=machine)

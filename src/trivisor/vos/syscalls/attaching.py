@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 
+from trivisor.core.errors import CallGone
 from trivisor.vos.command import Command
 from trivisor.vos.syscalls.compile import Compiled
 from trivisor.vos.syscalls.service import Syscalls
@@ -28,7 +29,8 @@ class Attaching:
     def wait(self, deadline: float | None) -> None:
         """Return once the handlers answer, the command is over, or `deadline` (monotonic) has passed. Raises what kept them from it."""
         self._command.wait(lambda: self._done, deadline)
-        if self._error is not None and not self._command.over:
+        # CallGone: the command's end is on its way.
+        if self._error is not None and not self._command.over and not isinstance(self._error, CallGone):
             raise self._error
 
     def _attach(self) -> None:

@@ -153,13 +153,18 @@ class Policy:
         """Have calls wait before they are made; conditions as of `fail`. Observation only: it changes nothing but time."""
         return self._make(calls, "delay", delay=seconds, **when)
 
+    def tear(self, calls: Calls, keep: int, errno: str | int | None = "EIO", **when: Any) -> Rule:
+        """Tear writes to regular files, as a disk does that fails: of what the call was given the first `keep` bytes are written, then it
+        fails with `errno`; with None it says that all was written. Conditions as of `fail`."""
+        return self._make(calls, "tear", value=keep, errno=errno, **when)
+
     def kill(self, calls: Calls, **when: Any) -> Rule:
         """Kill the process (SIGSYS) that makes the call; conditions as of `fail`."""
         return self._make(calls, "kill", **when)
 
     def log(self, calls: Calls, **when: Any) -> Rule:
         """Have calls noted and made; conditions as of `fail`. With conditions on arguments alone the kernel's log has them
-        (SECCOMP_RET_LOG), else the machine's own, `Machine.logs(source="engine")`."""
+        (SECCOMP_RET_LOG), else the machine's own, `Machine.logs(source="answer")`."""
         return self._make(calls, "log", **when)
 
     def allow(self, calls: Calls, *, args: object = None, path: str | None = None) -> Rule:

@@ -362,6 +362,8 @@ class RemoteListener:
         self.close()
         if code is None:
             return GuestError("the program's calls cannot be answered: the machine does not attach us", machine=self.machine)
+        if code == errno.ESRCH:
+            return CallGone("the programs whose calls were to be answered have ended", machine=self.machine)
         why = os.strerror(code) if code else "it has ended"
         return GuestError(f"the program's calls cannot be answered: {why}", machine=self.machine, hint="has it started?")
 
