@@ -149,7 +149,7 @@ static size_t calls(uint32_t nr, int64_t result, const char *text) {
 #define WORDS(...) ((const char *const[]){__VA_ARGS__, NULL})
 #define SH(script) WORDS("/bin/sh", "-c", script)
 
-static char openat_word[32], execve_word[32], uname_word[32], write_word[32];
+static char clock_word[32], openat_word[32], execve_word[32], uname_word[32], write_word[32];
 
 static void filtered(void) {
     const int numbers[] = {SYS_openat, SYS_execve, -1};
@@ -262,17 +262,25 @@ static void words(void) {
     CHECK(a.mode == TRACE_STOPS && a.bytes == 9 && a.calls[3].count == 3 && a.calls[3].captures[2].size == 144 && a.calls[4].wanted);
 }
 
+/* date(1) reads the clock by the vDSO, or where it finds none by a call. */
 static void hidden_vdso(void) {
+    for (int hidden = 0; hidden < 2; hidden++) {
+        struct tracing t;
+        pid_t pid = begin(&t, WORDS(clock_word), hidden, (const int[]){SYS_clock_gettime, -1}, 0, WORDS("/bin/date"));
+        read_all(t.records);
+        reap(pid, &t);
+        CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+        CHECK((calls(SYS_clock_gettime, 0, NULL) > 0) == hidden);
+    }
     struct tracing t;
-    pid_t pid = begin(&t, NULL, true, NULL, 0, SH("exec /bin/sh -c 'od -A n -t d8 -v /proc/self/auxv | grep -qE \"^ +33 \" && exit 1; exit 0'"));
+    pid_t pid = begin(&t, NULL, true, NULL, 0, WORDS("/bin/true"));
     CHECK(t.records == -1);
     reap(pid, &t);
-    CHECK(WIFEXITED(status));
-    struct timespec now;
-    CHECK(clock_gettime(CLOCK_MONOTONIC, &now) == 0);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
 }
 
 int main(void) {
+    snprintf(clock_word, sizeof clock_word, "%d", (int)SYS_clock_gettime);
     snprintf(openat_word, sizeof openat_word, "%d:1s", (int)SYS_openat);
     snprintf(execve_word, sizeof execve_word, "%d:0s,1v", (int)SYS_execve);
     snprintf(uname_word, sizeof uname_word, "%d", (int)SYS_uname);
