@@ -222,10 +222,13 @@ static bool write_text(const char *path, const char *text) {
 }
 
 static int be_apart(void) {
+    char users[32], groups[32];
+    snprintf(users, sizeof users, "0 %u 1", geteuid());
+    snprintf(groups, sizeof groups, "0 %u 1", getegid());
     if (unshare(CLONE_NEWUSER | CLONE_NEWNS) < 0)
         return 4;
     write_text("/proc/self/setgroups", "deny");
-    if (!write_text("/proc/self/uid_map", "0 0 1") || !write_text("/proc/self/gid_map", "0 0 1"))
+    if (!write_text("/proc/self/uid_map", users) || !write_text("/proc/self/gid_map", groups))
         return 4;
     if (mount("none", "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0 || chdir(folder) < 0 || mount("x", "sub", "tmpfs", 0, "mode=755") < 0 || chdir("sub") < 0)
         return 4;
@@ -240,10 +243,6 @@ static int be_apart(void) {
 static void apart(void) {
     struct seccomp_notif call;
     pid_t pid;
-    if (geteuid() != 0) {
-        puts("test_behalf: mounts and nodes skipped: not root");
-        return;
-    }
     int sock, page = memfd_create("ids", MFD_CLOEXEC);
     CHECK(ftruncate(page, 4096) == 0);
     new_token();

@@ -9,7 +9,7 @@ static int to, from; /* the host's ends */
 static pid_t builtin;
 static uint8_t message[1 << 20];
 
-static void start_builtin(const char *token) {
+static void start_builtin(const char *hex) {
     int in[2], out[2];
     CHECK(pipe2(in, O_CLOEXEC) == 0 && pipe2(out, O_CLOEXEC) == 0);
     builtin = fork();
@@ -20,7 +20,7 @@ static void start_builtin(const char *token) {
         CHECK(dup2(high, ANSWER_BUILTIN_FD) == ANSWER_BUILTIN_FD);
         int kept[] = {ANSWER_BUILTIN_FD};
         close_all_but(kept, 1);
-        char *argv[] = {(char *)"answer", (char *)(uintptr_t)token, NULL};
+        char *argv[] = {(char *)"answer", (char *)(uintptr_t)hex, NULL};
         _exit(builtin_main(argv));
     }
     close(in[0]);
