@@ -11,6 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -353,6 +355,19 @@ def test_a_command_that_cannot_start_is_told_apart_from_handlers_that_cannot(run
         running.exec(["true"], user="no-such-user", policy=policy)
     assert running.exec(["no-such-program"], policy=policy).exit_code == 127
     assert running.exec(["true"], policy=policy).ok
+
+
+def test_commands_that_end_before_their_handlers_come_leave_nothing_that_waits(running: Machine) -> None:
+    needs(running, "notify")
+    policy = Policy()
+    policy.on("getppid")(lambda call: call.returns(1))
+    before = set(threading.enumerate())
+    for _ in range(20):
+        assert running.exec(["true"], policy=policy).ok
+    deadline = time.monotonic() + 3
+    while any(thread.name.startswith("handlers of") for thread in set(threading.enumerate()) - before):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)  # Python tells nobody of a thread's end but who joins it
 
 
 # -- the machine's own -----------------------------------------------------------------------------
