@@ -1,6 +1,7 @@
 #include "policy.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/seccomp.h>
 #include <poll.h>
 #include <sched.h>
@@ -221,6 +222,7 @@ static bool send_listener(const struct open *o, const struct writer *handing, in
 
 /* The sibling. */
 static _Noreturn void hand_over(const struct policy *p, struct page *page, pid_t child, const struct open *o) {
+    prctl(PR_SET_DUMPABLE, 0); /* it runs as the program's user, unfiltered: the program must not get into it */
     int listener = await_listener(page, child);
     if (listener >= 0 && !send_listener(o, &p->handing, listener)) {
         dprintf(2, "policy: its listener cannot be handed over: %s\n", strerror(errno));
@@ -263,8 +265,7 @@ static _Noreturn void child(struct spawn *s, const struct policy *p, struct open
         trace_child(t);
     struct report r = {.error = settle(s, p, &o)};
     r.failed = s->failed;
-    char go;
-    if (write(o.report, &r, sizeof r) != sizeof r || r.error || read(o.report, &go, 1) != 1)
+    if (write(o.report, &r, sizeof r) != sizeof r || r.error)
         _exit(REFUSED);
     if (install(p, &o) < 0) {
         dprintf(2, "policy: its filter cannot be installed: %s\n", strerror(errno));
@@ -280,7 +281,7 @@ static _Noreturn void child(struct spawn *s, const struct policy *p, struct open
 
 /* -- in PID 1 ---------------------------------------------------------------------------------- */
 
-/* Wait until the child is ready to be let go. */
+/* Wait until the child is all that it shall be but filtered, or knows why it cannot be. */
 static struct report await_report(int fd) {
     struct report r;
     struct pollfd news = {.fd = fd, .events = POLLIN};
@@ -291,12 +292,12 @@ static struct report await_report(int fd) {
 }
 
 pid_t policy_spawn(struct spawn *s, const struct policy *p) {
-    int ends[2], answer = -1;
+    int ends[2], answer = -1; /* of a pipe for the child's report */
     s->error = 0;
     s->failed = NULL;
     if (p->answered && (answer = answerer_end()) < 0)
         return -1;
-    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) < 0)
+    if (pipe2(ends, O_CLOEXEC) < 0)
         return -1;
     struct tracing t = {.records = -1};
     int error = p->traced ? trace_open(&t, p->trace, p->no_vdso, s->user) : 0;
@@ -311,10 +312,6 @@ pid_t policy_spawn(struct spawn *s, const struct policy *p) {
     close(ends[1]);
     if (pid > 0) {
         struct report r = await_report(ends[0]);
-        /* Here the child waits for one byte, as the user it will be and with its descriptors in place, and goes on to its filter
-         * and its execve when it has it: whoever is to trace it does so now. */
-        if (!r.error && send(ends[0], "g", 1, MSG_NOSIGNAL) != 1)
-            r = (struct report){.error = ECHILD, .failed = "policy"};
         if (r.error)
             kill(pid, SIGKILL); /* it is reaped as any other child */
         s->error = r.error;
