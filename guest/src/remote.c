@@ -174,14 +174,22 @@ static bool from_program(struct channel *c) {
     return remote_send(&w);
 }
 
-static void to_program(struct channel *c) {
+/* What the host sent goes on as the program reads; the host is told how much went, and may send as much more. */
+static bool to_program(struct channel *c) {
+    struct writer w;
     ssize_t n = c->out.used ? send(c->fd, bytes_head(&c->out), c->out.used, MSG_DONTWAIT | MSG_NOSIGNAL) : 0;
+    if (n < 0 && errno != EAGAIN && errno != EINTR)
+        n = (ssize_t)c->out.used; /* it does not read any more */
     if (n > 0)
         bytes_take(&c->out, (size_t)n);
-    else if (n < 0 && errno != EAGAIN && errno != EINTR)
-        bytes_clear(&c->out); /* it does not read any more */
     if (c->ended && !c->out.used)
         shutdown(c->fd, SHUT_WR);
+    if (n <= 0)
+        return true;
+    remote_begin(&w, 'k');
+    write_u32(&w, c->number);
+    write_u32(&w, (uint32_t)n);
+    return remote_send(&w);
 }
 
 void remote_close(struct channel *c) {
@@ -191,8 +199,8 @@ void remote_close(struct channel *c) {
 }
 
 static bool serve_channel(struct channel *c, short events) {
-    if (events & POLLOUT)
-        to_program(c);
+    if (events & POLLOUT && !to_program(c))
+        return false;
     bool good = c->read_all || !(events & (POLLIN | POLLHUP | POLLERR)) || from_program(c);
     if (c->read_all && (c->ended || events & (POLLHUP | POLLERR)) && !c->out.used)
         remote_close(c);

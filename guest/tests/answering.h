@@ -219,4 +219,40 @@ static inline void respond(int listener, uint64_t id, int64_t value, int error) 
     CHECK(ioctl(listener, SECCOMP_IOCTL_NOTIF_SEND, &r) == 0);
 }
 
+static char rules[1024];
+
+/* With a token of its own, that of the next attach. */
+static inline const char *with(const char *format, int a, int b) {
+    new_token();
+    int n = snprintf(rules, sizeof rules, "token %s\n", token);
+    snprintf(rules + n, sizeof rules - (size_t)n, format, a, b);
+    return rules;
+}
+
+#define PPID ((const int[]){SYS_getppid, 0})
+#define OPENS ((const int[]){SYS_openat, SYS_getppid, 0})
+
+static inline long ppid(void) { return syscall(SYS_getppid); }
+
+static inline int opened(const char *path) {
+    long fd = syscall(SYS_openat, AT_FDCWD, path, O_RDONLY | O_CLOEXEC);
+    int error = errno;
+    if (fd >= 0)
+        close((int)fd);
+    return fd >= 0 ? 0 : error;
+}
+
+static inline void *ask(void *arg) {
+    *(long *)arg = ppid();
+    return NULL;
+}
+
+/* Whether this kernel, and what we are under, let us have a listener. */
+static inline bool able(void) {
+    pid_t pid = fork();
+    if (pid == 0)
+        _exit(filter_calls(PPID, 1) < 0);
+    return result_of(pid) == 0;
+}
+
 #endif

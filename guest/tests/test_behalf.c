@@ -295,13 +295,6 @@ static void words(void) {
     }
 }
 
-static bool able(void) {
-    pid_t pid = fork();
-    if (pid == 0)
-        _exit(filter_calls(HELD, 1) < 0);
-    return result_of(pid) == 0;
-}
-
 static void make_folder(void) {
     strcpy(folder, "/tmp/tvinit-behalf-XXXXXX");
     CHECK(mkdtemp(folder) && chmod(folder, 0777) == 0);
