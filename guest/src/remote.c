@@ -202,8 +202,15 @@ static bool serve_channel(struct channel *c, short events) {
     if (events & POLLOUT && !to_program(c))
         return false;
     bool good = c->read_all || !(events & (POLLIN | POLLHUP | POLLERR)) || from_program(c);
-    if (c->read_all && (c->ended || events & (POLLHUP | POLLERR)) && !c->out.used)
+    if (c->read_all && (c->ended || events & (POLLHUP | POLLERR)) && !c->out.used) {
+        if (!c->ended) { /* the host, which may have more to send, hears that nobody reads it */
+            struct writer w;
+            remote_begin(&w, 'e');
+            write_u32(&w, c->number);
+            good = remote_send(&w) && good;
+        }
         remote_close(c);
+    }
     return good;
 }
 

@@ -45,7 +45,7 @@ class Guest:
         stdin = SimpleNamespace(write=write, close=end, closed=False)
         stdout = SimpleNamespace(read=theirs.recv)
         kill = lambda: theirs.shutdown(socket.SHUT_RDWR)  # noqa: E731
-        self.process = cast(Process, SimpleNamespace(stdin=stdin, stdout=stdout, poll=lambda: 2, close=kill))
+        self.process = cast(Process, SimpleNamespace(stdin=stdin, stdout=stdout, poll=lambda: 2, wait=lambda timeout: 2, close=kill))
         self.theirs = theirs
 
     def listener(self) -> RemoteListener:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
@@ -120,6 +121,39 @@ def test_connect_is_answered_by_a_function(running: Machine) -> None:
     with ends[0] as ours:
         ours.settimeout(10)
         assert ours.recv(100) == b"bye"
+
+
+def test_much_is_carried_both_ways(running: Machine) -> None:
+    """More than any window: neither side loses a byte, whoever is slow."""
+    policy = Policy()
+
+    @policy.on("connect")
+    def connected(call: Call) -> None:
+        ours, theirs = socket.socketpair()
+        call.give(theirs, fd=call["sockfd"])
+        theirs.close()
+        threading.Thread(target=echo, args=(ours,), daemon=True).start()
+
+    def echo(ours: socket.socket) -> None:
+        with ours:
+            while data := ours.recv(1 << 16):
+                ours.sendall(data)
+
+    source = """
+        import socket, threading, time
+        whole = bytes(range(256)) * 8192
+        with socket.socket() as sock:
+            sock.connect(("192.0.2.1", 7))
+            def send():
+                sock.sendall(whole)
+                sock.shutdown(socket.SHUT_WR)
+            threading.Thread(target=send).start()
+            time.sleep(0.3)
+            got = bytearray()
+            while data := sock.recv(65536): got += data
+            print(len(got), got == whole)
+    """
+    assert python(running, source, policy) == f"{256 * 8192} True"
 
 
 def test_opened_on_behalf_of_another_user(running: Machine) -> None:

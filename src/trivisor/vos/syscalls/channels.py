@@ -1,7 +1,7 @@
 """Descriptors of ours that programs in a virtual machine were given: what they write and read is carried over the line.
 
 One thread serves all of one listener's channels. What a program writes is kept for our reader up to MAX_UNREAD; a
-program that writes on regardless loses the channel. It gets no more than it reads: see guest/PROTOCOL.md, `s`.
+program that writes on regardless loses the channel. Towards the program at most WINDOW bytes are under way: it says what it took.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import socket
 import threading
 from collections import deque
 from collections.abc import Callable
 
 MAX_UNREAD = 4 << 20
 MAX_CHANNELS = 256
+WINDOW = 256 << 10
 _PIECE = 32 << 10
 
 
@@ -23,9 +25,15 @@ class _Channel:
         self.fd = fd
         self.out: deque[bytes] = deque()
         self.unread = 0
+        self.room = WINDOW
         self.ending = False
+        """The program has nothing more to say ..."""
+        self.shut = False
+        """... and ours was told."""
         self.at_end = False
         """Ours has nothing more to say."""
+        self.gone = False
+        """One of both has closed it."""
 
 
 class Channels:
@@ -63,15 +71,25 @@ class Channels:
             channel.unread += len(data)
             if channel.unread > MAX_UNREAD:
                 channel.out.clear()
-                channel.ending = True
+                channel.ending = channel.gone = True
         self._ring()
 
-    def end(self, number: int) -> None:
-        """The program has closed it; what it wrote before is still delivered."""
+    def taken(self, number: int, size: int) -> None:
+        """The program took that much of what was carried to it. Raises ValueError if it never was."""
         with self._lock:
             channel = self._channels.get(number)
             if channel is not None:
-                channel.ending = True
+                channel.room += size
+                if channel.room > WINDOW:
+                    raise ValueError(f"{size} bytes taken that were not sent")
+        self._ring()
+
+    def end(self, number: int) -> None:
+        """The program says no more there; told so again: it has closed it. What it wrote before is still delivered."""
+        with self._lock:
+            channel = self._channels.get(number)
+            if channel is not None:
+                channel.gone, channel.ending = channel.ending, True
         self._ring()
 
     def close(self) -> None:
@@ -94,7 +112,9 @@ class Channels:
                 now = dict(self._channels)
             by_fd = {channel.fd: number for number, channel in now.items()}
             for channel in now.values():
-                poll.register(channel.fd, (0 if channel.at_end else select.POLLIN) | (select.POLLOUT if channel.out else 0))
+                if channel.room or channel.out:  # else a hang-up, which cannot be masked, would keep us busy
+                    wanted = select.POLLIN if channel.room and not channel.at_end else 0
+                    poll.register(channel.fd, wanted | (select.POLLOUT if channel.out else 0))
             for fd, events in poll.poll():
                 if fd == self._bell:
                     with contextlib.suppress(BlockingIOError):
@@ -103,8 +123,7 @@ class Channels:
                 number = by_fd[fd]
                 self._step(number, now[number], events)
             for number, channel in now.items():
-                if channel.ending and not channel.out:
-                    self._drop(number)
+                self._settle(number, channel)
         with self._lock:
             numbers = list(self._channels)
         for number in numbers:
@@ -117,23 +136,39 @@ class Channels:
             if events & select.POLLOUT and channel.out:
                 self._deliver(channel)
             if events & select.POLLIN:
-                data = os.read(channel.fd, _PIECE)
+                data = os.read(channel.fd, min(_PIECE, channel.room))
                 if data:
+                    with self._lock:
+                        channel.room -= len(data)
                     self._carry(number, data)
                     return
                 channel.at_end = True
                 self._finish(number)
-            elif events & (select.POLLHUP | select.POLLERR | select.POLLNVAL):
+            elif channel.room and events & (select.POLLHUP | select.POLLERR | select.POLLNVAL):
                 if not channel.at_end:
                     self._finish(number)
                 channel.out.clear()
-                channel.ending = True
+                channel.gone = True
         except BlockingIOError:
             return
         except OSError:
             channel.out.clear()
-            channel.ending = True
+            channel.gone = True
             self._finish(number)
+
+    def _settle(self, number: int, channel: _Channel) -> None:
+        """Tell ours that the program has ended, and let go of what both have."""
+        if channel.out or not (channel.ending or channel.gone):
+            return
+        if channel.gone or (channel.shut and channel.at_end):
+            self._drop(number)
+        elif not channel.shut:
+            channel.shut = True
+            try:
+                with socket.socket(fileno=os.dup(channel.fd)) as half:
+                    half.shutdown(socket.SHUT_WR)
+            except OSError:  # a pipe, or a socket that is at its end
+                self._drop(number)
 
     def _deliver(self, channel: _Channel) -> None:
         with self._lock:

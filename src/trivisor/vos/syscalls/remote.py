@@ -74,7 +74,8 @@ class RemoteListener:
         self._channels = Channels(self._channel_data, self._channel_end)
         self._reader = threading.Thread(target=self._read_all, name=f"calls from {self.machine}", daemon=True)
         self._reader.start()
-        self._send(b"t", ahead)
+        with contextlib.suppress(GuestGone):  # it refused already: said below
+            self._send(b"t", ahead)
         self._attached.wait(_ATTACH_TIMEOUT)
         if not self._attached.is_set() or self._over:
             raise self._refusal()
@@ -304,6 +305,8 @@ class RemoteListener:
             os.eventfd_write(self._bells[1], 1)
         elif kind == ord("s"):
             self._channels.write(int.from_bytes(body[:4], "little"), body[4:])
+        elif kind == ord("k"):
+            self._channels.taken(*struct.unpack("<II", body))
         elif kind == ord("e"):
             self._channels.end(int.from_bytes(body[:4], "little"))
         elif kind == ord("o"):
@@ -358,6 +361,8 @@ class RemoteListener:
             self._send(b"e", struct.pack("<I", channel))
 
     def _refusal(self) -> GuestError:
+        with contextlib.suppress(GuestError):
+            self._process.wait(0.5 if self._over else 0.0)
         code = self._process.poll()
         self.close()
         if code is None:
