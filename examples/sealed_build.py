@@ -12,7 +12,7 @@ WATCHED = ("open", "openat", "creat", "connect", "rename", "renameat2", "unlink"
 
 BUILD = """
 echo compiling > /work/out.txt
-echo sneaky >> /root/.profile
+echo sneaky >> /etc/motd
 cp /work/out.txt /usr/bin/ls
 python3 -c 'import socket; socket.create_connection(("192.0.2.1", 443), 2)'
 echo done >> /work/out.txt

@@ -40,6 +40,7 @@ build() {
 
 tests() {
     need clang clang
+    need sqlite3 sqlite3
     # The sanitizers' runtime is a package of its own.
     need libclang-rt-dev "$(clang -print-file-name=libclang_rt.fuzzer-x86_64.a 2>/dev/null || echo none)"
 }

@@ -268,6 +268,7 @@ int answer_main(int intake, int listen) {
     if (sigaction(SIGALRM, &alarm, NULL) < 0 || sigprocmask(SIG_SETMASK, &others, NULL) < 0 || !answer_jail(getppid()))
         return 1;
     signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN);
     signal(SIGCHLD, SIG_DFL);
     a->intake = (struct source){.kind = SOURCE_INTAKE, .fd = intake};
     a->listen = (struct source){.kind = SOURCE_LISTEN, .fd = listen};

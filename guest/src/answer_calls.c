@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "target.h"
+#include "tear.h"
 
 static struct target target; /* big, and one call is looked at at a time */
 
@@ -87,17 +88,7 @@ int64_t calls_due(struct answerer *a) {
 /* SIGKILL to the program that waits, never to one that got its number since: the pidfd is taken first, then the call is
  * seen to wait still. */
 static void kill_target(const struct listener *l, const struct seccomp_notif *call) {
-    char place[40], text[512];
-    snprintf(place, sizeof place, "/proc/%u/status", call->pid);
-    int status = call->pid ? open(place, O_RDONLY | O_CLOEXEC) : -1;
-    ssize_t n = status < 0 ? -1 : read(status, text, sizeof text - 1);
-    if (status >= 0)
-        close(status);
-    if (n <= 0)
-        return;
-    text[n] = 0;
-    const char *tgid = strstr(text, "\nTgid:");
-    int pidfd = tgid ? (int)syscall(SYS_pidfd_open, atoi(tgid + 6), 0) : -1;
+    int pidfd = target_pidfd((pid_t)call->pid);
     if (pidfd < 0)
         return;
     if (calls_valid(l, call->id))
@@ -114,6 +105,16 @@ static struct seccomp_notif_resp response(const struct listener *l, const struct
     case ACT_RETURN:
         r.val = v->value;
         break;
+    case ACT_TEAR: {
+        int file = tear_open(call);
+        if (file >= 0 && calls_valid(l, call->id))
+            tear_write(file, call, v->keep);
+        if (file >= 0)
+            close(file);
+        r.error = (int32_t)-v->value;
+        r.val = v->value ? 0 : (int64_t)call->data.args[2];
+        break;
+    }
     case ACT_KILL:
         kill_target(l, call);
         r.error = -EPERM;

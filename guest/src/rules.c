@@ -208,6 +208,17 @@ static bool take_key(struct rule *r, const char *key, const char *value) {
     return !strcmp(key, "delay") && r->act != ACT_KILL && r->act != ACT_LOG && take_delay(r, value);
 }
 
+/* KEEP:ERRNO, 0 for none. */
+static bool take_tear(struct rule *r, const char *word) {
+    long long keep, number;
+    if (!take_number(&word, ':', 0, RULES_KEEP, &keep) || !take_number(&word, 0, 0, MAX_ERRNO, &number) || *word)
+        return false;
+    r->act = ACT_TEAR;
+    r->keep = (uint32_t)keep;
+    r->value = number;
+    return true;
+}
+
 static bool take_action(struct rule *r, const char *word) {
     long long n = 0;
     if (!strcmp(word, "kill"))
@@ -218,6 +229,8 @@ static bool take_action(struct rule *r, const char *word) {
         r->act = ACT_CONTINUE;
     else if (!strncmp(word, "delay=", 6))
         return r->act = ACT_CONTINUE, take_delay(r, word + 6);
+    else if (!strncmp(word, "tear=", 5))
+        return take_tear(r, word + 5);
     else if (!strncmp(word, "errno=", 6) && plan_number(word + 6, 1, MAX_ERRNO, &n))
         r->act = ACT_ERRNO;
     else if (!strncmp(word, "return=", 7) && plan_number(word + 7, INT64_MIN, INT64_MAX, &n))
@@ -352,7 +365,7 @@ struct verdict rules_decide(struct rules *rules, const struct seccomp_data *call
             match = path && rules_glob(r->glob, path);
         }
         if (match && is_due(counter_of(rules, r)))
-            return (struct verdict){.act = r->act, .value = r->value, .delay = r->delay, .rule = r->id};
+            return (struct verdict){.act = r->act, .value = r->value, .delay = r->delay, .keep = r->keep, .rule = r->id};
     }
     return (struct verdict){.act = ACT_NONE};
 }

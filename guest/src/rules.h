@@ -10,12 +10,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { RULES_MAX = 1024, RULES_CALLS = 64, RULES_TESTS = 12, RULES_GLOB = 1024, RULES_PATH = 4096, RULES_HANDLERS = 512 };
+enum { RULES_MAX = 1024, RULES_CALLS = 64, RULES_TESTS = 12, RULES_GLOB = 1024, RULES_PATH = 4096, RULES_HANDLERS = 512, RULES_KEEP = 65536 };
 
 #define RULES_DELAY INT64_C(3600000000000)
 
 enum test { TEST_EQ, TEST_NE, TEST_LT, TEST_LE, TEST_GT, TEST_GE, TEST_IN };
-enum act { ACT_NONE, ACT_CONTINUE, ACT_ERRNO, ACT_RETURN, ACT_KILL, ACT_LOG };
+enum act { ACT_NONE, ACT_CONTINUE, ACT_ERRNO, ACT_RETURN, ACT_KILL, ACT_LOG, ACT_TEAR };
 
 struct condition {
     uint8_t index;
@@ -29,6 +29,7 @@ struct rule {
     size_t call_count;
     enum act act;
     int64_t value; /* errno, or what is returned */
+    uint32_t keep; /* tear: how many bytes are written */
     int64_t delay; /* ns */
     struct condition tests[RULES_TESTS];
     size_t test_count;
@@ -59,7 +60,7 @@ struct rules {
 struct verdict {
     enum act act; /* ACT_NONE: no rule matched */
     int64_t value, delay;
-    uint32_t rule;
+    uint32_t keep, rule;
 };
 
 /* Decode an 'L' message's operations. False if they are malformed, with nothing to free. */

@@ -14,6 +14,9 @@ ssize_t target_read(pid_t pid, uint64_t address, void *out, size_t size);
 /* A string of less than `size` bytes: its length, -1 and errno (ENAMETOOLONG: no NUL within `size`). */
 ssize_t target_string(pid_t pid, uint64_t address, char *out, size_t size);
 
+/* The process that a thread is of, as a pidfd; -1. */
+int target_pidfd(pid_t pid);
+
 /* Its memory, to write; -1 and errno. */
 int target_memory(pid_t pid);
 

@@ -169,13 +169,15 @@ static void malformed(void) {
         "rule 1 1 kill path=/x on=1x", "rule 1 1 kill every=0", "rule 1 1 kill probability=4294967297", "rule 1 1 kill what=1", "token 00",
         "token 00112233445566778899AABBCCDDEEFF", "token 00112233445566778899aabbccddeeff\ntoken 00112233445566778899aabbccddeeff", "handler",
         "handler x", "other", "rule 1 -1 kill", "rule 1 1 kill path=/x path=/y on=0p",
+        "rule 1 1 tear=5", "rule 1 1 tear=65537:5", "rule 1 1 tear=1:4096", "rule 1 1 tear=1:5:6", "rule 1 1 tear=:5",
     };
     for (size_t i = 0; i < sizeof texts / sizeof *texts; i++)
         if (!refused(texts[i])) {
             fprintf(stderr, "taken: %s\n", texts[i]);
             exit(1);
         }
-    CHECK(!refused("rule 4294967295 1 errno=4095 on=5:f path=*") && !refused("rule 1 1 return=-9223372036854775808"));
+    CHECK(!refused("rule 4294967295 1 errno=4095 on=5:f path=*") && !refused("rule 1 1 return=-9223372036854775808") &&
+          !refused("rule 1 1 tear=65536:0"));
     struct rules r;
     static const uint8_t many[] = {0xff, 0xff, 0xff, 0xff};
     CHECK(!rules_decode(many, sizeof many, &r) && !rules_decode("", 0, &r));

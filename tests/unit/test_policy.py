@@ -54,6 +54,8 @@ def said(made: Compiled, name: str) -> list[tuple[str, ...]]:
         "getrandom:log",
         "socket:allow,arg0==2",
         "fsync:EIO,delay=1s,probability=0.5,seed=7",
+        "write+pwrite64:tear=100,errno=EIO,path=/data/*,times=1",
+        "write:tear=0",
     ],
 )
 def test_rules_are_written_as_they_are_read(text: str) -> None:
@@ -67,7 +69,7 @@ def test_rules_are_written_as_they_are_read(text: str) -> None:
     "text",
     ["write", "write:", ":EIO", "write:ENOPE", "write:EIO,after=x", "write:EIO,arg6=1", "write:EIO,what=1", "write:EIO,path=relative",
      "write:return=x", "write:EIO,probability=0", "write:EIO,every=0", "write:delay=0s", "write:kill,delay=1s", "write:EIO,arg0&1==2",
-     "write:EIO,after=1,after=2", "Write:EIO", "write:delay=2h"],
+     "write:EIO,after=1,after=2", "read:tear=1", "write:tear=65537", "Write:EIO", "write:delay=2h"],
 )  # fmt: skip
 def test_what_is_no_rule_is_refused_with_a_hint_or_a_reason(text: str) -> None:
     with pytest.raises(InvalidSpec):

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from images_for_tests import PROGRAMS, mini_root
+from wall_fixtures import Make
 
-from trivisor import Machine, Policy, UnsupportedByWall
+from trivisor import VMM, Machine, Policy, UnsupportedByWall
 from trivisor.vos.syscalls import builtin
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import another_world
+import database_faults
 import fake_server
 import sealed_build
 
@@ -48,7 +52,7 @@ def test_a_build_writes_under_one_folder_and_its_refusals_are_listed(running: Ma
     made, refused = sealed_build.build(running)
     assert made == "compiling\ndone\n"
     assert len(refused) == 3
-    for line, word in zip(refused, ("/root/.profile", "/usr/bin/ls", "192.0.2.1:443"), strict=True):
+    for line, word in zip(refused, ("/etc/motd", "/usr/bin/ls", "192.0.2.1:443"), strict=True):
         assert word in line
         assert "EACCES" in line
 
@@ -145,3 +149,29 @@ def test_no_thread_is_left(running: Machine) -> None:
         if thread.name.startswith("fake "):
             thread.join(10)
             assert not thread.is_alive()
+
+
+@pytest.mark.skipif(shutil.which("sqlite3") is None, reason="needs sqlite3")
+def test_a_database_survives_every_fault_at_each_of_its_first_writes(wall_vmm: VMM, make: Make, wall: str, tmp_path: Path) -> None:
+    wall_vmm.images.import_(mini_root(tmp_path / "root", f"{PROGRAMS} sqlite3"), "sqlite")
+    writes = 200 if wall == "container" else 4
+    machine = make("sqlite")
+    assert database_faults.torture(machine, writes) == dict.fromkeys(("ENOSPC", "EIO", "torn"), writes)
+    machine.delete(force=True)
+
+
+@pytest.mark.parametrize(("errno", "exit_code"), [("EIO", 1), (None, 0)])
+def test_a_torn_write_leaves_its_beginning(running: Machine, errno: str | None, exit_code: int) -> None:
+    policy = Policy()
+    policy.tear("write", keep=3, errno=errno, path="/tmp/torn")
+    done = running.exec("printf 123456 > /tmp/torn", policy=policy, timeout=30)
+    assert bool(done.exit_code) == bool(exit_code)
+    assert running.files.read("/tmp/torn") == b"123"
+
+
+def test_only_writes_to_files_are_torn(running: Machine) -> None:
+    policy = Policy()
+    policy.tear("write", keep=3, path="*pipe:*")
+    done = running.exec("printf 123456", policy=policy, timeout=30)
+    assert done.exit_code
+    assert done.stdout == b""

@@ -22,8 +22,7 @@ from trivisor.core.units import parse_duration
 
 Test = Literal["==", "!=", "<", "<=", ">", ">="]
 TESTS: tuple[Test, ...] = ("==", "!=", "<=", ">=", "<", ">")
-Action = Literal["allow", "errno", "return", "delay", "kill", "log"]
-ACTIONS: tuple[Action, ...] = ("allow", "errno", "return", "delay", "kill", "log")
+Action = Literal["allow", "errno", "return", "delay", "kill", "log", "tear"]
 WHOLE = 0xFFFFFFFFFFFFFFFF
 MAX_RULES = 256
 MAX_CALLS = 64
@@ -31,6 +30,9 @@ MAX_CONDITIONS = 12
 MAX_PATH = 1024
 MAX_PATHS = 64
 MAX_ERRNO = 4095
+MAX_KEEP = 65536
+TORN = frozenset({"write", "pwrite64"})
+"""Calls that can be torn."""
 MAX_DELAY = 3600.0
 
 _CALL = re.compile(r"[a-z_][a-z0-9_]{0,39}", re.ASCII)
@@ -62,9 +64,9 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     calls: tuple[str, ...]
     action: Action
     errno: int = 0
-    """With action errno."""
+    """With action errno, and tear (0: the call says that all was written)."""
     value: int = 0
-    """With action return: what the call is said to return, without being made."""
+    """With action return: what the call is said to return, without being made. With tear: how many bytes are written."""
     delay: float = 0.0
     """Seconds before the answer; alone (action delay) the call is then made as it is."""
     args: tuple[Condition, ...] = ()
@@ -107,6 +109,8 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise InvalidSpec(f"{self.calls!r} are not names of system calls", hint=f"1 to {MAX_CALLS} names such as openat")
         if self.action == "errno" and not 1 <= self.errno <= MAX_ERRNO:
             raise InvalidSpec(f"errno {self.errno} is not 1 to {MAX_ERRNO}", hint='for example "ENOSPC"; returns(0) is success')
+        if self.action == "tear" and (not set(self.calls) <= TORN or not 0 <= self.value <= MAX_KEEP or not 0 <= self.errno <= MAX_ERRNO):
+            raise InvalidSpec(f"{self} tears no write", hint=f"calls {', '.join(sorted(TORN))}, and at most {MAX_KEEP} bytes that are kept")
         if self.action == "return" and not -(1 << 63) <= self.value < 1 << 63:
             raise InvalidSpec(f"{self.value} is not what a call can return")
         if not math.isfinite(self.delay) or not 0 <= self.delay <= MAX_DELAY or (self.action == "delay" and not self.delay):
@@ -141,6 +145,8 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     @property
     def answer(self) -> tuple[str, int, float]:
         """What it answers: two rules with the same one never contradict each other."""
+        if self.action == "tear":
+            return self.action, self.value << 12 | self.errno, self.delay
         return self.action, self.errno if self.action == "errno" else self.value if self.action == "return" else 0, self.delay
 
     @property
@@ -153,6 +159,7 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         """The form that `parse` reads."""
         words = [self._verdict()]
         words += [str(condition) for condition in self.args]
+        words += [f"errno={errnos.errorcode.get(self.errno, self.errno)}"] if self.action == "tear" and self.errno else []
         words += [f"path={self.path}"] if self.path else []
         words += [f"delay={self.delay:g}s"] if self.delay and self.action != "delay" else []
         words += [f"after={self.after}"] if self.after else []
@@ -164,8 +171,8 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def _verdict(self) -> str:
         if self.action == "errno":
             return errnos.errorcode.get(self.errno, str(self.errno))
-        if self.action == "return":
-            return f"return={self.value}"
+        if self.action in ("return", "tear"):
+            return f"{self.action}={self.value}"
         return f"delay={self.delay:g}s" if self.action == "delay" else self.action
 
 
@@ -233,8 +240,8 @@ def syscalls(wish: Any) -> SyscallSpec | None:
 def parse(text: str) -> Rule:
     """Return the rule in CALL[+CALL...]:WHAT[,KEY=VALUE...], such as "write:ENOSPC,path=/data/*,after=5".
 
-    WHAT is an errno's name, return=N, delay=TIME, kill, log or allow; keys are path, after, every, times, probability, seed and
-    delay; conditions are such as arg0=1, arg2>=4096, arg1&0x40==0x40. Raises InvalidSpec.
+    WHAT is an errno's name, return=N, delay=TIME, tear=BYTES, kill, log or allow; keys are path, after, every, times, probability, seed,
+    delay, and of tear errno; conditions are such as arg0=1, arg2>=4096, arg1&0x40==0x40. Raises InvalidSpec.
     """
     names, colon, rest = text.partition(":")
     what, *words = rest.split(",")
@@ -244,8 +251,8 @@ def parse(text: str) -> Rule:
     verb, equals, value = what.strip().partition("=")
     if verb in ("kill", "log", "allow") and not equals:
         action = verb
-    elif verb == "return" and equals:
-        action, fields["value"] = "return", number(value, text)
+    elif verb in ("return", "tear") and equals:
+        action, fields["value"] = verb, number(value, text)
     elif verb == "delay" and equals:
         action, fields["delay"] = "delay", value
     else:
@@ -256,12 +263,12 @@ def parse(text: str) -> Rule:
             args.append(condition(int(matched[1]), matched[2]))
             continue
         key, _, value = (part.strip() for part in word.partition("="))
-        if key not in ("path", "after", "every", "times", "probability", "seed", "delay") or key in fields:
+        if key not in ("errno", "path", "after", "every", "times", "probability", "seed", "delay") or key in fields:
             raise InvalidSpec(
                 f"of rule {text!r}: {word!r} is not understood", hint="path, after, every, times, probability, seed, delay, argN"
             )
         try:
-            fields[key] = value if key in ("path", "delay") else float(value) if key == "probability" else int(value, 0)
+            fields[key] = value if key in ("errno", "path", "delay") else float(value) if key == "probability" else int(value, 0)
         except ValueError:
             raise InvalidSpec(f"of rule {text!r}: {value!r} is not a number") from None
     return Rule.make(names.split("+"), action, args=args, **fields)

@@ -101,7 +101,7 @@ def by_kernel(rule: Rule) -> bool:
     """Whether a filter alone can answer it."""
     if rule.counts or rule.path or rule.delay or rule.action == "delay":
         return False
-    return rule.action != "return" or rule.value == 0
+    return rule.action != "tear" and (rule.action != "return" or rule.value == 0)
 
 
 class _Work:
@@ -237,6 +237,8 @@ def _action(rule: Rule, refused: int | None) -> list[str]:
         return [f"errno={rule.errno}", *delay]
     if rule.action == "return":
         return [f"return={rule.value}", *delay]
+    if rule.action == "tear":
+        return [f"tear={rule.value}:{rule.errno}", *delay]
     if rule.action in ("kill", "log"):
         return [rule.action]
     return [f"errno={refused}" if refused is not None else "continue", *delay]
