@@ -28,10 +28,18 @@ def test_the_two_commands_are_in_the_makefile() -> None:
 
 
 def test_python_example_is_ten_lines_and_runs(image_home: Path) -> None:
-    (source,) = _blocks("python")
+    source = _blocks("python")[0]
     assert len(source.splitlines()) <= 10
     done = subprocess.run([sys.executable, "-c", source], env=_environment(image_home), capture_output=True, text=True, timeout=170)
     assert (done.returncode, done.stdout.split()) == (0, ["42"]), done.stderr
+
+
+def test_policy_example_runs(image_home: Path) -> None:
+    source = _blocks("python")[1]
+    done = subprocess.run([sys.executable, "-c", source], env=_environment(image_home), capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Atlantis nautilus\n")
+    assert "No space left on device" in done.stdout
 
 
 def test_command_line_example_runs(image_home: Path) -> None:
