@@ -11,7 +11,6 @@
 
 static const char *path = "/etc/passwd";
 
-/* What of all these a handler or a rule answers shows in no result: whether they are asked, bench/vos.py counts. */
 static void parent(void) { syscall(SYS_getppid); }
 
 static void look(void) {
@@ -40,8 +39,8 @@ static void work(char **argv, int left) {
     static char zeros[4096];
     volatile unsigned sum = 0;
     int zero = open("/dev/zero", O_RDONLY | O_CLOEXEC);
-    for (int i = 0; i < 40000; i++) {
-        if (i % 8000 == 0)
+    for (int i = 0; i < 25000; i++) {
+        if (i % 5000 == 0)
             file();
         if (read(zero, zeros, sizeof zeros) < 0)
             exit(1);

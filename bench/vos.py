@@ -61,8 +61,8 @@ def _running(vmm: VMM, wall: str, program: Path) -> Iterator[Machine]:
         yield vm
 
 
-def _numbers(text: str) -> list[float]:
-    found = [float(line) / 1000 for line in text.split()]
+def _numbers(text: str, scale: float = 1000) -> list[float]:
+    found = [float(line) / scale for line in text.split()]
     assert found
     return found
 
@@ -76,11 +76,11 @@ def _turns(rounds: int, *takes: Take) -> list[Series]:
     return series
 
 
-def _loop(vm: Machine, what: str, batches: int, count: int, policy: Policy | None = None) -> Take:
-    """Return what takes readings of one loop in a machine: microseconds a call."""
+def _loop(vm: Machine, what: str, batches: int, count: int, policy: Policy | None = None, scale: float = 1000) -> Take:
+    """Return what takes readings of one loop in a machine: microseconds a call; nanoseconds with a `scale` of 1."""
 
     def take() -> list[float]:
-        return _numbers(vm.exec([PLACE, what, str(batches), str(count), FILE], policy=policy, check=True, timeout=120).text)
+        return _numbers(vm.exec([PLACE, what, str(batches), str(count), FILE], policy=policy, check=True, timeout=120).text, scale)
 
     return take
 
@@ -120,7 +120,7 @@ def _looking() -> Policy:
 
 def _sandlock(program: Path, what: str, *call: str) -> Take:
     """Return what takes readings of the same loop under sandlock's handler; none where it is not installed."""
-    argv = [sys.executable, str(SANDLOCKED), *call, "--", str(program), what, "5", "500", FILE]
+    argv = [sys.executable, str(SANDLOCKED), *call, "--", str(program), what, "40", "50", FILE]
 
     def take() -> list[float]:
         return _numbers(subprocess.run(argv, capture_output=True, text=True, check=True, timeout=120).stdout)
@@ -129,8 +129,8 @@ def _sandlock(program: Path, what: str, *call: str) -> Take:
 
 
 def _handlers(vm: Machine, program: Path, rounds: int) -> list[Row]:
-    plain, plain_peer = _turns(rounds, _loop(vm, "parent", 10, 500, _returning()), _sandlock(program, "parent", "getppid"))
-    path, path_peer = _turns(rounds, _loop(vm, "look", 10, 500, _looking()), _sandlock(program, "look", "openat", "--path"))
+    plain, plain_peer = _turns(rounds, _loop(vm, "parent", 200, 50, _returning()), _sandlock(program, "parent", "getppid"))
+    path, path_peer = _turns(rounds, _loop(vm, "look", 200, 50, _looking()), _sandlock(program, "look", "openat", "--path"))
     name = "sandlock's handler" if plain_peer.values else ""
     what = f"{vm.wall}: a call answered by a Python handler"
     rows = [row(what, plain, "us", bound=15, peer=name, against=plain_peer)]
@@ -141,9 +141,10 @@ def _handlers(vm: Machine, program: Path, rounds: int) -> list[Row]:
 
 
 def _far_handlers(vm: Machine, rounds: int) -> list[Row]:
-    plain, path = _turns(rounds, _loop(vm, "parent", 5, 40, _returning()), _loop(vm, "look", 5, 40, _looking()))
+    plain, path = _turns(rounds, _loop(vm, "parent", 20, 10, _returning()), _loop(vm, "look", 20, 10, _looking()))
     what = f"{vm.wall}: a call answered by a Python handler"
-    return [row(what, plain, "us", bound=2000), row(f"{what} that reads a path", path, "us", bound=2000)]
+    found = [row(what, plain, "us", bound=2000), row(f"{what} that reads a path", path, "us", bound=2000)]
+    return [line for pair in zip(found, (plain, path), strict=True) for line in (pair[0], _least(*pair))]
 
 
 # -- what the kernel does -------------------------------------------------------------------------
@@ -165,20 +166,15 @@ def _kernel(vm: Machine, rounds: int) -> list[Row]:
     refuse, pretend = Policy(), Policy()
     refuse.errno("getppid", "EPERM")
     pretend.returns("getppid", 0)
-    native, refused, pretended = _turns(
-        rounds,
-        _loop(vm, "parent", 20, 5000),
-        _loop(vm, "parent", 20, 5000, refuse),
-        _loop(vm, "parent", 20, 5000, pretend),
-    )
-    without, beside = _turns(rounds, _loop(vm, "file", 20, 500), _loop(vm, "file", 20, 500, _forty()))
+    native, refused, pretended = _turns(rounds, *(_loop(vm, "parent", 100, 1000, policy, 1) for policy in (None, refuse, pretend)))
+    without, beside = _turns(rounds, *(_loop(vm, "file", 100, 100, policy, 1) for policy in (None, _forty())))
     rows = []
     for what, series, peer, against, share in (
         ("open + read + close beside a policy of 40 rules", beside, "default filter", without, 1.15),
         ("a call that a rule fails in the kernel", refused, "native", native, 1.2),
         ("a call that a rule returns 0 for in the kernel", pretended, "native", native, 1.2),
     ):
-        line = row(f"{vm.wall}: {what}", series, "us", peer=peer, against=against, share=share)
+        line = row(f"{vm.wall}: {what}", series, "ns", peer=peer, against=against, share=share)
         rows += [line, _least(line, series, against, share)]
     return rows
 
@@ -218,12 +214,10 @@ def _trace(vm: Machine, program: Path, rounds: int) -> list[Row]:
     if shutil.which("strace"):
         takes += [_elapsed(host), _elapsed(lambda: host(*strace))]
     own, traced, *others = _turns(rounds, *takes)
-    what = "a program under trace of a dozen calls in 80,000"
-    line = row(f"{vm.wall}: {what}", traced, "ms", peer="without", against=own, share=1.05)
-    rows = [line, _least(line, traced, own, 1.05)]
+    what = "a program under trace, a dozen calls of 50,000"
+    rows = [row(f"{vm.wall}: {what}", traced, "ms", peer="without", against=own, share=1.05)]
     if others:
-        beside = row("strace --seccomp-bpf -f: the same program", others[1], "ms", peer="without", against=others[0])
-        rows += [beside, _least(beside, others[1], others[0])]
+        rows.append(row("strace --seccomp-bpf -f: the same program", others[1], "ms", peer="without", against=others[0]))
     return rows
 
 
@@ -263,7 +257,7 @@ def rows(quick: bool) -> list[Row]:
             with _running(vmm, "container", program) as vm:
                 found += _handlers(vm, program, 3 if quick else 20)
                 found += _kernel(vm, 3 if quick else 20)
-                found += _trace(vm, program, 3 if quick else 20)
+                found += _trace(vm, program, 5 if quick else 25)
                 found += _execs(vm, 10 if quick else 60)
         if "vm" in offered:
             with _running(vmm, "vm", program) as vm:
