@@ -12,6 +12,7 @@ import pytest
 from host_state import Leftovers, assert_nothing_left
 from images_for_tests import mini_image
 from machine_home import VmHome
+from missing import lacks
 
 from trivisor import VMM
 from trivisor.core.paths import Home
@@ -40,7 +41,7 @@ def image_home() -> Path:
     """
     home = Path(os.environ.get("TRIVISOR_TEST_HOME") or ROOT / ".trivisor-demo")
     if not (home / "trivisor.db").exists():
-        pytest.skip(f"needs the image that `make test` makes in {home}")
+        lacks(f"needs the image that `make test` makes in {home}")
     return home
 
 
