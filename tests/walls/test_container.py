@@ -6,6 +6,8 @@ The parity and security suites try what all walls share.
 from __future__ import annotations
 
 import os
+import resource
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +17,9 @@ from machine_home import in_child
 from wall_fixtures import Make
 
 from trivisor import VMM, Machine
-from trivisor.launch import ids, keeper, tvinit
+from trivisor.launch import container, ids, jail, keeper, tvinit
 from trivisor.launch.container import CAPS
+from trivisor.vmm.engines.container import host
 from trivisor.vmm.layers import layers
 
 pytestmark = pytest.mark.walls("container")
@@ -68,6 +71,13 @@ def test_root_is_nobody_outside(running: Machine) -> None:
     assert running.exec(["stat", "-c", "%u:%g", "/etc/passwd", "/made", "/"]).text == "0:0\n" * 3
 
 
+def test_each_namespace_is_its_own(running: Machine) -> None:
+    pid = outside(running)
+    for name in ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time"):
+        assert os.readlink(f"/proc/{pid}/ns/{name}") != os.readlink(f"/proc/self/ns/{name}"), name
+    assert running.exec(["sh", "-c", "ls -d /proc/[0-9]* | wc -l"], check=True).text.strip() < "9", "of processes it sees its own"
+
+
 def test_nothing_of_the_host_is_left_in_its_mounts(running: Machine) -> None:
     lines = running.exec(["cat", "/proc/self/mountinfo"], check=True).text.splitlines()
     points = [line.split()[4] for line in lines]
@@ -85,6 +95,37 @@ def test_nothing_of_the_host_is_left_in_its_mounts(running: Machine) -> None:
         "os.chroot('.'); print(os.path.exists('/jail'), os.path.exists('" + home + "'))"
     )
     assert running.exec([PYTHON, "-c", escape], check=True).text == "True False\n"
+
+
+def test_of_proc_and_sys_it_sees_and_writes_no_more_than_dockers(running: Machine) -> None:
+    code = f"""
+import os
+def content(path): return os.listdir(path) if os.path.isdir(path) else open(path, 'rb').read()
+def writable(path): return not os.statvfs(path).f_flag & os.ST_RDONLY
+print([path for path in {(*container.MASKED, *host.hidden())} if os.path.exists(path) and content(path)])
+print([path for path in {(*container.READONLY, "/sys")} if os.path.exists(path) and writable(path)])
+"""
+    assert running.exec([PYTHON, "-c", code], check=True).text == "[]\n[]\n"
+    narrow = {"nosuid", "nodev", "noexec"}
+    flags = {line.split()[4]: set(line.split()[5].split(",")) for line in running.exec(["cat", "/proc/self/mountinfo"]).text.splitlines()}
+    for point in ("/proc", "/sys", "/dev/shm", "/dev/mqueue"):
+        assert narrow <= flags[point], (point, flags[point])
+    assert {"nosuid", "noexec"} <= flags["/dev"] and {"nosuid", "noexec"} <= flags["/dev/pts"] and {"nosuid", "nodev"} <= flags["/run"]
+
+
+def test_limits_of_every_process(running: Machine) -> None:
+    most = min(container.OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    for user in (None, "nobody"):
+        said = running.exec(["bash", "-c", "ulimit -Sc; ulimit -Hc; ulimit -Sn; ulimit -Hn"], user=user, check=True).text
+        assert said.split() == ["0", "0", str(min(4096, most)), str(most)]
+
+
+def test_a_landlock_domain_is_around_it(running: Machine) -> None:
+    """What Landlock alone holds is held by seccomp, too: the kernel counts domains, of which 16 fit around a process (landlock(7))."""
+    if jail.probe().landlock < 2:
+        pytest.skip("needs a kernel with Landlock")
+    code = "my $a = pack('Q', 1); my $r = syscall(444, $a, 8, 0); my $n = 0; $n++ while syscall(446, $r, 0) == 0; print $n, ' ', $! + 0"
+    assert running.exec(["perl", "-e", code], check=True).text == "15 7"  # then E2BIG
 
 
 def test_pid_1_shows_nothing_and_holds_nothing(running: Machine) -> None:
@@ -153,6 +194,8 @@ def test_its_clocks_begin_with_it(make: Make) -> None:
 
 
 def test_devices_and_terminals(running: Machine) -> None:
+    assert running.exec(": > /dev/mqueue/made && cat /dev/mqueue/made && rm /dev/mqueue/made").text.startswith("QSIZE:0 ")
+    assert running.exec("echo x > /dev/shm/made && cat /dev/shm/made && rm /dev/shm/made").text == "x\n"
     assert running.exec("head -c 3 /dev/zero | od -An -tx1; echo x >/dev/null; head -c 1 /dev/urandom | wc -c").text == " 00 00 00\n1\n"
     assert running.exec([PYTHON, "-c", "import os; os.write(os.open('/dev/full', os.O_WRONLY), b'x')"]).exit_code != 0
     assert running.exec("ls /dev | tr '\\n' ' '").text == "fd full mqueue null ptmx pts random shm stderr stdin stdout tty urandom zero "
@@ -221,6 +264,19 @@ def test_the_hosts_own_root(wall_vmm: VMM) -> None:
         assert machine.exec("test -e /etc/shadow").exit_code != 0
         machine.exec("touch /usr/made && test -e /usr/made", check=True)
         assert not Path("/usr/made").exists()
+
+
+def test_the_hosts_own_network(make: Make) -> None:
+    """By name only: its interfaces and its loopback are the host's."""
+    machine = make(network="host")
+    assert set(machine.exec(["ls", "/sys/class/net"], check=True).text.split()) == set(os.listdir("/sys/class/net"))
+    assert os.readlink(f"/proc/{outside(machine)}/ns/net") == os.readlink("/proc/self/ns/net")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        machine.exec([PYTHON, "-c", f"import socket; socket.create_connection(('127.0.0.1', {port}), 5)"], check=True)
+        server.settimeout(5)
+        server.accept()[0].close()
+    assert machine.exec("echo 1 > /proc/sys/net/ipv4/ip_forward").exit_code != 0
 
 
 @pytest.fixture
