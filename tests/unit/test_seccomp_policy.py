@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import shutil
 import signal
 import struct
+import subprocess
 from collections.abc import Callable
 
 import pytest
@@ -131,6 +133,24 @@ def test_the_tables_agree_with_the_headers_of_this_machine() -> None:
         }
     assert {name: number for name, number in X86.items() if name in known} == {name: n for name, n in known.items() if name in X86}
     assert set(known) <= set(X86)
+
+
+def test_the_table_of_arm64_agrees_with_the_generic_headers() -> None:
+    """The kernel gives arm64 no table of its own: its numbers are asm-generic's, which this machine's headers have, too."""
+    if shutil.which("cc") is None or not os.path.exists("/usr/include/asm-generic/unistd.h"):
+        pytest.skip("needs cc and linux-libc-dev")
+    wanted = "RENAMEAT NEW_STAT SET_GET_RLIMIT SYS_CLONE3 MEMFD_SECRET"  # arch/arm64/include/uapi/asm/unistd.h
+    source = "".join(f"#define __ARCH_WANT_{word}\n" for word in wanted.split()) + "#include <asm-generic/unistd.h>\n"
+    said = subprocess.run(["cc", "-E", "-dM", "-x", "c", "-"], input=source, capture_output=True, text=True, check=True).stdout
+    defined = {words[1]: words[2] for line in said.splitlines() if len(words := line.split()) == 3}
+    known = {name[5:]: int(defined.get(value, value)) for name, value in defined.items() if name.startswith("__NR_")}
+    for no_call in ("arch_specific_syscall", "syscalls"):
+        del known[no_call]
+    assert len(known) > 300
+    arm = syscalls.SYSCALLS["aarch64"]
+    assert {name: arm.get(name) for name in known} == known
+    assert all(syscalls.name(number, "aarch64") == name and syscalls.number(name, "aarch64") == number for name, number in known.items())
+    assert all(number > max(known.values()) for name, number in arm.items() if name not in known), "what these headers are too old for"
 
 
 def test_the_outer_profile_lets_through_what_may_be_answered_and_each_command_is_denied_it() -> None:

@@ -112,6 +112,17 @@ def number(name: str, machine: str = "") -> int | None:
     raise InvalidSpec(f"there is no system call {name!r}", hint=f"did you mean {near[0]}?" if near else "syscalls(2) lists them")
 
 
+def name(call: str | int, machine: str = "") -> str:
+    """Return the name of a call that is given by name or by number. Raises InvalidSpec, with what is nearest, for what is neither."""
+    if isinstance(call, str):
+        number(call, machine)
+        return call
+    found = None if isinstance(call, bool) else names(machine).get(call)
+    if found is None:
+        raise InvalidSpec(f"there is no system call {call!r}", hint=f"the numbers are those of {machine or os.uname().machine}")
+    return found
+
+
 def names(machine: str = "") -> dict[int, str]:
     """Return number to name."""
     return {number: name for name, number in table(machine).items()}

@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 HANDLER_TIMEOUT = 5.0
 """Seconds that a handler has to answer, unless it is given others; then the call fails with EPERM."""
 
-Calls = str | Sequence[str]
+Calls = str | int | Sequence[str | int]
+"""System calls, each by name or by its number on this architecture."""
+Places = str | Sequence[str]
 Answering = Callable[["Call"], object]
 
 
@@ -66,6 +68,7 @@ class Policy:
     The methods that add a rule return it. They raise InvalidSpec: a name that is no call's (the hint has the nearest), a
     contradiction, a wish that could only pretend.
 
+    Calls are given by name, which means the same on every architecture, or by this one's number.
     A rule's `args` are conditions on argument registers, by number or by the name that the man page has: {"fd": 1},
     {1: "&0x40 == 0x40"}, {"count": (">=", 4096)}; all must hold.
     `path` is a glob of the path, or of the path behind the file descriptor, that the call is given. Of the calls that match,
@@ -192,14 +195,14 @@ class Policy:
         return rule
 
     def _make(self, calls: Calls, action: str, *, args: object = None, **fields: Any) -> Rule:
-        names = (calls,) if isinstance(calls, str) else tuple(calls)
+        names = tuple(syscalls.name(call) for call in ((calls,) if isinstance(calls, str | int) else calls))
         if isinstance(args, Mapping):
             args = {_index(names, key): value for key, value in args.items()}
         return self.add(Rule.make(names, action, args=args, **fields))
 
     # -- the rest ---------------------------------------------------------------------------------
 
-    def paths(self, *, read: Calls | None = None, write: Calls | None = None, execute: Calls | None = None) -> Paths:
+    def paths(self, *, read: Places | None = None, write: Places | None = None, execute: Places | None = None) -> Paths:
         """Let programs read, write (make, change, remove) and execute files only under these paths; None: as without.
 
         Enforced by the kernel (landlock(7)): also through links, renames and file descriptors opened later. The machine's
@@ -211,21 +214,20 @@ class Policy:
         self._paths = made
         return made
 
-    def on(self, *calls: str, timeout: float = HANDLER_TIMEOUT, enforces: bool = False) -> Callable[[Answering], Answering]:
+    def on(self, *calls: str | int, timeout: float = HANDLER_TIMEOUT, enforces: bool = False) -> Callable[[Answering], Answering]:
         """Have the function under it answer these calls, within `timeout` seconds. It is given a Call.
 
         If it raises, or is late, the call fails with EPERM. With `enforces` it cannot proceed with a call whose memory (a path, an
         address) it has looked at, since another thread may have changed it since: it answers by return, errno or on behalf.
         """
-        if not calls or not all(isinstance(name, str) for name in calls):
-            raise InvalidSpec("on takes names of system calls", hint='for example @policy.on("openat", "openat2")')
-        for name in calls:
-            syscalls.number(name)
+        if not calls or not all(isinstance(call, str | int) for call in calls):
+            raise InvalidSpec("on takes system calls, by name or number", hint='for example @policy.on("openat", "openat2")')
+        names = tuple(dict.fromkeys(syscalls.name(call) for call in calls))
         if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not math.isfinite(timeout) or timeout <= 0:
             raise InvalidSpec(f"timeout is seconds, more than 0, not {timeout!r}")
 
         def wrap(function: Answering) -> Answering:
-            handler = Handler(tuple(dict.fromkeys(calls)), function, float(timeout), enforces)
+            handler = Handler(names, function, float(timeout), enforces)
             agree(self._rules, [*self._handlers, handler])
             self._handlers.append(handler)
             return function
@@ -236,12 +238,11 @@ class Policy:
         """Take the vDSO from programs: what they read of clocks, and of random numbers, become calls that rules and handlers see."""
         self._vdso = False
 
-    def trace(self, *calls: str, no_vdso: bool = False, buffer: int = 64) -> None:
+    def trace(self, *calls: str | int, no_vdso: bool = False, buffer: int = 64) -> None:
         """Have these calls (none: all) traced; with `no_vdso` clock reads become calls, that rules, handlers and traces see. At most
         `buffer` bytes are copied of what is read and written. The events go to whoever starts the command: Syscalls.trace."""
-        for name in calls:
-            syscalls.number(name)
-        self._tracing = Tracing(tuple(dict.fromkeys(calls)), no_vdso, buffer)
+        names = tuple(dict.fromkeys(syscalls.name(call) for call in calls))
+        self._tracing = Tracing(names, no_vdso, buffer)
 
     def __repr__(self) -> str:
         parts = [*map(str, self._rules), *map(str, self._handlers), *([str(self._paths)] if self._paths else [])]
