@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -12,9 +13,12 @@ import time
 from collections.abc import Callable
 
 import pytest
-from syscall_support import NUMBERS, On, answered, call, trapped
+from machine_home import in_child
+from syscall_support import NUMBERS, On, answered, call, confine, trapped
 
 from trivisor.core.errors import CallerError, CallGone
+from trivisor.launch import seccomp
+from trivisor.launch.seccomp import Arg, compile_policy, refuse
 from trivisor.vos.syscalls import supervisor as supervisors
 from trivisor.vos.syscalls.call import Call
 from trivisor.vos.syscalls.supervisor import Supervisor
@@ -218,6 +222,28 @@ def test_the_end_of_the_last_program_ends_the_attachment() -> None:
         assert attachment.ended.wait(5)
 
 
+def test_two_that_end_an_attachment_close_its_listener_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    closing, go, times = threading.Event(), threading.Event(), []
+    with answered(lambda: call("getppid"), On(("getppid",), lambda call: call.returns(1))) as (child, attachment):
+        child.result()
+        close, supervisor = attachment.listener.close, attachment._leave.__self__
+
+        def slowly() -> None:
+            times.append(1)
+            closing.set()
+            go.wait(10)
+            close()
+
+        monkeypatch.setattr(attachment.listener, "close", slowly)
+        attachment.close()
+        assert closing.wait(5)
+        supervisor._end(attachment)
+        supervisor._end_all()
+        go.set()
+        assert attachment.ended.wait(5)
+    assert len(times) == 1
+
+
 def test_closing_leaves_no_thread() -> None:
     before = set(threading.enumerate())
     with answered(lambda: call("getppid"), On(("getppid",), lambda call: call.returns(1))) as (child, _):
@@ -271,3 +297,29 @@ def test_a_forked_owner_starts_anew() -> None:
         assert child.result() == "1"
         assert attachment.ended.wait(5)
         supervisor.close()
+
+
+def test_one_thread_for_all_commands_of_a_machine() -> None:
+    before = set(threading.enumerate())
+    supervisor = Supervisor("test")
+    on = On(("getppid",), lambda call: call.returns(threading.get_ident() % 1000))
+    with contextlib.ExitStack() as stack:
+        children = [stack.enter_context(trapped(["getppid"], lambda: call("getppid"))) for _ in range(5)]
+        for child in children:
+            supervisor.attach(child.listener, [on])
+        assert len({child.result() for child in children}) == 1
+        assert len(set(threading.enumerate()) - before) == 1
+        supervisor.close()
+
+
+def test_a_kernel_that_does_not_know_synchronous_wake_ups_is_slower_and_no_more() -> None:
+    """Before Linux 6.6 the ioctl is EINVAL: here a filter says so."""
+    set_flags = 0x40082104  # SECCOMP_IOCTL_NOTIF_SET_FLAGS
+
+    def work() -> None:
+        confine(compile_policy(seccomp.OPEN, {"ioctl": [((Arg(1, "==", set_flags),), refuse(errno.EINVAL))]}))
+        with answered(lambda: call("getppid"), On(("getppid",), lambda call: call.returns(7))) as (child, _):
+            assert call("ioctl", child.listener.fileno(), set_flags, 1) == -errno.EINVAL
+            assert child.result() == "7"
+
+    assert in_child(work) == 0

@@ -298,9 +298,11 @@ class Supervisor:
             self._end(self._leaving.popleft())
 
     def _end(self, attachment: Attachment) -> None:
-        if attachment.ended.is_set():
+        """Close an attachment, once: the serving thread and one that calls `close` may both try. Whoever gets to forget the first does."""
+        first, *others = attachment.fds
+        if not self._forget(first):
             return
-        for fd in attachment.fds:
+        for fd in others:
             self._forget(fd)
         attachment.listener.close()
         attachment.ended.set()
@@ -309,9 +311,13 @@ class Supervisor:
         for attachment in set(self._sources.values()):
             self._end(attachment)
 
-    def _forget(self, fd: int) -> None:
-        if self._sources.pop(fd, None) is not None:
+    def _forget(self, fd: int) -> bool:
+        """Poll `fd` no longer. False if somebody has seen to that already."""
+        if self._sources.pop(fd, None) is None:
+            return False
+        with contextlib.suppress(OSError):  # the attachment was ended meanwhile, and the descriptor closed
             self._epoll.unregister(fd)
+        return True
 
     # -- the watchdog -----------------------------------------------------------------------------
 
