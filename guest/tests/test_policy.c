@@ -219,6 +219,23 @@ static void listeners(void) {
     close(pair[1]);
 }
 
+/* The same where the kernel refuses a flag that it does not know: Linux before 5.19. */
+static void without_killable_waits(void) {
+    pid_t pid = fork();
+    if (pid == 0) {
+        struct sock_filter code[] = {
+            {0x20, 0, 0, offsetof(struct seccomp_data, nr)}, {0x15, 0, 3, SYS_seccomp}, {0x20, 0, 0, offsetof(struct seccomp_data, args[1])},
+            {0x45, 0, 1, 1u << 5}, {0x06, 0, 0, ERRNO(EINVAL)}, {0x06, 0, 0, ALLOW},
+        };
+        struct sock_fprog old = {sizeof code / sizeof *code, code};
+        CHECK(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 && syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &old) == 0);
+        CHECK(syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 1u << 5, &old) < 0 && errno == EINVAL);
+        listeners();
+        _exit(0);
+    }
+    CHECK(end_of(pid) == 0);
+}
+
 /* The machine's own filter, for commands that have no policy or one without a filter. */
 static void defaults(void) {
     struct policy p;
@@ -244,6 +261,7 @@ int main(void) {
     kernel();
     landlocked();
     listeners();
+    without_killable_waits();
     defaults();
     return 0;
 }

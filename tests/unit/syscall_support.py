@@ -37,13 +37,18 @@ def install(calls: Iterable[str]) -> int:
     for at, number in enumerate(numbers):
         code += struct.pack("<HBBI", 0x15, len(numbers) - at, 0, number)
     code += struct.pack("<HBBI", 6, 0, 0, _ALLOW) + struct.pack("<HBBI", 6, 0, 0, _NOTIFY)
+    return confine(code, _NEW_LISTENER | _WAIT_KILLABLE)
+
+
+def confine(code: bytes, flags: int = 0) -> int:
+    """Put this thread under a filter for good; what seccomp(2) returns."""
     memory = ctypes.create_string_buffer(code, len(code))
     program = _Program(len(code) // 8, ctypes.addressof(memory))
     libc.prctl(38, 1, 0, 0, 0)
-    fd = libc.syscall(NUMBERS["seccomp"], 1, _NEW_LISTENER | _WAIT_KILLABLE, ctypes.byref(program))
-    if fd < 0:
+    done: int = libc.syscall(NUMBERS["seccomp"], 1, flags, ctypes.byref(program))
+    if done < 0:
         raise OSError(ctypes.get_errno(), "seccomp")
-    return fd
+    return done
 
 
 def call(name: str, *args: object) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
@@ -13,12 +12,9 @@ import time
 from collections.abc import Callable
 
 import pytest
-from machine_home import in_child
-from syscall_support import NUMBERS, On, answered, call, confine, trapped
+from syscall_support import NUMBERS, On, answered, call, trapped
 
 from trivisor.core.errors import CallerError, CallGone
-from trivisor.launch import seccomp
-from trivisor.launch.seccomp import Arg, compile_policy, refuse
 from trivisor.vos.syscalls import supervisor as supervisors
 from trivisor.vos.syscalls.call import Call
 from trivisor.vos.syscalls.supervisor import Supervisor
@@ -297,29 +293,3 @@ def test_a_forked_owner_starts_anew() -> None:
         assert child.result() == "1"
         assert attachment.ended.wait(5)
         supervisor.close()
-
-
-def test_one_thread_for_all_commands_of_a_machine() -> None:
-    before = set(threading.enumerate())
-    supervisor = Supervisor("test")
-    on = On(("getppid",), lambda call: call.returns(threading.get_ident() % 1000))
-    with contextlib.ExitStack() as stack:
-        children = [stack.enter_context(trapped(["getppid"], lambda: call("getppid"))) for _ in range(5)]
-        for child in children:
-            supervisor.attach(child.listener, [on])
-        assert len({child.result() for child in children}) == 1
-        assert len(set(threading.enumerate()) - before) == 1
-        supervisor.close()
-
-
-def test_a_kernel_that_does_not_know_synchronous_wake_ups_is_slower_and_no_more() -> None:
-    """Before Linux 6.6 the ioctl is EINVAL: here a filter says so."""
-    set_flags = 0x40082104  # SECCOMP_IOCTL_NOTIF_SET_FLAGS
-
-    def work() -> None:
-        confine(compile_policy(seccomp.OPEN, {"ioctl": [((Arg(1, "==", set_flags),), refuse(errno.EINVAL))]}))
-        with answered(lambda: call("getppid"), On(("getppid",), lambda call: call.returns(7))) as (child, _):
-            assert call("ioctl", child.listener.fileno(), set_flags, 1) == -errno.EINVAL
-            assert child.result() == "7"
-
-    assert in_child(work) == 0
