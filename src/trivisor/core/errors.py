@@ -19,6 +19,7 @@
         ├── FileError            a file operation in the machine failed: errno and path
         ├── WaitTimeout          the machine did not end in the time given
         ├── BadArgument          a program's system call points nowhere, or to too much
+        ├── BadAddress           there is no memory at an address in the machine
         ├── CallGone             the program died, or was interrupted, while its call was held
         ├── GuestProtocolError   the guest sent what the protocol does not allow
         └── GuestGone            the line to the machine closed
@@ -60,6 +61,7 @@ _ON_A_MACHINE = {
     "files": "reach the files of",
     "forward": "forward a port of",
     "stats": "read the figures of",
+    "memory": "reach the memory of",
 }
 
 
@@ -188,6 +190,10 @@ class BadArgument(GuestError):
     def __init__(self, code: int, message: str, *, machine: str = "") -> None:
         self.errno = code
         super().__init__(f"{message}: {os.strerror(code)}", machine=machine)
+
+
+class BadAddress(GuestError, LookupError):
+    """No memory lies at an address of the machine's, or none that may be used so."""
 
 
 class CallGone(GuestError):

@@ -30,6 +30,7 @@ LEGAL: dict[str, tuple[State, ...]] = {
     "files": (_R,),
     "forward": (_R,),
     "stats": (_R, _P),
+    "memory": (_R, _P),
 }
 
 

@@ -14,7 +14,7 @@ from typing import Protocol
 from trivisor.core.paths import Home, MachineDir
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.undo import Undo
-from trivisor.vos.ports import SyscallPort
+from trivisor.vos.ports import MemoryPort, SyscallPort
 
 Progress = Callable[[str], None]
 """Told, in a few words, what takes time now."""
@@ -103,6 +103,10 @@ class Engine(Protocol):
 
     def syscalls(self, box: Box | None = None) -> SyscallPort:
         """Say what the wall does for vos.syscalls; of a machine, or of all."""
+        ...
+
+    def memory(self, box: Box) -> MemoryPort:
+        """Say what the wall does for vos.memory, of a machine that runs or is paused."""
         ...
 
     def sweep(self, home: Home, machines: set[str]) -> list[str]:

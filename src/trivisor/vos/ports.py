@@ -6,12 +6,15 @@ for what is not in `features`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from trivisor.core.errors import UnsupportedByWall
 from trivisor.core.spec import Wall
 from trivisor.launch.seccomp import Profile
+from trivisor.vos.memory.kernel import Kernel
 
 FEATURES: dict[str, tuple[str, tuple[Wall, ...]]] = {
     "kernel": ("answer system calls in the kernel", ("container", "gvisor", "vm")),
@@ -22,6 +25,13 @@ FEATURES: dict[str, tuple[str, tuple[Wall, ...]]] = {
     "no-vdso": ("take the vDSO from programs", ("container", "gvisor", "vm")),
 }
 """A feature, to what it is for and the walls that may have it."""
+
+MEMORY_FEATURES: dict[str, tuple[str, tuple[Wall, ...]]] = {
+    "physical": ("show the memory of a machine", ("vm",)),
+    "kernel": ("show the memory of its kernel", ("vm",)),
+    "process": ("show the memory of its processes", ("container", "vm")),
+}
+"""The same for vos.memory."""
 
 
 @dataclass(frozen=True)
@@ -47,3 +57,47 @@ class SyscallPort:
             raise UnsupportedByWall(
                 f"{what}{f' ({self.why})' if self.why else ''}", self.wall, [wall for wall in walls if wall != self.wall], machine=name
             )
+
+
+@dataclass(frozen=True)
+class Ram:
+    """A run of guest-physical memory, and where it lies in the process that runs the machine. Bytes."""
+
+    physical: int
+    size: int
+    address: int
+
+
+@dataclass(frozen=True)
+class Still:
+    """A machine that stands still, or is let run on: where its memory is."""
+
+    pid: int
+    """vm: the process that has its memory. container: its PID 1, as the host numbers it."""
+    ram: tuple[Ram, ...] = ()
+    top: int = 0
+    """Physical address of the page tables in use on its first vCPU (CR3)."""
+    levels: int = 4
+
+
+def _nowhere(_: bool) -> AbstractContextManager[Still]:
+    raise LookupError("a wall without a feature of memory was asked where it is")
+
+
+@dataclass(frozen=True)
+class MemoryPort:
+    """What one machine's wall does for vos.memory."""
+
+    wall: Wall
+    features: frozenset[str]
+    """Of MEMORY_FEATURES."""
+    hold: Callable[[bool], AbstractContextManager[Still]] = _nowhere
+    """Say where the machine's memory is; with True no instruction of it runs inside the `with`."""
+    kernel: Callable[[], Kernel] | None = None
+    """Return what is known of its kernel. Raises NotFound."""
+
+    def need(self, feature: str, name: str = "") -> None:
+        """Raise UnsupportedByWall for the machine `name` unless the wall has `feature`."""
+        if feature not in self.features:
+            what, walls = MEMORY_FEATURES[feature]
+            raise UnsupportedByWall(what, self.wall, [wall for wall in walls if wall != self.wall], machine=name)

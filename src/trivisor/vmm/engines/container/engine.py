@@ -28,8 +28,8 @@ from trivisor.launch.net import provide
 from trivisor.launch.net.provide import Net
 from trivisor.vmm import layers, procs
 from trivisor.vmm.engine import Box, Progress, Usage, WallReport
-from trivisor.vmm.engines.container import host
-from trivisor.vos.ports import SyscallPort
+from trivisor.vmm.engines.container import host, memory
+from trivisor.vos.ports import MemoryPort, SyscallPort
 
 _WAIT = 60.0
 
@@ -97,6 +97,9 @@ class ContainerEngine:
     def syscalls(self, box: Box | None = None) -> SyscallPort:
         port = host.syscalls()
         return port if box is None else replace(port, answer=box.dir.answer)
+
+    def memory(self, box: Box) -> MemoryPort:
+        return memory.port(box)
 
     def sweep(self, home: Home, machines: set[str]) -> list[str]:
         return []

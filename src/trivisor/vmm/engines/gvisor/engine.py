@@ -30,7 +30,7 @@ from trivisor.vmm.engines.gvisor.jailed import Link, Sandbox
 from trivisor.vmm.engines.gvisor.runsc import Runsc
 from trivisor.vos import guest
 from trivisor.vos.line import Line
-from trivisor.vos.ports import SyscallPort
+from trivisor.vos.ports import MemoryPort, SyscallPort
 
 _WAIT = 60.0
 _STEPS = 60.0
@@ -130,6 +130,10 @@ class GvisorEngine:
     def syscalls(self, box: Box | None = None) -> SyscallPort:
         # The Sentry knows neither Landlock nor SECCOMP_RET_USER_NOTIF and _LOG.
         return SyscallPort(self.wall, frozenset({"kernel", "trace", "no-vdso"}), seccomp.OPEN)
+
+    def memory(self, box: Box) -> MemoryPort:
+        # What its programs have is scattered over the Sentry's own memory, and only the Sentry knows how.
+        return MemoryPort(self.wall, frozenset())
 
     def sweep(self, home: Home, machines: set[str]) -> list[str]:
         return []

@@ -24,14 +24,14 @@ from trivisor.launch.net import networks, passt, provide
 from trivisor.launch.net.links import INSIDE
 from trivisor.launch.net.provide import Net
 from trivisor.vmm.engine import Box, Progress, Usage, WallReport
-from trivisor.vmm.engines.vm import argv, disks, ice, kit, limits, making, probe, proc, qemu, ram, runner, sharing
+from trivisor.vmm.engines.vm import argv, disks, ice, kit, limits, making, memory, probe, proc, qemu, ram, runner, sharing
 from trivisor.vmm.engines.vm.ice import Ice
 from trivisor.vmm.engines.vm.making import Image
 from trivisor.vmm.engines.vm.qmp import Qmp, StateRefused
 from trivisor.vmm.engines.vm.runner import Ram, Setup, Work
 from trivisor.vos import guest
 from trivisor.vos.line import Line
-from trivisor.vos.ports import FEATURES, SyscallPort
+from trivisor.vos.ports import FEATURES, MemoryPort, SyscallPort
 
 _STEPS = 60.0
 _FEATURES = {"pause": True, "disk": True, "own_kernel": True, "ice": True}
@@ -129,6 +129,9 @@ class VmEngine:
 
     def syscalls(self, box: Box | None = None) -> SyscallPort:
         return SyscallPort(self.wall, frozenset(FEATURES), seccomp.OPEN)
+
+    def memory(self, box: Box) -> MemoryPort:
+        return memory.port(self._home, box)
 
     def sweep(self, home: Home, machines: set[str]) -> list[str]:
         return kit.sweep(home) + ice.sweep(home)

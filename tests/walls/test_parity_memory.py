@@ -1,0 +1,171 @@
+"""`vm.memory` of machines that run, behind the walls that have each part of it."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from trivisor import Machine, UnsupportedByWall
+from trivisor.core.errors import BadAddress, InvalidSpec, NotFound, WaitTimeout
+from trivisor.vos.process import Process
+
+_PROGRAM = """
+import sys
+held = bytearray(b'hay' + b'stack-%d' % 42)
+print('ready', flush=True)
+for line in sys.stdin:
+    exec(line)
+    print(bytes(held).hex(), flush=True)
+"""
+
+
+@pytest.fixture
+def program(running: Machine) -> Iterator[Process]:
+    """A program that holds b"haystack-42" and does what it is told with it."""
+    process = running.spawn(["python3", "-c", _PROGRAM])
+    assert process.stdout.readline() == b"ready\n"
+    yield process
+    process.kill()
+    process.wait(10)
+
+
+def told(program: Process, line: str) -> bytes:
+    program.stdin.write(line.encode() + b"\n")
+    return bytes.fromhex(program.stdout.readline().decode())
+
+
+def place(running: Machine, program: Process) -> int:
+    """Where the program has its word. A number that it has just made up tells its own bytes from copies of older ones."""
+    told(program, "held[:] = b'needle-' + (b'%08d' % 4711)")
+    found = running.memory.search(b"needle-00004711", pid=program.pid)
+    assert found
+    for address in found:
+        before = running.memory.read(address, 15, pid=program.pid)
+        running.memory.write(address, b"N", pid=program.pid)
+        if told(program, "pass") == b"Needle-00004711":
+            return address
+        running.memory.write(address, before, pid=program.pid)
+    raise AssertionError(f"none of {found} is the program's own")
+
+
+@pytest.mark.walls("vm", "container")
+def test_a_program_s_memory_is_read_written_and_searched(running: Machine, program: Process) -> None:
+    address = place(running, program)
+    assert running.memory.read(address, 15, pid=program.pid) == b"Needle-00004711"
+    assert address in running.memory.search(re.compile(rb"Need..-\d{8}"), pid=program.pid)
+    assert running.memory.search(b"Needle-00004711", pid=program.pid, start=address, end=address + 15) == [address]
+    assert running.memory.search(b"Needle-00004711", pid=program.pid, start=address + 1, end=address + 15) == []
+    running.memory.write(address, b"changed", pid=program.pid)
+    assert told(program, "pass") == b"changed00004711"
+
+
+@pytest.mark.walls("vm", "container")
+def test_a_word_is_watched_until_a_program_writes_it(running: Machine, program: Process) -> None:
+    address = place(running, program)
+    with pytest.raises(WaitTimeout):
+        running.memory.watch(address, 8, pid=program.pid, timeout=0.05)
+    timer = threading.Timer(0.1, lambda: told(program, "held[0] = 88"))
+    timer.start()
+    change = running.memory.watch(address, 8, pid=program.pid, timeout=20)
+    timer.join()
+    assert (change.address, change.before, change.after) == (address, b"Needle-0", b"Xeedle-0")
+
+
+@pytest.mark.walls("vm", "container")
+def test_what_is_not_there(running: Machine, program: Process) -> None:
+    memory = running.memory
+    with pytest.raises(NotFound, match="no process 99999"):
+        memory.read(4096, 1, pid=99999)
+    for address in (0, 1 << 46, 0x8000_0000_0000 - 4096):
+        with pytest.raises(BadAddress):
+            memory.read(address, 8, pid=program.pid)
+    for address, size in ((-1, 8), (1 << 64, 1), (0, 0), (0, 2 << 30), ((1 << 64) - 1, 2)):
+        with pytest.raises(InvalidSpec):
+            memory.read(address, size, pid=program.pid)
+    with pytest.raises(InvalidSpec, match="bytes"):
+        memory.search(b"", pid=program.pid)
+    assert running.state == "running"
+
+
+@pytest.mark.walls("gvisor", "container")
+def test_walls_without_it_say_so(running: Machine) -> None:
+    for look in (running.memory.view, running.memory.processes, lambda: running.memory.symbols, lambda: running.memory.read(0, 1)):
+        with pytest.raises(UnsupportedByWall, match="memory of"):
+            look()
+    if running.wall == "gvisor":
+        with pytest.raises(UnsupportedByWall, match="its processes"):
+            running.memory.read(0, 1, pid=1)
+
+
+@pytest.mark.walls("vm")
+def test_a_view_of_all_its_memory(running: Machine, program: Process) -> None:
+    address = place(running, program)
+    page = running.memory.page(address, pid=program.pid)
+    physical = page.physical + address - page.virtual
+    assert page.user and page.writable
+    with running.memory.view() as view:
+        assert len(view) == running.spec.memory
+        assert bytes(view.data[physical : physical + 15]) == b"Needle-00004711"
+    assert physical in running.memory.search(b"Needle-00004711")
+    assert running.memory.read_physical(physical, 6) == b"Needle"
+    running.memory.write_physical(physical, b"P")
+    assert told(program, "pass") == b"Peedle-00004711"
+    with running.memory.view(physical, 6) as small:
+        assert (small.start, bytes(small.data)) == (physical, b"Peedle")
+    for start, size in ((running.spec.memory, 1), (running.spec.memory - 1, 2), (1 << 40, None)):
+        with pytest.raises(BadAddress, match="not memory"):
+            running.memory.view(start, size)
+
+
+@pytest.mark.walls("vm")
+def test_the_kernel_s_symbols_and_memory(running: Machine) -> None:
+    said = running.exec("grep -E ' (init_task|linux_banner|_text|do_exit)$' /proc/kallsyms").text
+    known = {name: int(address, 16) for address, _, name in (line.split()[:3] for line in said.splitlines())}
+    assert len(known) == 4
+    assert {name: running.memory.symbols[name] for name in known} == known
+    banner = running.memory.read(running.memory.symbols["linux_banner"], 14)
+    assert banner == b"Linux version "
+    assert not running.memory.page(running.memory.symbols["_text"]).user
+    with pytest.raises(BadAddress):
+        running.memory.read(0xFFFF_FF00_0000_0000, 1)
+
+
+@pytest.mark.walls("vm")
+def test_a_list_of_processes_from_outside_is_what_ps_says(running: Machine) -> None:
+    """Of a machine that is paused, so that what is compared is of one moment: a program's own list, made just before."""
+    lister = """if True:
+        import os, sys
+        for pid in os.listdir('/proc'):
+            if pid.isdigit():
+                print(pid, open('/proc/' + pid + '/stat').read().strip())
+        print('done', flush=True)
+        sys.stdin.read()
+    """
+    sleepers = running.spawn("for i in 1 2 3 4 5 6 7 8; do sleep 1000 & done; echo; wait")
+    assert sleepers.stdout.readline()
+    shell = running.spawn(["python3", "-c", lister])
+    rows = list(iter(shell.stdout.readline, b"done\n"))
+    running.pause()
+    try:
+        seen = running.memory.processes()
+    finally:
+        running.resume()
+    inside = {}
+    for row in rows:
+        pid, _, rest = row.decode().partition(" ")
+        name = rest[rest.index("(") + 1 : rest.rindex(")")]
+        inside[int(pid)] = (name[:15], int(rest[rest.rindex(")") + 1 :].split()[1]))
+    outside = {process.pid: (process.name, process.parent) for process in seen}
+    # The kernel's workers come, go and are renamed by themselves.
+    kernels = {pid for pid, (name, _) in (*inside.items(), *outside.items()) if name.startswith("kworker")}
+    for pid in kernels:
+        inside.pop(pid, None)
+        outside.pop(pid, None)
+    assert outside == inside
+    assert sum(process.argv == ("sleep", "1000") for process in seen) == 8
+    assert {process.uid for process in seen} == {0}
+    sleepers.kill()
+    shell.kill()
