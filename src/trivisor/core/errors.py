@@ -61,6 +61,8 @@ _ON_A_MACHINE = {
     "files": "reach the files of",
     "forward": "forward a port of",
     "stats": "read the figures of",
+    "attach": "attach a device to",
+    "detach": "detach a device from",
     "memory": "reach the memory of",
 }
 

@@ -30,6 +30,8 @@ LEGAL: dict[str, tuple[State, ...]] = {
     "files": (_R,),
     "forward": (_R,),
     "stats": (_R, _P),
+    "attach": (_C, _R, _S, _F),
+    "detach": (_C, _R, _S, _F),
     "memory": (_R, _P),
 }
 

@@ -16,6 +16,7 @@ from trivisor.vmm.engine import Box, Engine
 from trivisor.vmm.guestline import Lines
 from trivisor.vmm.records import Records, Row
 from trivisor.vmm.shares import folders
+from trivisor.vos.devices.service import Server
 from trivisor.vos.syscalls.service import Held
 from trivisor.vos.syscalls.supervisor import Supervisor
 
@@ -31,6 +32,7 @@ class Context:
     lines: Lines = field(default_factory=Lines)
     _held: dict[str, Held] = field(default_factory=dict)
     _supervisors: dict[str, Supervisor] = field(default_factory=dict)
+    _servers: dict[str, dict[str, Server]] = field(default_factory=dict)
 
     def engine(self, wall: Wall, machine: str = "") -> Engine:
         """Return the engine of `wall`. Raises UnsupportedByWall where this version has none."""
@@ -47,17 +49,23 @@ class Context:
         """Return what runs this process's handlers for a machine."""
         return self._supervisors.setdefault(machine, Supervisor(name))
 
+    def servers(self, machine: str) -> dict[str, Server]:
+        """Return what answers in this process for a machine's devices, by name."""
+        return self._servers.setdefault(machine, {})
+
     def forget(self, machine: str) -> None:
         """Let go of a machine that is gone, or is left to others: its line, and what answered its programs' calls."""
         self.lines.drop(machine)
         self._held.pop(machine, None)
+        for server in self._servers.pop(machine, {}).values():
+            server.close()
         supervisor = self._supervisors.pop(machine, None)
         if supervisor is not None:
             supervisor.close()
 
     def close(self) -> None:
         """Let go of all machines."""
-        for machine in list(self._supervisors):
+        for machine in {*self._supervisors, *self._servers}:
             self.forget(machine)
         self.lines.close()
 

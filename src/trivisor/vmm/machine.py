@@ -21,10 +21,12 @@ from trivisor.core.spec import Spec, Wall
 from trivisor.core.state import State, check
 from trivisor.vmm import life, limits, locks, logs, reconcile, watch
 from trivisor.vmm.context import Context
+from trivisor.vmm.devices import MachineDevices
 from trivisor.vmm.engine import Progress
 from trivisor.vmm.records import Row
 from trivisor.vos import guest
 from trivisor.vos.capture import Sink, Stdin
+from trivisor.vos.devices.service import Devices
 from trivisor.vos.files import Files
 from trivisor.vos.forward import Forward, forward
 from trivisor.vos.line import Line
@@ -107,6 +109,7 @@ class Machine:
         Raises InvalidState, Busy, HostLacks, EngineError (with the end of the engine's output), StorageError.
         """
         life.start(self._context, self.id, progress or (lambda _: None))
+        self.devices.settle()
 
     def pause(self) -> None:
         """Freeze it: when this returns no guest instruction runs. Raises InvalidState, Busy, EngineError."""
@@ -212,6 +215,11 @@ class Machine:
     def memory(self) -> Memory:
         """What is in its memory, read and written from outside."""
         return Memory(self.name, self._memory_port)
+
+    @property
+    def devices(self) -> Devices:
+        """The devices that it is given, while it runs or for its next start."""
+        return Devices(self.name, MachineDevices(self._context, self.id), lambda: self.files, self._context.servers(self.id))
 
     @property
     def files(self) -> Files:

@@ -20,6 +20,8 @@ LINE, SERIAL, QMP, NET, RAM_FD = 10, 11, 12, 13, 14
 SHARE = 20
 """The first of the descriptors to virtiofs daemons."""
 MAX_SHARES = 7
+SPARE_PORTS = 8
+"""PCIe root ports with nothing in them, for devices that come while the machine runs."""
 DUMMY = 1 << 40
 """Size of the dummy disks that a blank ice is bound to: no real disk may be larger."""
 
@@ -119,7 +121,7 @@ def command(
     argv += _shares(shape.shares) if shape.shares else []
     argv += ["-object", "rng-builtin,id=rng", "-device", "virtio-rng-pci,rng=rng,id=random,addr=0x7"]
     argv += ["-device", "vmgenid,guid=auto,id=generation"]
-    for spare in (1, 2):
+    for spare in range(1, SPARE_PORTS + 1):
         argv += ["-device", f"pcie-root-port,id=spare{spare},chassis={spare},slot={spare},addr=0x{15 + spare:x}"]
     if not boot:
         return [*argv, "-incoming", "defer"]

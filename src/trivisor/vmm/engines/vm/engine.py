@@ -25,6 +25,7 @@ from trivisor.launch.net.links import INSIDE
 from trivisor.launch.net.provide import Net
 from trivisor.vmm.engine import Box, Progress, Usage, WallReport
 from trivisor.vmm.engines.vm import argv, disks, ice, kit, limits, making, memory, probe, proc, qemu, ram, runner, sharing
+from trivisor.vmm.engines.vm.hotplug import Hotplug
 from trivisor.vmm.engines.vm.ice import Ice
 from trivisor.vmm.engines.vm.making import Image
 from trivisor.vmm.engines.vm.qmp import Qmp, StateRefused
@@ -132,6 +133,10 @@ class VmEngine:
 
     def memory(self, box: Box) -> MemoryPort:
         return memory.port(self._home, box)
+
+    def hotplug(self, box: Box) -> Hotplug:
+        """Return what plugs devices into a running machine, and pulls them out."""
+        return Hotplug(box)
 
     def sweep(self, home: Home, machines: set[str]) -> list[str]:
         return kit.sweep(home) + ice.sweep(home)

@@ -12,6 +12,8 @@ import json
 import os
 import socket
 import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,10 +22,15 @@ from trivisor.core.errors import EngineError
 
 MAX_REPLY = 4 << 20
 TIMEOUT = 10.0
+MAX_EVENTS = 1000
 
 
 class StateRefused(EngineError):
     """QEMU did not take a frozen state: it said so, or it ended."""
+
+
+class Unanswered(EngineError):
+    """QEMU did not say in time what was waited for."""
 
 
 class Qmp:
@@ -33,6 +40,7 @@ class Qmp:
         self._socket = sock
         self._machine = machine
         self._buffer = bytearray()
+        self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
 
     @classmethod
     def connect(cls, path: Path, machine: str = "", timeout: float = TIMEOUT) -> Self:
@@ -81,6 +89,19 @@ class Qmp:
                 raise EngineError(f"QEMU refused {command}", output=text[:1000], machine=self._machine)
             if "return" in message:
                 return message["return"]
+            if "event" in message:
+                self._events.append(message)
+
+    def wait_event(self, name: str, matches: Callable[[dict[str, Any]], bool], timeout: float) -> bool:
+        """Wait for an event of that name whose data `matches`, which may have come since the last wait. Raises EngineError if QEMU ends."""
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                message = self._events.popleft() if self._events else self._message(deadline, name)
+            except Unanswered:
+                return False
+            if message.get("event") == name and matches(message.get("data") or {}):
+                return True
 
     def state_to(self, fd: int, *, timeout: float = 60.0) -> None:
         """Save the stopped machine's device state, without RAM, to `fd`, open for writing only."""
@@ -151,7 +172,7 @@ class Qmp:
                 raise EngineError("QEMU's answer has no end", machine=self._machine)
             left = deadline - time.monotonic()
             if left <= 0:
-                raise EngineError(f"QEMU did not answer {command} in time", machine=self._machine)
+                raise Unanswered(f"QEMU did not answer {command} in time", machine=self._machine)
             try:
                 self._socket.settimeout(left)
                 data = self._socket.recv(65536)

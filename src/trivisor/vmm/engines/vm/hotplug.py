@@ -1,0 +1,170 @@
+"""Devices that are plugged into a running QEMU, and pulled out again, over QMP.
+
+Each goes into a spare PCIe root port of the machine's shape; the guest takes it by ACPI hot-plug. QEMU is jailed and can open
+nothing: files travel to it as descriptors. What is plugged is asked of QEMU itself, so nothing that is remembered can be wrong.
+Only after the guest is configured is anything plugged: ice knows of spare ports and of nothing in them.
+
+A device's parts (blockdev, limits, chardev) bear its name, and are taken away with it, or when it could not be plugged.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, suppress
+from typing import Any
+
+from trivisor.core.devices import Device, Disk, Served
+from trivisor.core.errors import EngineError, GuestError, InvalidSpec
+from trivisor.vmm.engine import Box
+from trivisor.vmm.engines.vm.qmp import Qmp
+
+PREFIX = "hot-"
+UNPLUG = 10.0
+_WRITE = {"write-cache": "on", "werror": "report", "rerror": "report", "num-queues": 1}
+
+
+class Hotplug:
+    """The devices of one running machine."""
+
+    kinds = frozenset({"disk", "block", "char", "random"})
+
+    def __init__(self, box: Box) -> None:
+        self._box = box
+
+    def plugged(self) -> set[str]:
+        """Return the names of the devices that QEMU has. Raises EngineError."""
+        with self._qmp() as qmp:
+            return _plugged(qmp)
+
+    def plug(self, name: str, device: Device, fd: int | None) -> None:
+        """Plug `device`; `fd` is its file or socket, the caller's to close. Raises InvalidSpec, EngineError."""
+        try:
+            self._plug(name, device, fd)
+        except EngineError as error:
+            # QEMU locks an image's file, and says so when it is asked for the image or when a device wants to write to it.
+            if not isinstance(device, Disk) or 'Failed to get "' not in str(error):
+                raise
+            hint = "one that writes to a disk must be alone with it: detach it there, or give readonly=True everywhere"
+            machine = self._box.spec.name
+            raise InvalidSpec(f"{device.path} is in use by another machine or program", machine=machine, hint=hint) from error
+
+    def _plug(self, name: str, device: Device, fd: int | None) -> None:
+        with self._qmp() as qmp, ExitStack() as undo:
+            port = _free_port(qmp, self._box.spec.name)
+            if isinstance(device, Served) and device.kind == "char":
+                _plug_port(qmp, undo, name, port, _given(fd))
+            elif isinstance(device, Disk | Served):
+                _plug_disk(qmp, undo, name, port, device, _given(fd))
+            else:
+                qmp.ask("object-add", {"qom-type": "rng-builtin", "id": f"{PREFIX}{name}-source"})
+                undo.callback(_try, qmp, "object-del", {"id": f"{PREFIX}{name}-source"})
+                qmp.ask("device_add", _device(name, port, driver="virtio-rng-pci", rng=f"{PREFIX}{name}-source"))
+            undo.pop_all()
+
+    def unplug(self, name: str) -> None:
+        """Have the guest let go of a device and take it away. Raises EngineError, GuestError if the guest keeps it."""
+        with self._qmp() as qmp:
+            if name in _plugged(qmp):
+                qmp.ask("device_del", {"id": PREFIX + name})
+                if not qmp.wait_event("DEVICE_DELETED", lambda data: data.get("device") == PREFIX + name, UNPLUG):
+                    raise GuestError(
+                        f"the guest does not let go of {name}",
+                        machine=self._box.spec.name,
+                        hint="is it still starting, or without ACPI hot-plug? A stop takes the device away in any case",
+                    )
+            _clear(qmp, name)
+
+    def _qmp(self) -> Qmp:
+        return Qmp.connect(self._box.dir.qmp, self._box.spec.name)
+
+
+def _given(fd: int | None) -> int:
+    assert fd is not None
+    return fd
+
+
+def _plugged(qmp: Qmp) -> set[str]:
+    found = qmp.ask("qom-list", {"path": "/machine/peripheral"})
+    names = [str(entry["name"]) for entry in found if str(entry["type"]).startswith("child<")]
+    return {name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX) and "." not in name}
+
+
+def _free_port(qmp: Qmp, machine: str) -> str:
+    """Return a root port with nothing in it."""
+    for bus in qmp.ask("query-pci"):
+        for device in bus["devices"]:
+            if device["qdev_id"].startswith("spare") and not device.get("pci_bridge", {}).get("devices"):
+                return str(device["qdev_id"])
+    raise InvalidSpec("the machine has no free port for another device", machine=machine, hint="detach one first")
+
+
+def _device(name: str, port: str, **properties: Any) -> dict[str, Any]:
+    return {"id": PREFIX + name, "bus": port, **properties}
+
+
+def _plug_disk(qmp: Qmp, undo: ExitStack, name: str, port: str, device: Disk | Served, fd: int) -> None:
+    node = PREFIX + name
+    undo.callback(_clear, qmp, name)
+    readonly = device.readonly
+    if isinstance(device, Disk):
+        number = int(qmp.ask("add-fd", {}, fd=fd)["fdset-id"])
+        file = {"driver": "file", "filename": f"/dev/fdset/{number}", "locking": "on"}
+        options: dict[str, Any] = {"driver": device.format, "node-name": node, "read-only": readonly, "discard": "unmap", "file": file}
+        if device.format == "qcow2":
+            options["backing"] = None
+        try:
+            qmp.ask("blockdev-add", options)
+        finally:
+            # What was opened holds a descriptor of its own.
+            qmp.ask("remove-fd", {"fdset-id": number})
+        if device.iops or device.bandwidth:
+            node = _limit(qmp, name, node, device)
+    else:
+        qmp.ask("getfd", {"fdname": node}, fd=fd)
+        qmp.ask(
+            "blockdev-add",
+            {"driver": "nbd", "node-name": node, "read-only": readonly, "discard": "unmap", "server": {"type": "fd", "str": node}},
+        )
+    qmp.ask("device_add", _device(name, port, driver="virtio-blk-pci", drive=node, serial=name, **_WRITE))
+
+
+def _limit(qmp: Qmp, name: str, node: str, disk: Disk) -> str:
+    """Put a throttle before `node` and return its name."""
+    limits = {"iops-total": disk.iops, "bps-total": disk.bytes_a_second}
+    group = f"{PREFIX}{name}-limits"
+    given = {key: value for key, value in limits.items() if value}
+    qmp.ask("object-add", {"qom-type": "throttle-group", "id": group, "limits": given})
+    qmp.ask("blockdev-add", {"driver": "throttle", "node-name": f"{node}-limit", "throttle-group": group, "file": node})
+    return f"{node}-limit"
+
+
+def _plug_port(qmp: Qmp, undo: ExitStack, name: str, port: str, fd: int) -> None:
+    """A virtio-serial controller of its own with one port: that of the machine's line has none to spare."""
+    node = PREFIX + name
+    undo.callback(_clear, qmp, name)
+    qmp.ask("getfd", {"fdname": node}, fd=fd)
+    backend = {"type": "socket", "data": {"addr": {"type": "fd", "data": {"str": node}}, "server": False}}
+    qmp.ask("chardev-add", {"id": node, "backend": backend})
+    qmp.ask("device_add", _device(name, port, driver="virtio-serial-pci", max_ports=2))
+    undo.callback(_try, qmp, "device_del", {"id": node})
+    qmp.ask("device_add", {"driver": "virtserialport", "id": f"{node}.port", "bus": f"{node}.0", "nr": 1, "chardev": node, "name": name})
+
+
+def _clear(qmp: Qmp, name: str) -> None:
+    """Take away what is left behind a device that is no longer there."""
+    node = PREFIX + name
+    nodes = {entry["node-name"] for entry in qmp.ask("query-named-block-nodes", {"flat": True})}
+    for part in (f"{node}-limit", node):
+        if part in nodes:
+            qmp.ask("blockdev-del", {"node-name": part})
+    objects = {entry["name"] for entry in qmp.ask("qom-list", {"path": "/objects"})}
+    for part in (f"{node}-limits", f"{node}-source"):
+        if part in objects:
+            qmp.ask("object-del", {"id": part})
+    if node in {entry["label"] for entry in qmp.ask("query-chardev")}:
+        qmp.ask("chardev-remove", {"id": node})
+
+
+def _try(qmp: Qmp, command: str, arguments: dict[str, Any]) -> None:
+    """Take back a step of what failed: that it cannot be is no news beside that."""
+    with suppress(EngineError):
+        qmp.ask(command, arguments)

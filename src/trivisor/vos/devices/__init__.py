@@ -1,0 +1,10 @@
+"""`vm.devices`: disks and other devices that come and go while a machine runs, those made of Python functions among them."""
+
+from __future__ import annotations
+
+from trivisor.core.devices import Disk, Random
+from trivisor.vos.devices.block import BlockDevice
+from trivisor.vos.devices.char import CharDevice
+from trivisor.vos.devices.service import Attached, Devices
+
+__all__ = ["Attached", "BlockDevice", "CharDevice", "Devices", "Disk", "Random"]

@@ -1,0 +1,178 @@
+"""`vm.devices`: attach, list, detach, and where a device is in the guest.
+
+A disk is the machine's until it is detached: it outlives this process, and a stop. A device made in Python is this process's: it answers
+from here, and goes when the process does, or the machine stops.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+import socket
+import time
+from collections.abc import Callable, MutableMapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
+
+from trivisor.core.devices import Device, Disk, Random, Served, check_name, kind_of
+from trivisor.core.errors import FileError, GuestError, InvalidSpec, TrivisorError
+from trivisor.vos.devices import diskfile
+from trivisor.vos.devices.block import BlockDevice
+from trivisor.vos.devices.char import CharDevice
+from trivisor.vos.devices.port import DevicePort
+from trivisor.vos.files import Files
+
+SEEN = 10.0
+"""Seconds for a guest to find a device; it takes a tenth of one."""
+_POLL = 0.01
+
+
+class Server(Protocol):
+    """What answers for a device in this process."""
+
+    @property
+    def open(self) -> bool: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Attached:
+    """One device of a machine."""
+
+    name: str
+    kind: str
+    """disk, block (made in Python), char or random."""
+    plugged: bool
+    """False for what is kept for the next start."""
+    path: str = ""
+    """Of a disk: its file."""
+    readonly: bool = False
+    owner: int | None = None
+    """Of a device made in Python: the process that answers for it."""
+
+
+class Devices:
+    """The devices of one machine."""
+
+    def __init__(self, machine: str, port: DevicePort, files: Callable[[], Files], servers: MutableMapping[str, Server]) -> None:
+        self._machine = machine
+        self._port = port
+        self._files = files
+        self._servers = servers
+
+    @property
+    def kinds(self) -> frozenset[str]:
+        """What this machine's wall can be given. Raises UnsupportedByWall if nothing."""
+        return self._port.kinds
+
+    def attach(self, device: Disk | Random | BlockDevice | CharDevice, name: str | None = None) -> Attached:
+        """Attach a device and return when the guest has found it; to a machine that is stopped, for its next start.
+
+        `name` is free unless given; a disk bears it as its serial number. Raises InvalidSpec (a disk that leads elsewhere, or is
+        attached or in use already; no free port), AlreadyExists (name), NotFound, InvalidState, Busy, UnsupportedByWall,
+        EngineError, StorageError, GuestError if the guest does not find it, which takes it away again.
+        """
+        if not isinstance(device, Disk | Random | BlockDevice | CharDevice):
+            raise InvalidSpec(f"{device!r} is no device", hint="for example Disk('data.qcow2'), or an object of your BlockDevice")
+        chosen = check_name(name) if name is not None else self._free(device)
+        if isinstance(device, BlockDevice | CharDevice):
+            self._attach_served(chosen, device)
+        else:
+            fd = diskfile.open_disk(device) if isinstance(device, Disk) else None
+            try:
+                self._port.attach(chosen, device, fd)
+            finally:
+                if fd is not None:
+                    os.close(fd)
+            if self._port.running():
+                self._await(chosen, device)
+        return next(found for found in self.list() if found.name == chosen)
+
+    def list(self) -> builtins.list[Attached]:
+        """Return the machine's devices in the order in which they were attached."""
+        return [
+            Attached(
+                name,
+                kind_of(held.device),
+                held.plugged,
+                str(held.device.path) if isinstance(held.device, Disk) else "",
+                held.device.readonly if isinstance(held.device, Disk | Served) else False,
+                held.owner,
+            )
+            for name, held in self._port.held().items()
+        ]
+
+    def detach(self, name: str) -> None:
+        """Pull a device out and return when the guest has let go of it; what it had not written to it is lost.
+
+        Raises NotFound, InvalidState, Busy, EngineError, GuestError if the guest keeps it.
+        """
+        self._port.detach(name)
+        server = self._servers.pop(name, None)
+        if server is not None:
+            server.close()
+
+    def node(self, name: str) -> str | None:
+        """Return the device's path in the running guest, such as /dev/vdc; None if it has none, or has not been found."""
+        held = self._port.held().get(name)
+        return self._find(name, held.device) if held is not None and held.plugged else None
+
+    def settle(self) -> None:
+        """Wait until the guest has found what is plugged, at most as long as for an attach."""
+        for name, held in self._port.held().items():
+            if held.plugged:
+                with suppress(GuestError):
+                    self._wait(name, held.device)
+
+    def _attach_served(self, name: str, device: BlockDevice | CharDevice) -> None:
+        """Answer for it on one end of a pair, and give the machine the other."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            server = device.serve(ours)
+            try:
+                self._port.attach(name, device.served(), theirs.fileno())
+                theirs.close()
+                self._servers[name] = server
+                self._await(name, device.served())
+            except BaseException:
+                server.close()
+                raise
+
+    def _await(self, name: str, device: Device) -> None:
+        try:
+            self._wait(name, device)
+        except TrivisorError as error:
+            try:
+                self.detach(name)
+            except TrivisorError as failure:
+                error.add_note(f"and it could not be taken away again: {failure}")
+            raise
+
+    def _wait(self, name: str, device: Device) -> None:
+        deadline = time.monotonic() + SEEN
+        while not isinstance(device, Random) and self._find(name, device) is None:
+            if time.monotonic() > deadline:
+                raise GuestError(f"the guest has not found {name} in {SEEN:g} s", machine=self._machine, hint="see logs(source='serial')")
+            # The guest's kernel tells only its own programs.
+            time.sleep(_POLL)
+
+    def _find(self, name: str, device: Device) -> str | None:
+        if isinstance(device, Random):
+            return None
+        files = self._files()
+        folder, attribute = ("/sys/class/virtio-ports", "name") if kind_of(device) == "char" else ("/sys/block", "serial")
+        for found in files.list(folder):
+            if found.name.startswith(("vd", "vport")):
+                # It may be on its way in or out.
+                with suppress(FileError):
+                    if files.read(f"{folder}/{found.name}/{attribute}", max_size=64).strip() == name.encode():
+                        path = f"/dev/{found.name}"
+                        return path if files.exists(path) else None
+        return None
+
+    def _free(self, device: object) -> str:
+        kind = type(device).__name__.lower() if isinstance(device, Disk | Random) else "char" if isinstance(device, CharDevice) else "block"
+        taken = self._port.held()
+        return next(name for number in range(1, len(taken) + 2) if (name := f"{kind}{number}") not in taken)
