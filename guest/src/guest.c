@@ -29,6 +29,7 @@
 #include "net.h"
 #include "port.h"
 #include "power.h"
+#include "request.h"
 #include "root.h"
 #include "spawn.h"
 #include "steps.h"
@@ -195,6 +196,19 @@ int guest_contained(int line, int answer, const struct sock_fprog *filter, bool 
     return run();
 }
 
+/* PID 1 that calls its keeper was configured by who started it. What it was given beyond that, its commands get. */
+static int called_begin(void) {
+    for (char **pair = environ; *pair; pair++) {
+        int error = env_set(*pair);
+        if (error) {
+            errno = error;
+            return -1;
+        }
+    }
+    steps_hooks();
+    return 0;
+}
+
 int guest_main(int argc, char **argv) {
     int fd = -1;
     if (argc == 2 && !strcmp(argv[0], "--fd"))
@@ -207,7 +221,11 @@ int guest_main(int argc, char **argv) {
         fprintf(stderr, "tvinit guest: needs --fd N or --connect PATH unless it is PID 1\n");
         return 2;
     }
-    int status = begin(fd) == 0 ? run() : 1;
+    int status = begin(fd);
+    if (status == 0 && argc == 2 && getpid() == 1)
+        status = called_begin();
+    if (status == 0)
+        status = run();
     if (status)
         log_line("cannot begin: %m");
     /* PID 1 that ends is a kernel panic: a machine that cannot begin is switched off. */

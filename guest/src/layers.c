@@ -118,11 +118,15 @@ int op_overlay(struct launch *l, const struct op *op) {
     return 0;
 }
 
-/* A file of ours over one of the root: the layers stay as they were, and no link in them is written through. */
+/* A file of ours over one of the root, or of a root within it, whose links then stay within that: the layers stay as they were, and no
+ * link in them is written through. */
 int op_text(struct launch *l, const struct op *op) {
     char name[NAME];
     mode_t mode;
     size_t size = strlen(op->words[3]);
+    int within = op->count > 4 ? open_in(l->root, op->words[4], O_PATH | O_DIRECTORY) : -1;
+    if (op->count > 4 && within < 0)
+        return -1;
     if (!parse_mode(op->words[2], &mode))
         return -1;
     snprintf(name, sizeof name, ".text.%u", l->parts++);
@@ -133,7 +137,8 @@ int op_text(struct launch *l, const struct op *op) {
     if (keep_errno(file, written ? 0 : -1) < 0)
         return -1;
     int tree = open_tree(l->base, name, OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC);
-    return tree < 0 ? -1 : attach(l->root, tree, PLAIN, op->words[1], false);
+    int done = tree < 0 ? -1 : attach(within < 0 ? l->root : within, tree, PLAIN, op->words[1], false);
+    return within < 0 ? done : keep_errno(within, done);
 }
 
 /* Call cover for each of the paths that exists. */

@@ -94,7 +94,7 @@ static const struct kind {
     {"adopt", NETNS, 2, 2},          {"address", NAMES, 3, 4},        {"uplink", NAMES, 4, 4},
     {"map-user", MAPS, 3, 3},        {"map-group", MAPS, 3, 3},        {"hostname", NAMES, 1, 1},
     {"loopback", NAMES, 0, 0},       {"root", ROOT, 1, 1},             {"dir", FILES, 2, 2},
-    {"file", FILES, 2, 2},           {"link", FILES, 2, 2},            {"text", FILES, 3, 3},
+    {"file", FILES, 2, 2},           {"link", FILES, 2, 2},            {"text", FILES, 3, 4},
     {"bind", FILES, 3, 3},           {"mount", FILES, 5, 5},           {"overlay", FILES, 4, 4},
     {"mask", FILES, 1, 255},         {"readonly", FILES, 1, 255},      {"pivot", PIVOT, 0, 1},
     {"rlimit", RLIMIT, 3, 3},        {"groups", GROUPS, 0, 255},       {"user", USER, 2, 2},

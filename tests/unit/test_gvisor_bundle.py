@@ -129,6 +129,17 @@ def test_the_layer() -> None:
     ]
 
 
+def test_who_it_is_lies_over_its_root_and_no_other() -> None:
+    plan = jailed.plan(sandbox(machine_id="f" * 32, dns=("10.0.0.1",)))
+    texts = {op[1]: (op[2], op[3]) for op in named(plan, "text") if op[4:] == (bundle.ROOT,)}
+    assert texts["/etc/hostname"] == ("0644", "web\n")
+    assert texts["/etc/machine-id"] == ("0444", "f" * 32 + "\n")
+    assert texts["/etc/resolv.conf"] == ("0644", "nameserver 10.0.0.1\n")
+    assert set(texts) == {"/etc/hostname", "/etc/hosts", "/etc/machine-id", "/etc/resolv.conf"}
+    env = bundle.config(hostname="web", memory=0, env={"A": "b=c", "PATH": "/x"})["process"]["env"]
+    assert env == ["PATH=/x", "A=b=c"]
+
+
 def test_volumes_are_shown_with_their_ids() -> None:
     volumes = (Bind(Path("/srv/data"), "/data", "ro,exec"),)
     assert ("bind", "/srv/data", "/box/volumes/0", "ro,exec,idmap") in jailed.plan(sandbox(volumes=volumes))

@@ -179,6 +179,36 @@ def test_the_jail_holds_nothing_of_the_host(machine: Machine) -> None:
         assert not [path for path in held if path.endswith(("trivisor.db", "alive", "line.sock"))]
 
 
+def test_links_in_its_layer_stay_within_it(wall_vmm: VMM) -> None:
+    """The files that say which machine it is are laid over its root from outside, where its own links must not lead."""
+    machine = wall_vmm.run("debian", wall="gvisor")
+    links = {"hostname": "/runsc", "hosts": "/box/bundle/config.json", "machine-id": "../../../../proc/1/comm", "resolv.conf": "/nowhere"}
+    machine.stop()
+    upper = machine._context.folder(machine._context.row(machine.id)).root / "layers/root/upper"
+    (upper / "etc").mkdir(exist_ok=True)
+    os.chown(upper / "etc", upper.stat().st_uid, upper.stat().st_gid)
+    for name, target in links.items():
+        (upper / "etc" / name).unlink(missing_ok=True)
+        (upper / "etc" / name).symlink_to(target)
+    machine.start()
+    assert machine.files.read_text("/etc/hostname") == f"{machine.name}\n" == machine.exec(["hostname"]).text
+    assert machine.files.read_text("/etc/hosts").startswith("127.0.0.1\tlocalhost\n")
+    assert len(machine.files.read_text("/etc/machine-id")) == 33
+    assert not machine.files.exists("/runsc")
+
+
+def test_hooks_run_before_anything_else_and_have_the_environment(wall_vmm: VMM) -> None:
+    machine = wall_vmm.run("debian", wall="gvisor", env={"WHO": "a b"})
+    hooks = "/etc/trivisor/after-clone.d"
+    machine.files.mkdir(hooks, parents=True)
+    machine.files.write(f"{hooks}/10-say", '#!/bin/sh\necho "$WHO $(cat /etc/hostname)" >/root/said\n')
+    machine.files.chmod(f"{hooks}/10-say", 0o755)
+    machine.stop()
+    machine.start()
+    assert machine.files.read_text("/root/said") == f"a b {machine.name}\n"
+    assert machine.exec(["printenv", "WHO"]).text == "a b\n"
+
+
 def test_another_user_of_the_machine_cannot_take_the_line(machine: Machine) -> None:
     code = "import socket; socket.socket(socket.AF_UNIX).connect('/.trivisor/line')"
     done = machine.exec(["python3", "-c", code], user="nobody")

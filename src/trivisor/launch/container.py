@@ -183,12 +183,17 @@ def _kernel(c: Container) -> Iterator[Op]:
     yield ("readonly", *READONLY)
 
 
+def names(hostname: str, machine_id: str, dns: Sequence[str], *, hosts: str = "", within: Sequence[str] = ()) -> Iterator[Op]:
+    """Yield what lays the files over a root that say which machine this is: of the plan's root, or of one `within` it."""
+    known = f"127.0.0.1\tlocalhost\n127.0.1.1\t{hostname}\n::1\tlocalhost ip6-localhost ip6-loopback\n{hosts}"
+    yield ("text", "/etc/hostname", "0644", f"{hostname}\n", *within)
+    yield ("text", "/etc/hosts", "0644", known, *within)
+    yield ("text", "/etc/machine-id", "0444", f"{machine_id}\n", *within)
+    yield ("text", "/etc/resolv.conf", "0644", "".join(f"nameserver {address}\n" for address in dns), *within)
+
+
 def _names(c: Container) -> Iterator[Op]:
-    hosts = f"127.0.0.1\tlocalhost\n127.0.1.1\t{c.hostname}\n::1\tlocalhost ip6-localhost ip6-loopback\n{c.hosts}"
-    yield ("text", "/etc/hostname", "0644", f"{c.hostname}\n")
-    yield ("text", "/etc/hosts", "0644", hosts)
-    yield ("text", "/etc/machine-id", "0444", f"{c.machine_id}\n")
-    yield ("text", "/etc/resolv.conf", "0644", "".join(f"nameserver {address}\n" for address in c.dns))
+    return names(c.hostname, c.machine_id, c.dns, hosts=c.hosts)
 
 
 def _volumes(c: Container) -> Iterator[Op]:

@@ -8,7 +8,7 @@ the Sentry itself may do is the jail's affair.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ _CAPS = (
 _OPEN_FILES = 1 << 20
 _OUR_NETWORK = "/proc/1/ns/net"
 """runsc is PID 1 in its jail."""
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _LEAST_SHARED = 16 << 20
 
 
@@ -45,10 +46,11 @@ def config(
     hostname: str,
     memory: int,
     argv: Sequence[str] = (f"{INSIDE}/tvinit", "guest", "--connect", f"{INSIDE}/line"),
+    env: Mapping[str, str] | None = None,
     volumes: Sequence[Shared] = (),
     root: str = ROOT,
 ) -> dict[str, Any]:
-    """Return the config of a machine with `memory` bytes. Its network is that of the jail."""
+    """Return the config of a machine with `memory` bytes and `env` for all its commands. Its network is that of the jail."""
     caps = [f"CAP_{name}" for name in _CAPS]
     return {
         "ociVersion": "1.0.2",
@@ -56,7 +58,7 @@ def config(
         "root": {"path": root},
         "process": {
             "args": list(argv),
-            "env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"],
+            "env": [f"{key}={value}" for key, value in ({"PATH": _PATH} | dict(env or {})).items()],
             "cwd": "/",
             "user": {"uid": 0, "gid": 0},
             "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), caps),

@@ -28,12 +28,9 @@ from trivisor.vmm.engine import Box, Progress, Usage, WallReport
 from trivisor.vmm.engines.gvisor import bundle, control, door, jailed, probe, runsc
 from trivisor.vmm.engines.gvisor.jailed import Link, Sandbox
 from trivisor.vmm.engines.gvisor.runsc import Runsc
-from trivisor.vos import guest
-from trivisor.vos.line import Line
 from trivisor.vos.ports import MemoryPort, SyscallPort
 
 _WAIT = 60.0
-_STEPS = 60.0
 
 
 class GvisorEngine:
@@ -99,7 +96,6 @@ class GvisorEngine:
                 idle=box.spec.idle,
                 wait=_WAIT,
             )
-        _configure(box, net)
         took = f"{(time.monotonic() - begun) * 1000:.0f} ms"
         # Without a freezer runsc pauses it.
         lacks = [*shape.lacks, *(lack for lack in group.lacks if not lack.startswith("pause:"))]
@@ -157,33 +153,20 @@ def _sandbox(box: Box, found: Runsc, platform: str, shape: Shape, group: Cgroup,
         platform=platform,
         ids=shape.ids(box.slot),
         namespaces=shape.namespaces,
-        config=bundle.config(hostname=spec.name, memory=spec.memory, volumes=volumes),
+        config=bundle.config(hostname=spec.name, memory=spec.memory, env=spec.env, volumes=volumes),
         tvinit=tvinit.path(),
         log=log,
         memory=spec.memory,
         door=door.path(box.dir),
         layers=lies,
+        machine_id=hashlib.sha256(f"machine {box.id}".encode()).hexdigest()[:32],
+        dns=net.dns,
         volumes=shared,
         cgroups=group.fds,
         link=None if net.netns_fd is None else Link(net.netns_fd, *net.steps[1][1:]),
         outward=net.outward,
         volatile=layers.volatile(spec),
     )
-
-
-def _configure(box: Box, net: Net) -> None:
-    steps: list[tuple[str, ...]] = [("hostname", box.spec.name)]
-    steps.append(("machine-id", hashlib.sha256(f"machine {box.id}".encode()).hexdigest()[:32]))
-    if net.dns:
-        steps.append(("dns", *net.dns))
-    if box.spec.env:
-        steps.append(("env", *(f"{key}={value}" for key, value in box.spec.env.items())))
-    steps.append(("hooks",))
-    line = Line.connect(box.dir.line, box.spec.name)
-    try:
-        guest.configure(line, steps, timeout=_STEPS)
-    finally:
-        line.close()
 
 
 def _freezer(box: Box) -> Cgroup | None:

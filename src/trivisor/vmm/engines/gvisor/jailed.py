@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trivisor.launch import seccomp
-from trivisor.launch.container import Ids, Layer
+from trivisor.launch.container import Ids, Layer, names
 from trivisor.launch.jail import DEVICES, Bind
 from trivisor.launch.plan import Op, Plan
 from trivisor.vmm.engines.gvisor import bundle
@@ -71,6 +71,8 @@ class Sandbox:
     """The bound socket that tvinit calls; None in a trial."""
     layers: Sequence[Layer] = ()
     """The first is the root; none in a trial."""
+    machine_id: str = ""
+    dns: Sequence[str] = ()
     volumes: Sequence[Bind] = ()
     """In the order of the config's."""
     cgroups: Sequence[int] = ()
@@ -164,6 +166,9 @@ def _root(s: Sandbox) -> Iterator[Op]:
         yield ("mount", "tmpfs", "root", bundle.ROOT, "rw", "mode=0755,size=1m")
     for layer in s.layers:
         yield ("overlay", str(layer.lower), layer.word, flags, bundle.ROOT + layer.target.rstrip("/"))
+    if s.layers:
+        # Here rather than by the guest, for whom each file is several trips to the gofer.
+        yield from names(s.config["hostname"], s.machine_id, s.dns, within=(bundle.ROOT,))
     for number, volume in enumerate(s.volumes):
         yield ("bind", str(volume.source), f"{bundle.VOLUMES}/{number}", ",".join([volume.flags, *mapped]))
 
