@@ -65,12 +65,55 @@ void behalf_free(struct behalf *b) {
     b->path = b->source = b->type = b->data = NULL;
 }
 
-/* The program's places, opened while we still are who we are. */
+/* Namespaces by which the kernel's files show different things to who opens them: of the host, if we stayed in ours. */
+static const struct view {
+    const char *name, *ours;
+    int kind;
+} VIEWS[] = {
+    {"ns/ipc", "/proc/self/ns/ipc", CLONE_NEWIPC},
+    {"ns/net", "/proc/self/ns/net", CLONE_NEWNET},
+    {"ns/uts", "/proc/self/ns/uts", CLONE_NEWUTS},
+    {"ns/cgroup", "/proc/self/ns/cgroup", CLONE_NEWCGROUP},
+};
+
+enum { VIEW_COUNT = sizeof VIEWS / sizeof *VIEWS };
+
+/* The program's places, opened while we still are who we are. views: -1 where there is nothing to enter. */
 struct places {
-    int proc, root, base, user, mount, self;
+    int proc, root, base, user, mount, self, views[VIEW_COUNT];
 };
 
 static int open_in(int dir, const char *name, int flags) { return openat(dir, name, flags | O_CLOEXEC); }
+
+static bool same(int fd, const char *path) {
+    struct stat a, b;
+    return fstat(fd, &a) == 0 && stat(path, &b) == 0 && a.st_ino == b.st_ino && a.st_dev == b.st_dev;
+}
+
+static int open_views(struct places *p) {
+    for (int i = 0; i < VIEW_COUNT; i++) {
+        int fd = p->views[i] = open_in(p->proc, VIEWS[i].name, O_RDONLY);
+        if (fd < 0 && errno != ENOENT) /* a kernel may be without */
+            return -1;
+        if (fd >= 0 && same(fd, VIEWS[i].ours)) {
+            close(fd);
+            p->views[i] = -1;
+        }
+    }
+    return 0;
+}
+
+/* 0 if all of them are entered. Some need power over the host's user namespace (a network that is joined), others over the
+ * program's alone: so this is called before and after that is entered. */
+static int enter_views(struct places *p) {
+    int left = 0;
+    for (int i = 0; i < VIEW_COUNT; i++)
+        if (p->views[i] >= 0 && setns(p->views[i], VIEWS[i].kind) == 0)
+            p->views[i] = -1;
+        else
+            left |= p->views[i] >= 0;
+    return left ? -1 : 0;
+}
 
 static int open_places(const struct behalf *b, int listener, struct places *p) {
     char name[32];
@@ -84,7 +127,7 @@ static int open_places(const struct behalf *b, int listener, struct places *p) {
     p->user = open_in(p->proc, "ns/user", O_RDONLY);
     p->mount = open_in(p->proc, "ns/mnt", O_RDONLY);
     p->self = open("/proc/self/fd", O_PATH | O_DIRECTORY | O_CLOEXEC);
-    if (p->root < 0 || p->user < 0 || p->mount < 0 || p->self < 0)
+    if (p->root < 0 || p->user < 0 || p->mount < 0 || p->self < 0 || (b->what == 'P' && open_views(p) < 0))
         return -1;
     /* A descriptor that is none matters only to a path that is not absolute. */
     snprintf(name, sizeof name, b->dirfd == AT_FDCWD || b->path[0] == '/' ? "cwd" : "fd/%d", b->dirfd);
@@ -92,17 +135,17 @@ static int open_places(const struct behalf *b, int listener, struct places *p) {
     return p->base < 0 ? (errno = errno == ENOENT ? EBADF : errno, -1) : 0;
 }
 
-static bool same(int fd, const char *path) {
-    struct stat a, b;
-    return fstat(fd, &a) == 0 && stat(path, &b) == 0 && a.st_ino == b.st_ino && a.st_dev == b.st_dev;
-}
-
 /* Its namespaces and root. */
-static int enter(const struct behalf *b, const struct places *p) {
+static int enter(const struct behalf *b, struct places *p) {
     bool other_mounts = !same(p->mount, "/proc/self/ns/mnt"), other_root = !same(p->root, "/");
+    bool opens = b->what == 'P';
+    if (opens)
+        enter_views(p);
     if (!same(p->user, "/proc/self/ns/user") && setns(p->user, CLONE_NEWUSER) < 0)
         return -1;
-    if (b->what != 'P' && other_mounts && setns(p->mount, CLONE_NEWNS) < 0)
+    if (opens && enter_views(p) < 0)
+        return -1;
+    if (!opens && other_mounts && setns(p->mount, CLONE_NEWNS) < 0)
         return -1;
     if (!other_mounts && !other_root)
         return 0;

@@ -28,6 +28,8 @@ void make_words(const char *path, long process, long thread, char *out, int *own
         snprintf(out, MAKE_WORDS, "/proc/%ld%s", process, rest = path + 10);
     } else if (!strncmp(path, "/proc/thread-self", 17) && (!path[17] || path[17] == '/')) {
         snprintf(out, MAKE_WORDS, "/proc/%ld/task/%ld%s", process, thread, rest = path + 17);
+    } else if ((!strncmp(path, "/proc/net", 9) && (!path[9] || path[9] == '/')) || !strcmp(path, "/proc/mounts")) {
+        snprintf(out, MAKE_WORDS, "/proc/%ld%s", process, rest = path + 5); /* links by way of /proc/self */
     } else if (!strncmp(path, "/dev/fd", 7) && (!path[7] || path[7] == '/')) {
         snprintf(out, MAKE_WORDS, "/proc/%ld/fd%s", process, path + 7);
         rest = path + 4;
@@ -99,8 +101,8 @@ int make_mount(const char *source, const char *target, const char *type, uint64_
         return EPERM;
     if (flags & MS_REMOUNT)
         r = restrict_mount(target, flags);
-    else
-        r = mount(source, target, type, (unsigned long)flags, *data ? data : NULL);
+    else /* of a folder alone a bind would show what lies under what is mounted there: what is masked, too */
+        r = mount(source, target, type, (unsigned long)(flags & MS_BIND ? flags | MS_REC : flags), *data ? data : NULL);
     return r < 0 ? errno : 0;
 }
 

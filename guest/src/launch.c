@@ -21,7 +21,7 @@
 #include "net.h"
 #include "request.h"
 
-enum { LAUNCH_FAILED = 125, LAUNCH_TIMEOUT_MS = 20000, GUEST_LINE = 3, GUEST_ANSWER = 4 };
+enum { LAUNCH_FAILED = 125, LAUNCH_TIMEOUT_MS = 20000, GUEST_LINE = 3, GUEST_ANSWER = 4, STACK_USED = 512 << 10 };
 
 /* Tell on error_fd which operation failed, and end. */
 static _Noreturn void fail(const struct launch *l, size_t index, int error) {
@@ -173,6 +173,12 @@ static void hide_arguments(void) {
     snprintf(arguments, arguments_size, "tvinit");
 }
 
+/* What earlier calls left below. */
+static __attribute__((noinline)) void wipe_stack(void) {
+    char below[STACK_USED];
+    explicit_bzero(below, sizeof below);
+}
+
 /* What an exec would undo is undone here: we are a copy of the keeper. */
 static _Noreturn void become_guest(struct launch *l, size_t last) {
     long long line;
@@ -200,6 +206,9 @@ static _Noreturn void become_guest(struct launch *l, size_t last) {
             fcntl(kept[i], F_SETFD, FD_CLOEXEC);
     /* The report's end is among them: the parent learns that all went well. */
     close_all_but(kept, 2);
+    /* Commands begin as copies of us, and one that is traced can be looked into before its execve. */
+    plan_forget();
+    wipe_stack();
     _exit(guest_contained(GUEST_LINE, answer, &l->exec_filter, l->hooks));
 }
 

@@ -40,6 +40,8 @@ bool plan_decode(const void *data, size_t size, struct plan *out) {
     return reader_done(&r);
 }
 
+static struct plan latest;
+
 bool plan_read(int fd, struct plan *out) {
     *out = (struct plan){0};
     uint8_t *data = malloc(PLAN_MAX + 1);
@@ -60,10 +62,20 @@ bool plan_read(int fd, struct plan *out) {
     int saved = errno;
     free(data);
     errno = saved;
+    if (good)
+        latest = *out;
     return good;
 }
 
+void plan_forget(void) {
+    for (size_t i = 0; i < latest.count; i++)
+        for (char **word = latest.ops[i].words; *word; word++)
+            explicit_bzero(*word, strlen(*word));
+}
+
 void plan_free(struct plan *p) {
+    if (p->ops == latest.ops)
+        latest = (struct plan){0};
     for (size_t i = 0; i < p->count; i++)
         free_strings(p->ops[i].words);
     free(p->ops);

@@ -35,6 +35,9 @@ bool plan_read(int fd, struct plan *out);
 
 void plan_free(struct plan *p);
 
+/* Overwrite every word of what plan_read gave last: its places are the host's, and we become somebody else's PID 1. */
+void plan_forget(void);
+
 /* Check the operations of one process. Returns NULL, or what is wrong, in a static buffer. */
 const char *plan_check_launch(const struct op *ops, size_t count);
 

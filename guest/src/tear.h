@@ -5,7 +5,8 @@
 #include <linux/seccomp.h>
 #include <stdint.h>
 
-/* The regular file that a held write or pwrite64 is to, with the offset that the program has; -1 for any other call or kind of file. */
+/* The regular file that a held write or pwrite64 is to, with the offset that the program has; -1 for any other call or kind of file, and
+ * for those of the kernel and of memory that has no bound. */
 int tear_open(const struct seccomp_notif *call);
 
 /* Write the first `keep` bytes of the call's buffer, or what there is of them. */

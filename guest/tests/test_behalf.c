@@ -286,6 +286,7 @@ static void words(void) {
         {"/proc/selfish", "/proc/selfish", 0}, {"/proc/thread-self/stat", "/proc/7/task/8/stat", 0}, {"/dev/fd/12", "/proc/7/fd/12", 1},
         {"/dev/fd", "/proc/7/fd", 0}, {"/dev/stdin", "/proc/7/fd/0", 1}, {"/dev/stderr", "/proc/7/fd/2", 1}, {"/dev/stdin2", "/dev/stdin2", 0},
         {"x", "x", 0}, {"", "", 0}, {"/proc/self/fd/", "/proc/7/fd/", 0}, {"/proc/self/root", "/proc/7/root", 0},
+        {"/proc/mounts", "/proc/7/mounts", 0}, {"/proc/net/dev", "/proc/7/net/dev", 0}, {"/proc/network", "/proc/network", 0},
     };
     char out[MAKE_WORDS];
     int own_fd;
