@@ -198,8 +198,8 @@ static int await_listener(struct page *page, pid_t child) {
     return -1;
 }
 
-/* With the ruleset, which holds for what is done on the program's behalf, too. */
-static bool send_listener(const struct open *o, const struct writer *handing, int listener) {
+/* With the ruleset, which holds for what is done on the program's behalf, too. -1 with errno, EAGAIN if there is no room now. */
+IN_CHILD static ssize_t send_once(const struct open *o, const struct writer *handing, int listener) {
     int fds[2] = {listener, o->ruleset};
     size_t size = (o->ruleset < 0 ? 1 : 2) * sizeof *fds;
     union { struct cmsghdr head; char bytes[CMSG_SPACE(sizeof fds)]; } control;
@@ -208,10 +208,14 @@ static bool send_listener(const struct open *o, const struct writer *handing, in
     memset(&control, 0, sizeof control);
     control.head = (struct cmsghdr){.cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS, .cmsg_len = CMSG_LEN(size)};
     memcpy(CMSG_DATA(&control.head), fds, size);
+    return sendmsg(o->answer, &message, MSG_NOSIGNAL | MSG_DONTWAIT);
+}
+
+static bool send_listener(const struct open *o, const struct writer *handing, int listener) {
     struct pollfd room = {.fd = o->answer, .events = POLLOUT};
     int64_t until = now_ms() + READY_MS;
     do {
-        if (sendmsg(o->answer, &message, MSG_NOSIGNAL | MSG_DONTWAIT) >= 0)
+        if (send_once(o, handing, listener) >= 0)
             return true;
         if (errno != EAGAIN)
             return false;
@@ -231,6 +235,15 @@ static _Noreturn void hand_over(const struct policy *p, struct page *page, pid_t
     _exit(0);
 }
 
+/* -1 with errno. */
+IN_CHILD static int filter_with_listener(const struct policy *p) {
+    unsigned long flags = SECCOMP_FILTER_FLAG_NEW_LISTENER | SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV;
+    int fd = (int)syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, &p->filter);
+    if (fd < 0 && errno == EINVAL)
+        fd = (int)syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_NEW_LISTENER, &p->filter);
+    return fd;
+}
+
 /* Install the filter; the sibling takes its listener away. -1 with errno. */
 static int answered_filter(const struct policy *p, const struct open *o) {
     struct page *page = mmap(NULL, sizeof *page, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -244,10 +257,7 @@ static int answered_filter(const struct policy *p, const struct open *o) {
         return -1;
     if (sibling == 0)
         hand_over(p, page, child, o);
-    unsigned long flags = SECCOMP_FILTER_FLAG_NEW_LISTENER | SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV;
-    int fd = (int)syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, &p->filter);
-    if (fd < 0 && errno == EINVAL)
-        fd = (int)syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_NEW_LISTENER, &p->filter);
+    int fd = filter_with_listener(p);
     atomic_store(&page->listener, fd < 0 ? -2 : fd);
     return fd < 0 ? -1 : 0;
 }
@@ -279,6 +289,54 @@ static _Noreturn void child(struct spawn *s, const struct policy *p, struct open
     spawn_execute(s);
 }
 
+/* -- in a child that shares PID 1's memory ----------------------------------------------------- */
+
+struct shared {
+    const struct policy *policy;
+    int answer;
+};
+
+IN_CHILD static int under(struct spawn *s) {
+    const struct shared *shared = s->what;
+    const struct policy *p = shared->policy;
+    struct open o = {-1, shared->answer, -1};
+    s->failed = "seccomp";
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
+        return errno;
+    int listener = p->answered ? filter_with_listener(p) : install(p, &o);
+    if (listener < 0)
+        return errno;
+    s->failed = "seccomp listener";
+    if (p->answered && send_once(&o, &p->handing, listener) < 0)
+        return errno;
+    s->failed = NULL;
+    return 0;
+}
+
+/* Whether PID 1 may wait for the child's execve: the filter holds nothing that the child does until then, and nothing is
+ * looked up that may hang. */
+static bool is_free(const struct policy *p, int answer) {
+    struct pollfd room = {.fd = answer, .events = POLLOUT};
+    if (p->traced || p->landlock || p->no_network)
+        return false;
+    if (!p->filter.len)
+        return true;
+    if (p->answered && (!filter_lets(&p->filter, SYS_sendmsg) || poll(&room, 1, 0) <= 0))
+        return false;
+    return filter_lets(&p->filter, SYS_execve) && filter_lets(&p->filter, SYS_exit_group);
+}
+
+static pid_t spawn_shared(struct spawn *s, const struct policy *p, int answer) {
+    struct shared shared = {p, answer};
+    s->under = under;
+    s->what = &shared;
+    s->quiet = true; /* a rule may hold the write */
+    pid_t pid = spawn(s);
+    if (pid > 0 && s->error && !s->failed)
+        spawn_say(s, s->fd[2]);
+    return pid;
+}
+
 /* -- in PID 1 ---------------------------------------------------------------------------------- */
 
 /* Wait until the child is all that it shall be but filtered, or knows why it cannot be. */
@@ -297,6 +355,8 @@ pid_t policy_spawn(struct spawn *s, const struct policy *p) {
     s->failed = NULL;
     if (p->answered && (answer = answerer_end()) < 0)
         return -1;
+    if (is_free(p, answer))
+        return spawn_shared(s, p, answer);
     if (pipe2(ends, O_CLOEXEC) < 0)
         return -1;
     struct tracing t = {.records = -1};

@@ -5,7 +5,10 @@
  * left to it. Two things would have to: the filter's listener is its, and must get out. So before the filter it clones a
  * sibling that shares its descriptors but no filter; it leaves the listener's number in a page that both see, and the
  * sibling sends the listener to the answerer. If that fails the sibling kills it: a program whose listener is lost would
- * go on with calls that fail as if the kernel did not know them. */
+ * go on with calls that fail as if the kernel did not know them.
+ *
+ * Most filters leave alone what the child itself calls from then on. It then need be no copy of PID 1, nor have a sibling: PID 1
+ * lends it its memory until the execve, as to any command, and it sends the listener itself. */
 #ifndef TVINIT_POLICY_H
 #define TVINIT_POLICY_H
 
@@ -32,7 +35,7 @@ struct policy {
 int policy_take(const struct plan *ops, struct policy *out);
 void policy_free(struct policy *p);
 
-/* As spawn(), but by fork(2), and under the policy. When it returns the child is the user that it shall be and in its folder,
+/* As spawn(), and under the policy; by fork(2) where the filter may hold the child. When it returns the child is the user that it shall be and in its folder,
  * and goes on to its filter and its execve. */
 pid_t policy_spawn(struct spawn *s, const struct policy *p);
 

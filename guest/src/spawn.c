@@ -11,10 +11,7 @@
 
 #include "keys.h"
 
-/* The child runs on a stack of its own while the parent waits; AddressSanitizer does not know it. */
-#define IN_CHILD __attribute__((no_sanitize("address", "undefined")))
-
-enum { STACK = 64 * 1024, PATH_SIZE = 4096 };
+enum { STACK = 64 * 1024, PATH_SIZE = 4096, NAME_SAID = 1024 };
 
 static char stack[STACK] __attribute__((aligned(16)));
 static struct sock_fprog filter;
@@ -94,25 +91,34 @@ IN_CHILD static int execute(const struct spawn *s) {
     return error;
 }
 
-IN_CHILD static void say(const char *text) {
-    if (write(2, text, text_size(text)) < 0) {
+IN_CHILD static void say(int fd, const char *text, size_t most) {
+    size_t size = text_size(text);
+    if (write(fd, text, size < most ? size : most) < 0) {
         /* Whoever listened has gone. */
     }
 }
 
+/* Not more than a pipe takes at once: it may be PID 1 that says so. */
+IN_CHILD void spawn_say(const struct spawn *s, int fd) {
+    say(fd, s->argv[0], NAME_SAID);
+    say(fd, ": ", 2);
+    say(fd, s->error == ENOENT ? "not found" : strerrordesc_np(s->error), NAME_SAID);
+    say(fd, "\n", 1);
+}
+
 IN_CHILD _Noreturn void spawn_execute(struct spawn *s) {
     s->error = execute(s);
-    say(s->argv[0]);
-    say(": ");
-    say(s->error == ENOENT ? "not found" : strerrordesc_np(s->error));
-    say("\n");
+    if (!s->quiet)
+        spawn_say(s, 2);
     _exit(s->error == ENOENT || s->error == ENOTDIR ? 127 : 126);
 }
 
 IN_CHILD static int child(void *arg) {
     struct spawn *s = arg;
     s->error = spawn_enter(s);
-    if (!s->error && spawn_filter() < 0) {
+    if (!s->error && s->under) {
+        s->error = s->under(s);
+    } else if (!s->error && spawn_filter() < 0) {
         s->failed = "seccomp";
         s->error = errno;
     }

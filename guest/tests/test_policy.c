@@ -98,6 +98,28 @@ static void hexadecimal(void) {
     CHECK(filter_parse("0600000000000G00", &f) < 0 && !f.filter && errno == EINVAL);
 }
 
+/* Whether a filter lets a call be made, found out without making it. */
+static void certainties(void) {
+    const struct { bool lets; int nr; size_t len; struct sock_filter code[8]; } cases[] = {
+        {true, 5, 4, {{0x20, 0, 0, 0}, {0x15, 0, 1, 6}, {0x06, 0, 0, NOTIFY}, {0x06, 0, 0, ALLOW}}},
+        {false, 6, 4, {{0x20, 0, 0, 0}, {0x15, 0, 1, 6}, {0x06, 0, 0, NOTIFY}, {0x06, 0, 0, ALLOW}}},
+        {true, 6, 4, {{0x20, 0, 0, 0}, {0x35, 0, 1, 7}, {0x06, 0, 0, NOTIFY}, {0x06, 0, 0, ALLOW}}},
+        {false, 7, 4, {{0x20, 0, 0, 0}, {0x25, 1, 0, 6}, {0x06, 0, 0, ALLOW}, {0x06, 0, 0, ERRNO(1)}}},
+        /* by an argument: it may be either */
+        {false, 6, 4, {{0x20, 0, 0, 16}, {0x45, 0, 1, 1}, {0x06, 0, 0, NOTIFY}, {0x06, 0, 0, ALLOW}}},
+        /* two ways to one test, one of which lost the number */
+        {false, 6, 7, {{0x20, 0, 0, 0}, {0x15, 0, 2, 6}, {0x20, 0, 0, 16}, {0x05, 0, 0, 0}, {0x15, 1, 0, 6}, {0x06, 0, 0, NOTIFY}, {0x06, 0, 0, ALLOW}}},
+        {false, 6, 3, {{0x20, 0, 0, 0}, {0x54, 0, 0, 0}, {0x16, 0, 0, 0}}}, /* returns the accumulator */
+        {false, 6, 2, {{0x20, 0, 0, 0}, {0x15, 9, 0, 6}}},                  /* leads nowhere */
+        {false, 6, 1, {{0x20, 0, 0, 0}}},
+        {false, 6, 0, {{0x06, 0, 0, ALLOW}}},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct sock_fprog f = {(unsigned short)cases[i].len, (struct sock_filter *)(uintptr_t)cases[i].code};
+        CHECK(filter_lets(&f, cases[i].nr) == cases[i].lets);
+    }
+}
+
 /* The command's pid; 0 and `error` if it was refused. */
 static pid_t begin(const struct plan *plan, const char *const *argv, const char *cwd, int *error) {
     struct policy p;
@@ -194,13 +216,20 @@ static void listeners(void) {
     CHECK(answer(fds[0], 1, 5) != pid); /* a child has the filter, too */
     CHECK(answer(fds[0], 1, 5) == pid);
     CHECK(WEXITSTATUS(end_of(pid)) == 1);
-    CHECK(wait(NULL) > 0 && wait(NULL) < 0); /* its sibling is ours to reap */
+    CHECK(wait(NULL) < 0); /* it had no sibling: none of its own calls until then is held */
     close(fds[0]);
     /* execve itself may be held: nobody waits for it. */
     pid = begin(plan_of(filter_of(SYS_execve, NOTIFY), "token " TOKEN, "handler 59", NULL), (const char *const[]){"true", NULL}, "/", &error);
     CHECK(receive(pair[0], bytes, sizeof bytes, fds) == 1);
     answer(fds[0], 1, 0);
-    CHECK(end_of(pid) == 0 && wait(NULL) > 0);
+    CHECK(end_of(pid) == 0 && wait(NULL) > 0); /* its sibling is ours to reap */
+    close(fds[0]);
+    /* Nor need the listener be sent by who is under it, nor say that there is no such program. */
+    pid = begin(plan_of(filter_of(SYS_sendmsg, ERRNO(5)), "token " TOKEN, "handler 63", NULL), (const char *const[]){"true", NULL}, "/", &error);
+    CHECK(receive(pair[0], bytes, sizeof bytes, fds) == 1 && end_of(pid) == 0 && wait(NULL) > 0);
+    close(fds[0]);
+    pid = begin(plan_of(filter_of(SYS_write, NOTIFY), "token " TOKEN, "handler 1", NULL), (const char *const[]){"no such", NULL}, "/", &error);
+    CHECK(WEXITSTATUS(end_of(pid)) == 127 && wait(NULL) < 0 && receive(pair[0], bytes, sizeof bytes, fds) == 1);
     close(fds[0]);
     if (landlock_abi() >= 1) {
         pid = begin(plan_of(filter_of(SYS_uname, NOTIFY), "token " TOKEN, "handler 63", "landlock / rwx", NULL), (const char *const[]){"true", NULL},
@@ -212,7 +241,9 @@ static void listeners(void) {
     }
     /* Nobody takes it: the program would go on with calls that fail for no reason. */
     close(pair[0]);
-    pid = begin(plan_of(filter_of(SYS_uname, NOTIFY), "token " TOKEN, "handler 63", NULL), (const char *const[]){"sleep", "100", NULL}, "/", &error);
+    CHECK(begin(plan_of(filter_of(SYS_uname, NOTIFY), "token " TOKEN, "handler 63", NULL), (const char *const[]){"true", NULL}, "/", &error) == 0);
+    CHECK(error == EPIPE);
+    pid = begin(plan_of(filter_of(SYS_sendmsg, NOTIFY), "token " TOKEN, "handler 46", NULL), (const char *const[]){"sleep", "100", NULL}, "/", &error);
     int status = end_of(pid);
     CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL && wait(NULL) > 0);
     answerer_given(-1);
@@ -258,6 +289,7 @@ int main(void) {
     sigprocmask(SIG_BLOCK, &all, NULL);
     lists();
     hexadecimal();
+    certainties();
     kernel();
     landlocked();
     listeners();
