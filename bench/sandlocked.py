@@ -13,15 +13,13 @@ from sandlock.handler import Handler, HandlerCtx, NotifAction
 
 
 class Answer(Handler):
-    """Fails each call, after looking at its path if told so."""
+    """Returns a number, or looks at the path and fails the call: as the handlers in bench/vos.py."""
 
     def __init__(self, with_path: bool) -> None:
         self.with_path = with_path
-        self.asked = 0
 
     def handle(self, ctx: HandlerCtx) -> NotifAction:
         """Answer one call."""
-        self.asked += 1
         if not self.with_path:
             return NotifAction.returns(4242)
         return NotifAction.errno(errno.ENOENT) if ctx.read_path() == "/etc/passwd" else NotifAction.continue_()
@@ -34,8 +32,7 @@ def main() -> int:
     result = sandlock.Sandbox(fs_readable=["/"]).run_with_handlers(argv, [(call, answer)])
     sys.stdout.buffer.write(result.stdout)
     sys.stderr.buffer.write(result.stderr)
-    print(f"{answer.asked} asked", file=sys.stderr)
-    return 0 if result.success and answer.asked else 1
+    return 0 if result.success else 1
 
 
 if __name__ == "__main__":
