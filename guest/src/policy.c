@@ -313,17 +313,14 @@ IN_CHILD static int under(struct spawn *s) {
     return 0;
 }
 
-/* Whether PID 1 may wait for the child's execve: the filter holds nothing that the child does until then, and nothing is
- * looked up that may hang. */
+/* Whether PID 1 may wait for the child's execve: nobody holds what the child does until then, and nothing is looked up that
+ * may hang. */
 static bool is_free(const struct policy *p, int answer) {
     struct pollfd room = {.fd = answer, .events = POLLOUT};
     if (p->traced || p->landlock || p->no_network)
         return false;
-    if (!p->filter.len)
-        return true;
-    if (p->answered && (!filter_lets(&p->filter, SYS_sendmsg) || poll(&room, 1, 0) <= 0))
-        return false;
-    return filter_lets(&p->filter, SYS_execve) && filter_lets(&p->filter, SYS_exit_group);
+    return !p->answered || (filter_lets(&p->filter, SYS_sendmsg) && filter_lets(&p->filter, SYS_execve) &&
+                            filter_lets(&p->filter, SYS_exit_group) && poll(&room, 1, 0) > 0);
 }
 
 static pid_t spawn_shared(struct spawn *s, const struct policy *p, int answer) {

@@ -156,9 +156,12 @@ static void kernel(void) {
     CHECK(WEXITSTATUS(run(&(struct plan){0}, "uname >/dev/null || exit 7")) == 0); /* where there is no default one */
     int status = run(plan_of(filter_of(SYS_uname, 0x80000000u), NULL), "exec uname");
     CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGSYS);
-    CHECK(WEXITSTATUS(run(plan_of("seccomp 0000000000000000", NULL), ":")) == 126); /* the kernel takes no such program */
+    const char *const command[] = {"true", NULL};
+    /* The kernel takes no such program. */
+    CHECK(begin(plan_of("seccomp 0000000000000000", NULL), command, "/", &error) == 0 && error == EINVAL);
+    CHECK(WEXITSTATUS(run(plan_of("seccomp 0000000000000000", "landlock / rwx", NULL), ":")) == 126);
     CHECK(WEXITSTATUS(run(plan_of(filter_of(SYS_execve, ERRNO(5)), NULL), ":")) == 126);
-    CHECK(begin(plan_of(filter_of(1, ALLOW), NULL), (const char *const[]){"true", NULL}, "/no/such", &error) == 0 && error == ENOENT);
+    CHECK(begin(plan_of(filter_of(1, ALLOW), NULL), command, "/no/such", &error) == 0 && error == ENOENT);
 }
 
 static void landlocked(void) {
