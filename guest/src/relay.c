@@ -1,10 +1,11 @@
 /* tvinit relay: published ports and names of one machine, on the host, under its keeper.
  *
- *   tvinit relay [tcp:FD:ADDRESS:PORT]... [names:FD] [folder:PATH] [upstream:ADDRESS]...
+ *   tvinit relay [tcp:FD:ADDRESS:PORT]... [names:FD] [folder:PATH] [upstream:ADDRESS]... [control:FD:RULES]
  *
  * FD of tcp is a listening socket, whose connections go to ADDRESS:PORT; FD of names a bound UDP socket (names.c). Both were made by who
  * started us, so that a port that is taken is that one's error, and so that we need no privilege. A published port is free
- * again in the instant that the machine ends, and goes on when the process that started it does not. */
+ * again in the instant that the machine ends, and goes on when the process that started it does not. FD of control is a listening socket,
+ * for ports that come and go while the machine runs (ports.c). */
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -17,14 +18,8 @@
 #include "modes.h"
 #include "relay.h"
 
-#define LISTENERS 64
 #define CONNECTIONS 512
 #define CHUNK 16384
-
-struct listener {
-    int fd;
-    struct sockaddr_in to;
-};
 
 /* One way of a connection. */
 struct way {
@@ -36,11 +31,11 @@ struct way {
 struct connection {
     int fd[2]; /* client, machine */
     int connecting;
+    int listener; /* that it came through: a descriptor */
     struct way *way[2]; /* 0: client to machine */
 };
 
-static struct listener listeners[LISTENERS];
-static int listening;
+static struct ports ports = {.control = -1, .rules = -1};
 static struct connection connections[CONNECTIONS];
 static int connected;
 static struct names names = {.fd = -1, .folder = -1};
@@ -55,7 +50,7 @@ static void end_connection(int at) {
 
 /* Begins a connection to the machine for one that was accepted. */
 static void begin_connection(const struct listener *from, int client) {
-    struct connection new = {.fd = {client, -1}, .connecting = 1};
+    struct connection new = {.fd = {client, -1}, .connecting = 1, .listener = from->fd};
     new.fd[1] = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
     new.way[0] = calloc(1, sizeof *new.way[0]);
     new.way[1] = calloc(1, sizeof *new.way[1]);
@@ -63,6 +58,13 @@ static void begin_connection(const struct listener *from, int client) {
     int begun = new.fd[1] >= 0 && connect(new.fd[1], (const struct sockaddr *)&from->to, sizeof from->to);
     if (new.fd[1] < 0 || (begun && errno != EINPROGRESS) || !new.way[0] || !new.way[1])
         end_connection(connected - 1);
+}
+
+/* Ends the connections that came through a listener, which is to go. */
+static void end_connections(int listener) {
+    for (int i = connected - 1; i >= 0; i--)
+        if (connections[i].listener == listener)
+            end_connection(i);
 }
 
 /* Moves what can be moved from `from` to `to`. Returns -1 when the connection is broken. */
@@ -116,7 +118,7 @@ static int serve(struct connection *one, short client, short machine) {
 }
 
 static int loop(void) {
-    static struct pollfd polls[LISTENERS + 1 + NAMES_UPSTREAMS + 2 * CONNECTIONS];
+    static struct pollfd polls[LISTENERS + 2 + NAMES_UPSTREAMS + 2 * CONNECTIONS];
     for (;;) {
         int n = 0, there = connected;
         for (int i = 0; i < there; i++)
@@ -125,12 +127,13 @@ static int loop(void) {
                 /* A hang-up cannot be masked: one that nothing is wanted of any more is not looked at. */
                 polls[n++] = (struct pollfd){.fd = events || connections[i].connecting ? connections[i].fd[side] : -1, .events = events};
             }
-        int first = n;
+        int first = n, listening = ports.count;
         for (int i = 0; i < listening; i++)
-            polls[n++] = (struct pollfd){.fd = connected < CONNECTIONS ? listeners[i].fd : -1, .events = POLLIN};
+            polls[n++] = (struct pollfd){.fd = connected < CONNECTIONS ? ports.listeners[i].fd : -1, .events = POLLIN};
         polls[n++] = (struct pollfd){.fd = names.fd, .events = POLLIN};
         for (int i = 0; i < names.upstreams; i++)
             polls[n++] = (struct pollfd){.fd = names.upstream[i], .events = POLLIN};
+        polls[n++] = (struct pollfd){.fd = ports.control, .events = POLLIN};
         if (poll(polls, (nfds_t)n, -1) < 0) {
             if (errno == EINTR)
                 continue;
@@ -141,26 +144,32 @@ static int loop(void) {
                 end_connection(i);
         for (int i = 0; i < listening && connected < CONNECTIONS; i++)
             if (polls[first + i].revents) {
-                int client = accept4(listeners[i].fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+                int client = accept4(ports.listeners[i].fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
                 if (client >= 0)
-                    begin_connection(&listeners[i], client);
+                    begin_connection(&ports.listeners[i], client);
             }
         for (int i = -1; i < names.upstreams; i++)
             if (polls[first + listening + 1 + i].revents)
                 names_serve(&names, i);
+        if (polls[n - 1].revents) /* last: it changes what the others stand for */
+            ports_serve(&ports, end_connections);
     }
 }
 
 static int add_listener(char *word) {
     char *fd = strtok(word, ":"), *address = strtok(NULL, ":"), *port = strtok(NULL, ":");
-    struct listener *new = &listeners[listening];
-    if (listening == LISTENERS || !fd || !address || !port || inet_pton(AF_INET, address, &new->to.sin_addr) != 1)
-        return -1;
-    new->fd = atoi(fd);
-    new->to.sin_family = AF_INET;
-    new->to.sin_port = htons((uint16_t)atoi(port));
-    listening++;
-    return fcntl(new->fd, F_SETFL, O_NONBLOCK);
+    if (!fd || !address || !port)
+        return errno = EINVAL, -1;
+    return ports_add(&ports, atoi(fd), address, port);
+}
+
+static int add_control(char *word) {
+    char *fd = strtok(word, ":"), *rules = strtok(NULL, ":");
+    if (!fd || !rules)
+        return errno = EINVAL, -1;
+    ports.control = atoi(fd);
+    ports.rules = atoi(rules);
+    return 0;
 }
 
 static int add_upstream(const char *address) {
@@ -187,6 +196,8 @@ static int understand(char *word) {
         return names.fd = atoi(word + 6), 0;
     if (!strncmp(word, "folder:", 7))
         return names.folder = open(word + 7, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    if (!strncmp(word, "control:", 8))
+        return add_control(word + 8);
     return errno = EINVAL, -1;
 }
 

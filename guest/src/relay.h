@@ -1,4 +1,5 @@
-/* relay: what one machine's network needs of a process on the host (relay.c), and the part of it that names machines (names.c). */
+/* relay: what one machine's network needs of a process on the host (relay.c), the part of it that names machines (names.c), and its ports as
+ * they come and go (ports.c). */
 #ifndef TV_RELAY_H
 #define TV_RELAY_H
 
@@ -34,5 +35,26 @@ int names_answer(int folder, const uint8_t *query, size_t size, uint8_t *out);
 
 /* Handles what poll(2) said of `names->fd` (which = -1) or of an upstream. */
 void names_serve(struct names *names, int which);
+
+#define LISTENERS 64
+
+/* A listening socket, and where its connections go. */
+struct listener {
+    int fd;
+    struct sockaddr_in to;
+};
+
+struct ports {
+    int control; /* listening socket (SOCK_SEQPACKET) of who may change them; -1: they stay as they are */
+    int rules;   /* the netlink socket that the machine's own table belongs to, kept for who changes it */
+    struct listener listeners[LISTENERS];
+    int count;
+};
+
+/* Returns -1 with errno set. */
+int ports_add(struct ports *ports, int fd, const char *address, const char *port);
+
+/* Carries out one request at `ports->control`. `ended` is told of a listener before it goes. */
+void ports_serve(struct ports *ports, void (*ended)(int listener));
 
 #endif

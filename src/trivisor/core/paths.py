@@ -118,6 +118,11 @@ class MachineDir:
         return self.root / "qmp.sock"
 
     @functools.cached_property
+    def net(self) -> Path:
+        """The socket of the network's helper, at which its owner changes ports and rules."""
+        return self.root / "net.sock"
+
+    @functools.cached_property
     def keeper(self) -> Path:
         """ "PID STARTTIME" of the keeper."""
         return self.root / "keeper"

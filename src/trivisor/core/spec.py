@@ -14,6 +14,7 @@ from typing import Any, Literal, Self
 import msgspec
 
 from trivisor.core.errors import InvalidSpec
+from trivisor.core.network import Shape, cut, shape
 from trivisor.core.rules import SyscallSpec, syscalls
 from trivisor.core.units import GIB, MIB, TIB, parse_duration, parse_size
 from trivisor.core.wishes import IoLimits, Volume, cpuset, io_limits, volumes
@@ -61,6 +62,10 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     first machine: like nat, and its machines reach each other as NAME and NAME.trivisor."""
     ports: dict[int, int] = {}
     """Published ports, host to guest (TCP, on the host's loopback). Needs "nat" or a named network."""
+    shape: Shape | None = None
+    """How well it is connected: rates, latency, loss (core/network.py)."""
+    cut: tuple[str, ...] = ()
+    """Machines of its named network that it does not reach, and that do not reach it."""
     volumes: dict[str, Volume] = {}
     """Path in the machine to what lies there."""
     env: dict[str, str] = {}
@@ -146,6 +151,13 @@ def _check_network(spec: Spec) -> None:
         raise InvalidSpec("published ports need a network", hint='give network="nat"')
     if spec.ports and spec.network == "host":
         raise InvalidSpec("a machine on the host's network has the host's ports as they are", hint="leave out ports")
+    if spec.shape and spec.network in ("none", "host"):
+        raise InvalidSpec("only a network of its own can be shaped", hint='give network="nat"')
+    if spec.cut and spec.network in ("none", "host", "nat"):
+        raise InvalidSpec("only machines of a named network can be cut off from each other", hint='give network="backend"')
+    for other in spec.cut:
+        if not NAME.fullmatch(other) or other == spec.name:
+            raise InvalidSpec(f"cut {other!r} is not the name of another machine")
 
 
 def _text(what: str, text: str) -> None:
@@ -183,6 +195,8 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "disk": lambda wish: wish if wish == "ram" else parse_size(wish, "disk"),
     "kernel": lambda wish: os.fspath(wish) if isinstance(wish, os.PathLike) else wish,
     "ports": _ports,
+    "shape": shape,
+    "cut": cut,
     "volumes": volumes,
     "syscalls": syscalls,
     "ttl": lambda wish: parse_duration(wish, "ttl"),

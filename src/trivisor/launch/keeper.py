@@ -45,7 +45,7 @@ class Kept:
     engine_pid: int
 
 
-def _bind(folder: int, name: str, kind: socket.SocketKind) -> socket.socket:
+def bind(folder: int, name: str, kind: socket.SocketKind) -> socket.socket:
     """Bind a socket in the folder; through its descriptor, since a socket's path may have only 107 bytes."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(name, dir_fd=folder)
@@ -192,11 +192,11 @@ def _start(
         record.unlink(missing_ok=True)
     folder = os.open(machine.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     stack.callback(os.close, folder)
-    listener = stack.enter_context(_bind(folder, machine.line.name, socket.SOCK_STREAM))
+    listener = stack.enter_context(bind(folder, machine.line.name, socket.SOCK_STREAM))
     given = {"folder": folder, "alive": alive_fd, "listen": listener.fileno(), line[0]: line[1]}
     if answer is not None:
         given["answer"] = answer
-        given["answer-listen"] = stack.enter_context(_bind(folder, machine.answer.name, socket.SOCK_SEQPACKET)).fileno()
+        given["answer-listen"] = stack.enter_context(bind(folder, machine.answer.name, socket.SOCK_SEQPACKET)).fileno()
     if owner is not None:
         try:
             given["owner"] = os.pidfd_open(owner)

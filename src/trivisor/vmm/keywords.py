@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
+from trivisor.core.network import Shape
 from trivisor.core.rules import Paths, Rule, SyscallSpec
 from trivisor.core.spec import Lifetime
 from trivisor.core.wishes import IoLimits, Volume
@@ -33,6 +34,8 @@ class Keywords(TypedDict, total=False):
     kernel: str | os.PathLike[str] | None
     network: str | None
     ports: dict[int, int] | None
+    shape: Shape | Mapping[str, Any] | None
+    cut: Sequence[str] | None
     volumes: Mapping[str, Volume | str | os.PathLike[str] | Mapping[str, Any]] | None
     env: dict[str, str] | None
     lifetime: Lifetime | None

@@ -19,7 +19,7 @@ import msgspec
 from trivisor.core.errors import NotFound, WaitTimeout
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.state import State, check
-from trivisor.vmm import life, limits, locks, logs, reconcile, watch
+from trivisor.vmm import life, limits, locks, logs, network, reconcile, watch
 from trivisor.vmm.context import Context
 from trivisor.vmm.devices import MachineDevices
 from trivisor.vmm.engine import Progress
@@ -31,6 +31,7 @@ from trivisor.vos.files import Files
 from trivisor.vos.forward import Forward, forward
 from trivisor.vos.line import Line
 from trivisor.vos.memory.service import Memory
+from trivisor.vos.network.service import Network
 from trivisor.vos.ports import MemoryPort, Still, SyscallPort
 from trivisor.vos.process import Process
 from trivisor.vos.processes import MAX_OUTPUT, Argv, ExecResult, Processes
@@ -41,7 +42,6 @@ from trivisor.vos.syscalls.policy import Policy
 from trivisor.vos.syscalls.service import Syscalls
 from trivisor.vos.syscalls.supervisor import Attachment
 from trivisor.vos.syscalls.trace import Trace
-
 
 _MEMORY_WAIT = 10.0
 """Seconds that a reader of memory waits for another operation on the machine."""
@@ -84,7 +84,9 @@ class Machine:
 
     @property
     def spec(self) -> Spec:
-        return self._first.spec
+        """What it is asked to be, now."""
+        row = self._context.records.row(self.id)
+        return row.spec if row is not None else self._first.spec
 
     @property
     def state(self) -> State:
@@ -108,7 +110,7 @@ class Machine:
 
         Raises InvalidState, Busy, HostLacks, EngineError (with the end of the engine's output), StorageError.
         """
-        life.start(self._context, self.id, progress or (lambda _: None))
+        network.started(self._context, life.start(self._context, self.id, progress or (lambda _: None)))
         self.devices.settle()
 
     def pause(self) -> None:
@@ -209,12 +211,17 @@ class Machine:
     @property
     def syscalls(self) -> Syscalls:
         """What its programs get from their system calls."""
-        return Syscalls(self.name, self.spec.syscalls, self._port, self._context.held(self.id), self._attach, self._trace)
+        return Syscalls(self.name, self._first.spec.syscalls, self._port, self._context.held(self.id), self._attach, self._trace)
 
     @property
     def memory(self) -> Memory:
         """What is in its memory, read and written from outside."""
         return Memory(self.name, self._memory_port)
+
+    @property
+    def network(self) -> Network:
+        """How it is connected: ports, shape, cuts, captures."""
+        return network.service(self._context, self.id, self.name, self._row, self._check)
 
     @property
     def devices(self) -> Devices:
@@ -287,7 +294,7 @@ class Machine:
             return False
 
     def _processes(self, verb: str) -> Processes:
-        return Processes(self._line_for(verb), self.name, self.spec.env, self.syscalls)
+        return Processes(self._line_for(verb), self.name, self._first.spec.env, self.syscalls)
 
     def _trace(self, *args: Any, **named: Any) -> Trace:
         return self._processes("exec").trace(*args, **named)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trivisor.core.errors import UnsupportedByWall
-from trivisor.core.spec import Wall
+from trivisor.core.spec import Spec, Wall
 from trivisor.launch.seccomp import Profile
 from trivisor.vos.memory.kernel import Kernel
 
@@ -101,3 +101,23 @@ class MemoryPort:
         if feature not in self.features:
             what, walls = MEMORY_FEATURES[feature]
             raise UnsupportedByWall(what, self.wall, [wall for wall in walls if wall != self.wall], machine=name)
+
+
+@dataclass(frozen=True)
+class NetworkPort:
+    """What there is of one machine's network, for vos.network."""
+
+    machine: str
+    """Its id."""
+    spec: Spec
+    """As it is now."""
+    live: bool
+    """Whether it runs, or is paused."""
+    control: Path
+    """The socket of its network's helper, while it lives (launch/net/control.py)."""
+    interface: str = ""
+    """The host's end of its link; "" where it has none: without root, or while it does not run."""
+    address: str = ""
+    """Its own."""
+    why: str = ""
+    """Why there can be no link on this host."""

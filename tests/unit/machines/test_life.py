@@ -173,6 +173,7 @@ def test_verbs_that_are_illegal_change_nothing(request: pytest.FixtureRequest, s
         "start": machine.start, "pause": machine.pause, "resume": machine.resume, "stop": machine.stop, "delete": machine.delete,
         "exec": lambda: machine.exec(["true"]), "spawn": lambda: machine.spawn(["true"]), "files": lambda: machine.files.exists("/"),
         "forward": lambda: machine.forward(80), "stats": machine.stats,
+        "network": lambda: machine.network.reshape(), "capture": lambda: machine.network.capture("/dev/null"),
     }  # fmt: skip
     assert verbs.keys() == LEGAL.keys()
     before = machine.info()

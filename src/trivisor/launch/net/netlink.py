@@ -6,6 +6,7 @@ lives; these few messages take a tenth of that. What is done once a boot (table.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import struct
@@ -14,10 +15,12 @@ from typing import Self
 
 ROUTE, NETFILTER = 0, 12
 NEWLINK, NEWADDR, NEWROUTE = 16, 20, 24
+NEWQDISC, DELQDISC = 36, 37
 GETCHAIN, GETRULE = 10 << 8 | 4, 10 << 8 | 7
 """NFNL_SUBSYS_NFTABLES, NFT_MSG_GETCHAIN and NFT_MSG_GETRULE."""
 _REQUEST, _ACK, _EXCL, _CREATE, _DUMP = 0x1, 0x4, 0x200, 0x400, 0x300
 _ERROR, _DONE = 2, 3
+_BATCH_BEGIN, _BATCH_END, _NFTABLES = 0x10, 0x11, 10
 _FAMILY = struct.Struct(">BBH")
 _HEADER = struct.Struct("=IHHII")
 _TIMEOUT = 10.0
@@ -28,6 +31,12 @@ _INFO_KIND, _INFO_DATA, _VETH_INFO_PEER = 1, 2, 1
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTA_OIF, _RTA_GATEWAY = 4, 5
 _CHAIN_TABLE, _CHAIN_NAME = 1, 3
+_TCA_KIND, _TCA_OPTIONS, _ROOT = 1, 2, 0xFFFFFFFF
+_TBF_PARMS, _TBF_RATE64, _TBF_BURST_BYTES = 1, 4, 6
+_NETEM_RATE, _NETEM_RATE64, _NETEM_LATENCY64 = 6, 8, 10
+_REPLACE, _ETHERNET, _MAX = 0x100, 1, 0xFFFFFFFF
+_TBF_BURST = 64 << 10
+_NETEM_PACKETS = 10_000
 _MAIN_TABLE, _STATIC, _UNICAST = 254, 4, 1
 
 Message = tuple[int, int, bytes]
@@ -37,8 +46,12 @@ Message = tuple[int, int, bytes]
 class Netlink:
     """A netlink socket of the calling thread's network namespace, used as a context manager."""
 
-    def __init__(self, protocol: int = ROUTE) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+    def __init__(self, protocol: int = ROUTE, *, fd: int | None = None) -> None:
+        """`fd`: a socket that is there already, taken over."""
+        if fd is None:
+            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+        else:
+            self._socket = socket.socket(fileno=fd)
         self._socket.settimeout(_TIMEOUT)
         self._sequence = 0
 
@@ -48,16 +61,39 @@ class Netlink:
     def __exit__(self, *_: object) -> None:
         self._socket.close()
 
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def batch(self, messages: Sequence[Message]) -> None:
+        """Have nftables carry out all of `messages` or nothing. Raises OSError."""
+        self._forget()
+        marks = struct.pack(">BBH", 0, 0, _NFTABLES)
+        self._ask([(_BATCH_BEGIN, 0, marks), *messages, (_BATCH_END, 0, marks)], range(1, len(messages) + 1))
+
+    def _forget(self) -> None:
+        """Read what answers somebody who used this socket before us and did not live to read it."""
+        self._socket.settimeout(0)
+        with contextlib.suppress(BlockingIOError):
+            while self._socket.recv(65536):
+                continue
+        self._socket.settimeout(_TIMEOUT)
+
     def ask(self, messages: Sequence[Message]) -> None:
         """Have the kernel carry out `messages` in order, all sent at once. Raises OSError for the first that fails."""
+        self._ask(messages, range(len(messages)))
+
+    def _ask(self, messages: Sequence[Message], answered: range) -> None:
+        """`answered`: those whose answers are waited for. Whether a batch's marks are answered depends on the kernel's version."""
         packed = b""
-        first = self._sequence + 1
-        for kind, flags, body in messages:
+        waiting = set()
+        for number, (kind, flags, body) in enumerate(messages):
             self._sequence += 1
-            packed += _HEADER.pack(_HEADER.size + len(body), kind, flags | _REQUEST | _ACK, self._sequence, 0) + body
+            if number in answered:
+                flags |= _ACK
+                waiting.add(self._sequence)
+            packed += _HEADER.pack(_HEADER.size + len(body), kind, flags | _REQUEST, self._sequence, 0) + body
         self._socket.send(packed)
         failed = 0
-        waiting = set(range(first, self._sequence + 1))
         while waiting:
             data = self._socket.recv(65536)
             while len(data) >= _HEADER.size:
@@ -102,46 +138,78 @@ def attributes(data: bytes) -> dict[int, bytes]:
 
 def new_veth(index: int, name: str, mac: str, mtu: int, *, peer: str, peer_namespace: int) -> Message:
     """Make the pair `name` here, with the given index, and `peer` in the namespace of a descriptor."""
-    other = _link(0, 0) + _text(_IFLA_IFNAME, peer) + _number(_IFLA_MTU, mtu) + _number(_IFLA_NET_NS_FD, peer_namespace)
-    kind = _text(_INFO_KIND, "veth") + _attribute(_INFO_DATA, _attribute(_VETH_INFO_PEER, other))
-    here = _text(_IFLA_IFNAME, name) + _number(_IFLA_MTU, mtu) + _attribute(_IFLA_ADDRESS, bytes.fromhex(mac.replace(":", "")))
-    return NEWLINK, _CREATE | _EXCL, _link(index, 0) + here + _attribute(_IFLA_LINKINFO, kind)
+    other = _link(0, 0) + text(_IFLA_IFNAME, peer) + _number(_IFLA_MTU, mtu) + _number(_IFLA_NET_NS_FD, peer_namespace)
+    kind = text(_INFO_KIND, "veth") + attribute(_INFO_DATA, attribute(_VETH_INFO_PEER, other))
+    here = text(_IFLA_IFNAME, name) + _number(_IFLA_MTU, mtu) + attribute(_IFLA_ADDRESS, bytes.fromhex(mac.replace(":", "")))
+    return NEWLINK, _CREATE | _EXCL, _link(index, 0) + here + attribute(_IFLA_LINKINFO, kind)
 
 
 def up(index: int, *, alias: str = "") -> Message:
     """Bring an interface up; `alias` says whose it is."""
-    return NEWLINK, 0, _link(index, _UP) + (_text(_IFLA_IFALIAS, alias) if alias else b"")
+    return NEWLINK, 0, _link(index, _UP) + (text(_IFLA_IFALIAS, alias) if alias else b"")
 
 
 def address(index: int, ip: str, length: int) -> Message:
     """Give an interface an IPv4 address of a network of `length` bits."""
     value = socket.inet_aton(ip)
     body = struct.pack("=BBBBI", socket.AF_INET, length, 0, 0, index)
-    return NEWADDR, _CREATE | _EXCL, body + _attribute(_IFA_LOCAL, value) + _attribute(_IFA_ADDRESS, value)
+    return NEWADDR, _CREATE | _EXCL, body + attribute(_IFA_LOCAL, value) + attribute(_IFA_ADDRESS, value)
 
 
 def default_route(index: int, gateway: str) -> Message:
     """Send what is for no network of its own to `gateway`."""
     body = struct.pack("=BBBBBBBBI", socket.AF_INET, 0, 0, 0, _MAIN_TABLE, _STATIC, 0, _UNICAST, 0)
-    return NEWROUTE, _CREATE | _EXCL, body + _attribute(_RTA_GATEWAY, socket.inet_aton(gateway)) + _number(_RTA_OIF, index)
+    return NEWROUTE, _CREATE | _EXCL, body + attribute(_RTA_GATEWAY, socket.inet_aton(gateway)) + _number(_RTA_OIF, index)
+
+
+def tbf(index: int, rate: int) -> Message:
+    """Let `rate` bytes a second leave an interface, with a queue of a tenth of a second (tc-tbf(8))."""
+    burst = max(rate // 100, _TBF_BURST)
+    limit = min(max(rate // 10, _TBF_BURST) + burst, _MAX)
+    parameters = struct.pack("=BBHhHI12xIII", 0, _ETHERNET, 0, 0, 0, min(rate, _MAX), limit, 0, 0)
+    options = attribute(_TBF_PARMS, parameters) + _number(_TBF_BURST_BYTES, min(burst, _MAX))
+    if rate > _MAX:
+        options += attribute(_TBF_RATE64, struct.pack("=Q", rate))
+    return NEWQDISC, _CREATE | _REPLACE, _qdisc(index, "tbf", options)
+
+
+def netem(index: int, latency: int, rate: int) -> Message:
+    """Have what leaves an interface wait `latency` nanoseconds, and no more than `rate` bytes a second leave it (0: any) (tc-netem(8))."""
+    waiting = max(_NETEM_PACKETS, rate // 1000)
+    options = struct.pack("=IIIIII", 0, waiting, 0, 0, 0, 0) + attribute(_NETEM_LATENCY64, struct.pack("=q", latency))
+    if rate:
+        options += attribute(_NETEM_RATE, struct.pack("=IiIi", min(rate, _MAX), 0, 0, 0))
+    if rate > _MAX:
+        options += attribute(_NETEM_RATE64, struct.pack("=Q", rate))
+    return NEWQDISC, _CREATE | _REPLACE, _qdisc(index, "netem", options)
+
+
+def no_queue(index: int) -> Message:
+    """Give an interface its own queue back."""
+    return DELQDISC, 0, struct.pack("=BxxxiIII", socket.AF_UNSPEC, index, 0, _ROOT, 0)
+
+
+def _qdisc(index: int, kind: str, options: bytes) -> bytes:
+    header = struct.pack("=BxxxiIII", socket.AF_UNSPEC, index, 0, _ROOT, 0)
+    return header + text(_TCA_KIND, kind) + attribute(_TCA_OPTIONS, options)
 
 
 def chain(family: int, table: str, name: str) -> Message:
     """Ask for a chain of nftables: that it is there."""
-    return GETCHAIN, 0, struct.pack(">BBH", family, 0, 0) + _text(_CHAIN_TABLE, table) + _text(_CHAIN_NAME, name)
+    return GETCHAIN, 0, struct.pack(">BBH", family, 0, 0) + text(_CHAIN_TABLE, table) + text(_CHAIN_NAME, name)
 
 
 def _link(index: int, flags: int) -> bytes:
     return struct.pack("=BxHiII", socket.AF_UNSPEC, 0, index, flags, flags)
 
 
-def _attribute(kind: int, data: bytes) -> bytes:
+def attribute(kind: int, data: bytes) -> bytes:
     return struct.pack("=HH", len(data) + 4, kind) + data + bytes(-len(data) % 4)
 
 
-def _text(kind: int, text: str) -> bytes:
-    return _attribute(kind, text.encode() + b"\0")
+def text(kind: int, value: str) -> bytes:
+    return attribute(kind, value.encode() + b"\0")
 
 
 def _number(kind: int, value: int) -> bytes:
-    return _attribute(kind, struct.pack("=I", value))
+    return attribute(kind, struct.pack("=I", value))

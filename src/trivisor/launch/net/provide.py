@@ -21,11 +21,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from trivisor.core.errors import HostLacks
+from trivisor.core.network import Shape
 from trivisor.core.paths import Home, MachineDir
 from trivisor.core.spec import Spec
 from trivisor.core.undo import Undo
 from trivisor.launch.keeper import Process
-from trivisor.launch.net import firewall, host, links, networks, passt, pool, relay
+from trivisor.launch.net import firewall, host, links, networks, own, passt, pool, relay
 from trivisor.launch.net.links import INSIDE
 from trivisor.launch.net.resolvers import reachable, resolvers
 from trivisor.launch.plan import Plan
@@ -68,6 +69,8 @@ def check(spec: Spec) -> None:
         return
     if networks.named(spec.network):
         raise HostLacks(f"{why}, and a named network is made of them", hint='run as root, or use network="nat"')
+    if spec.shape:
+        raise HostLacks(f"{why}, and no other network can be shaped", hint="run as root, or leave out shape")
     passt.check()
 
 
@@ -110,12 +113,15 @@ def provide(
         servers = resolvers()
         # A machine asks the host's resolvers itself if it can; on a named network its relay knows the names of the others.
         direct = folder is None and bool(servers) and all(reachable(server) for server in servers) and not _ours(servers)
-        helper = None
-        if listening or not direct:
-            helper = relay.relay(stack, place, slot, link.block, listening, names=folder, upstreams=[] if direct else servers, log=log)
+        rules = stack.enter_context(own.keep())
+        helper = relay.relay(
+            stack, place, slot, link.block, listening, names=folder, upstreams=[] if direct else servers, rules=rules.fileno(), log=log
+        )
         if folder is not None:
             undo.add("name", lambda: networks.leave(home, spec.network, spec.name))
             networks.join(home, spec.network, spec.name, link.block.address)
+        if spec.shape or spec.cut:
+            own.apply(rules, machine, link.block.interface, spec.shape or Shape(), own.addresses(home, spec))
         block = link.block
         dns = tuple(servers) if direct else (block.gateway,)
         address = ("address", INSIDE, block.address, str(block.length), block.gateway)
@@ -124,8 +130,8 @@ def provide(
             tap_fd=link.fd if kind == "tap" else None,
             steps=(("mac", INSIDE, mac(machine)), address, ("dns", *dns)),
             dns=dns,
-            processes=(helper.process,) if helper else (),
-            fds=(link.fd, *(helper.fds if helper else ())),
+            processes=(helper.process,),
+            fds=(link.fd, *helper.fds),
             facts={"network": spec.network, "address": block.address, "interface": block.interface},
         )
 

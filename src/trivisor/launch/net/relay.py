@@ -1,12 +1,14 @@
 """The helper on the host that a machine has for its published ports and for names (guest/src/relay.c).
 
 Its sockets are made here: a port that is taken is known before anything is started, and the helper needs no privilege. It runs
-jailed under the machine's keeper, so a published port is free in the instant that the machine ends.
+jailed under the machine's keeper, so a published port is free in the instant that the machine ends. Every machine with a link has one,
+since it is also what keeps the machine's own table (own.py), and takes ports that come later (control.py).
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -15,7 +17,7 @@ from pathlib import Path
 
 from trivisor.core.errors import EngineError
 from trivisor.core.paths import MachineDir
-from trivisor.launch import jail, tvinit
+from trivisor.launch import jail, keeper, tvinit
 from trivisor.launch.jail import Bind
 from trivisor.launch.keeper import Process
 from trivisor.launch.net.pool import Block
@@ -38,19 +40,22 @@ class Relay:
 
 def listen(stack: ExitStack, ports: Mapping[int, int], machine: str) -> dict[int, int]:
     """Listen on the host's ports and return {descriptor: port in the machine}; `stack` closes them. Raises EngineError if one is taken."""
-    found = {}
-    for host, guest in sorted(ports.items()):
-        listener = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(("127.0.0.1", host))
-            listener.listen(_BACKLOG)
-        except OSError as error:
-            why = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
-            hint = "publish another port, or end what listens there"
-            raise EngineError(f"host port {host} on 127.0.0.1 {why}", machine=machine, hint=hint) from error
-        found[listener.fileno()] = guest
-    return found
+    return {stack.enter_context(listener(host, machine)).fileno(): guest for host, guest in sorted(ports.items())}
+
+
+def listener(host: int, machine: str) -> socket.socket:
+    """Listen on a port of the host's loopback (0: a free one). Raises EngineError if it is taken."""
+    made = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind(("127.0.0.1", host))
+        made.listen(_BACKLOG)
+    except OSError as error:
+        made.close()
+        why = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
+        hint = "publish another port, or end what listens there"
+        raise EngineError(f"host port {host} on 127.0.0.1 {why}", machine=machine, hint=hint) from error
+    return made
 
 
 def relay(
@@ -62,11 +67,12 @@ def relay(
     *,
     names: Path | None,
     upstreams: Sequence[str],
+    rules: int,
     log: int | None = None,
 ) -> Relay:
     """Return the helper of one machine. `ports`: of `listen`. `names`: the network's folder. No `upstreams`: it answers no names.
 
-    `log` takes its last words.
+    `rules` is the socket that the machine's own table belongs to. `log` takes its last words.
     """
     fds: dict[int, int] = {}
     argv = [str(tvinit.path()), "relay"]
@@ -83,6 +89,10 @@ def relay(
         argv.append(f"tcp:{fds[asked]}:{upstreams[0]}:{DNS}")
     if names:
         argv.append(f"folder:{names if not jail.probe().namespaces else _NAMES}")
+    asked = _control(stack, place)
+    fds[asked] = _FIRST + len(fds)
+    fds[rules] = _FIRST + len(fds)
+    argv.append(f"control:{fds[asked]}:{fds[rules]}")
     if log is not None:
         fds[log] = 2
     return Relay(Process("relay", _plan(argv, place, slot, fds, names)), tuple(fds))
@@ -108,4 +118,13 @@ def _socket(stack: ExitStack, block: Block, kind: int) -> int:
             asked.listen(_BACKLOG)
     except OSError as error:
         raise EngineError(f"names cannot be served on {block.interface}: {error.strerror}") from error
+    return asked.fileno()
+
+
+def _control(stack: ExitStack, place: MachineDir) -> int:
+    """Listen where the machine's owner changes ports and rules."""
+    folder = os.open(place.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    stack.callback(os.close, folder)
+    asked = stack.enter_context(keeper.bind(folder, place.net.name, socket.SOCK_SEQPACKET))
+    asked.listen(_BACKLOG)
     return asked.fileno()

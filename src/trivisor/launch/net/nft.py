@@ -1,0 +1,123 @@
+"""rules.py's rules as nftables takes them, in messages of our own (linux/netfilter/nf_tables.h): for tables that change while machines run.
+
+table.py does the same through pyroute2 for the table that is made once; here a table is replaced whole, in one transaction, so at no moment
+do fewer rules hold than before or after.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+
+from trivisor.launch.net.netlink import Message, attribute, text
+from trivisor.launch.net.rules import Chain, Match, Rule
+
+OWNED = 2
+"""NFT_TABLE_F_OWNER: the table goes with the socket that it was made through (Linux 5.12)."""
+_INET = 1
+_SUBSYSTEM = 10 << 8
+_NEWTABLE, _DELTABLE, _NEWCHAIN, _NEWRULE = _SUBSYSTEM, _SUBSYSTEM | 2, _SUBSYSTEM | 3, _SUBSYSTEM | 6
+_CREATE, _APPEND = 0x400, 0x800
+_NESTED = 0x8000
+_HOOKS = {"prerouting": 0, "input": 1, "forward": 2, "output": 3, "postrouting": 4}
+_META = {"iifname": 6, "oifname": 7, "nfproto": 15, "l4proto": 16}
+_EQUAL, _UNEQUAL, _LESS = 0, 1, 2
+_CODES = {"drop": 0, "accept": 1}
+_REGISTER = 1
+_NETWORK_HEADER, _TRANSPORT_HEADER = 1, 2
+_ADDRESS = {"saddr": 12, "daddr": 16}
+_RANDOM = 1
+_HOST_TO_NET = 1
+_LIMIT_BYTES, _LIMIT_OVER = 1, 1
+_SECOND = 1
+_BURST = 128 << 10
+"""Bytes: a packet on a link between namespaces has up to 64 KiB, and would never pass a smaller one."""
+_PARTS = 1_000_000
+
+
+def replaced(table: str, chains: Sequence[Chain], rules: Sequence[Rule]) -> list[Message]:
+    """Return what makes an owned table hold these, and nothing else, whether it is there or not; with no rules it goes."""
+    name = text(1, table)
+    there = _header() + name + _number(2, OWNED)
+    messages: list[Message] = [(_NEWTABLE, _CREATE, there), (_DELTABLE, 0, _header() + name)]
+    if rules:
+        messages.append((_NEWTABLE, _CREATE, there))
+        messages += [(_NEWCHAIN, _CREATE, _header() + name + _chain(chain)) for chain in chains]
+        messages += [(_NEWRULE, _CREATE | _APPEND, _header() + name + _rule(rule)) for rule in rules]
+    return messages
+
+
+def _chain(chain: Chain) -> bytes:
+    made = text(3, chain.name)
+    if chain.hook:
+        hook = _number(1, _HOOKS[chain.hook]) + attribute(2, struct.pack(">i", chain.priority))
+        made += attribute(4 | _NESTED, hook) + _number(5, _CODES["accept"]) + text(7, chain.type)
+    return made
+
+
+def _rule(rule: Rule) -> bytes:
+    parts = [*(part for match in rule.matches for part in _match(match)), _verdict(rule.verdict)]
+    return text(2, rule.chain) + attribute(4 | _NESTED, b"".join(attribute(1 | _NESTED, part) for part in parts))
+
+
+def _match(match: Match) -> Iterator[bytes]:
+    what, value = match
+    if what in ("iifname", "oifname"):
+        # A name is compared with its end, 16 bytes in all.
+        yield _meta(_META[what])
+        yield _compare(value.encode().ljust(16, b"\0"))
+    elif what in _ADDRESS:
+        network = ipaddress.IPv4Network(value)
+        yield _meta(_META["nfproto"])
+        yield _compare(bytes([socket.AF_INET]))
+        yield _payload(_NETWORK_HEADER, _ADDRESS[what], 4)
+        mask = attribute(4 | _NESTED, _value(network.netmask.packed)) + attribute(5 | _NESTED, _value(bytes(4)))
+        yield _expression("bitwise", _number(1, _REGISTER) + _number(2, _REGISTER) + _number(3, 4) + mask)
+        yield _compare(network.network_address.packed)
+    elif what == "lost":
+        yield _expression("numgen", _number(1, _REGISTER) + _number(2, _PARTS) + _number(3, _RANDOM))
+        order = _number(1, _REGISTER) + _number(2, _REGISTER) + _number(3, _HOST_TO_NET) + _number(4, 4) + _number(5, 4)
+        yield _expression("byteorder", order)
+        yield _compare(struct.pack(">I", round(float(value) * _PARTS)), _LESS)
+    elif what == "over":
+        rate = int(value)
+        wide = attribute(1, struct.pack(">Q", rate)) + attribute(2, struct.pack(">Q", _SECOND))
+        burst = min(max(rate // 10, _BURST), (1 << 32) - 1)
+        yield _expression("limit", wide + _number(3, burst) + _number(4, _LIMIT_BYTES) + _number(5, _LIMIT_OVER))
+    else:
+        raise ValueError(what)
+
+
+def _meta(key: int) -> bytes:
+    return _expression("meta", _number(1, _REGISTER) + _number(2, key))
+
+
+def _payload(base: int, offset: int, length: int) -> bytes:
+    return _expression("payload", _number(1, _REGISTER) + _number(2, base) + _number(3, offset) + _number(4, length))
+
+
+def _compare(data: bytes, how: int = _EQUAL) -> bytes:
+    return _expression("cmp", _number(1, _REGISTER) + _number(2, how) + attribute(3 | _NESTED, _value(data)))
+
+
+def _verdict(word: str) -> bytes:
+    code = attribute(2 | _NESTED, _number(1, _CODES[word]))
+    return _expression("immediate", _number(1, 0) + attribute(2 | _NESTED, code))
+
+
+def _expression(name: str, data: bytes) -> bytes:
+    return text(1, name) + attribute(2 | _NESTED, data)
+
+
+def _value(data: bytes) -> bytes:
+    return attribute(1, data)
+
+
+def _number(kind: int, value: int) -> bytes:
+    return attribute(kind, struct.pack(">I", value))
+
+
+def _header() -> bytes:
+    return struct.pack(">BBH", _INET, 0, 0)
