@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -118,6 +118,19 @@ def test_a_view_of_all_its_memory(running: Machine, program: Process) -> None:
     for start, size in ((running.spec.memory, 1), (running.spec.memory - 1, 2), (1 << 40, None)):
         with pytest.raises(BadAddress, match="not memory"):
             running.memory.view(start, size)
+
+
+@pytest.mark.walls("vm")
+def test_a_view_is_what_its_pages_are_read_one_by_one(make: Callable[..., Machine]) -> None:
+    """Pages that QEMU has never touched come out of the ice; both ways of reading must agree, before and after it is touched."""
+    machine = make(cpus=1, disk="8G")
+    machine.pause()
+    memory = machine.memory
+    with memory.view() as fresh:
+        whole = b"".join(memory.read_physical(at, 16 << 20) for at in range(0, machine.spec.memory, 16 << 20))
+        assert fresh.data == whole
+    with memory.view() as touched:
+        assert touched.data == whole
 
 
 @pytest.mark.walls("vm")

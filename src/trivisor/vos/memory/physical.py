@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from trivisor.core.errors import BadAddress
+from trivisor.vos.memory import resident
 from trivisor.vos.memory.foreign import Foreign
 from trivisor.vos.ports import Ram
 
@@ -52,9 +53,8 @@ class Physical:
         """Return a copy of a range. Raises BadAddress."""
         begin = self.where(address, size)
         data = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        data.madvise(mmap.MADV_HUGEPAGE)
         view = View(address, data)
-        if self._foreign.into(view.data, begin) != size:
+        if resident.into(self._foreign, view.data, begin) != size:
             view.close()
             raise BadAddress("a part of its memory cannot be read", machine=self._machine)
         return view
