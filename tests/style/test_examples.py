@@ -16,9 +16,8 @@ from machine_home import VmHome
 from trivisor.cli import main, options
 
 DOCS = Path(__file__).parents[2] / "docs"
-COMMANDS = re.findall(
-    r"^    (trivisor .*\S)|`(trivisor trace [^`]*)`", (DOCS / "syscalls.md").read_text() + (DOCS / "trace.md").read_text(), re.M
-)
+TEXTS = [(DOCS / name).read_text() for name in ("syscalls.md", "trace.md")]
+COMMANDS = re.findall(r"^    (trivisor .*\S)|`(trivisor trace [^`]*)`", "".join(TEXTS), re.MULTILINE)
 
 
 def run(home: VmHome, document: str, number: int) -> str:

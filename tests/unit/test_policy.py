@@ -114,21 +114,6 @@ def test_names_of_no_call_are_refused_with_the_nearest() -> None:
         assert refused.value.hint == "did you mean connect?"
 
 
-def test_calls_go_by_number_too() -> None:
-    here = syscalls.table()
-    policy = Policy()
-    assert policy.deny(here["connect"]).calls == ("connect",)
-    assert policy.fail([here["write"], "pwrite64"], "EIO", args={"count": 7}).calls == ("write", "pwrite64")
-    policy.on(here["uname"], "sethostname", here["uname"])(handler)
-    policy.trace(here["execve"])
-    assert policy.handlers[0].calls == ("uname", "sethostname") and policy.tracing and policy.tracing.calls == ("execve",)
-    assert [syscalls.name(number, "aarch64") for number in (56, 63, 160, 435)] == ["openat", "read", "uname", "clone3"]
-    for wrong in (-1, 334, 1 << 40, True, 244):
-        with pytest.raises(InvalidSpec, match=f"no system call {wrong}") as refused:
-            syscalls.name(wrong, "aarch64")
-        assert "aarch64" in refused.value.hint
-
-
 @pytest.mark.parametrize(
     ("first", "second"),
     [

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from trivisor.core.errors import InvalidSpec
 from trivisor.launch import seccomp, syscalls
 from trivisor.launch.seccomp import ALLOW, KILL, LOG, NOTIFY, TRACE, Arg, Profile, compile_policy, refuse
+from trivisor.vos.syscalls.policy import Policy
 
 X86 = syscalls.SYSCALLS["x86_64"]
 WHOLE = 2**64 - 1
@@ -113,6 +114,21 @@ def test_names_of_no_call_are_refused_with_the_nearest() -> None:
         assert "openat" in refused.value.hint
     assert syscalls.number("open", "aarch64") is None  # a call that only others have is no mistake
     assert seccomp.compile(seccomp.always("open read"), machine="aarch64")
+
+
+def test_calls_go_by_number_too() -> None:
+    here = syscalls.table()
+    policy = Policy()
+    assert policy.deny(here["connect"]).calls == ("connect",)
+    assert policy.fail([here["write"], "pwrite64"], "EIO", args={"count": 7}).calls == ("write", "pwrite64")
+    policy.on(here["uname"], "sethostname", here["uname"])(lambda call: call.proceed())
+    policy.trace(here["execve"])
+    assert policy.handlers[0].calls == ("uname", "sethostname") and policy.tracing and policy.tracing.calls == ("execve",)
+    assert [syscalls.name(number, "aarch64") for number in (56, 63, 160, 435)] == ["openat", "read", "uname", "clone3"]
+    for wrong in (-1, 334, 1 << 40, True, 244):
+        with pytest.raises(InvalidSpec, match=f"no system call {wrong}") as refused:
+            syscalls.name(wrong, "aarch64")
+        assert "aarch64" in refused.value.hint
 
 
 def test_the_profiles_name_only_calls_that_there_are() -> None:
