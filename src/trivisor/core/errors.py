@@ -64,6 +64,7 @@ _ON_A_MACHINE = {
     "attach": "attach a device to",
     "detach": "detach a device from",
     "memory": "reach the memory of",
+    "limit": "change the limits of",
     "network": "change the network of",
     "capture": "capture the packets of",
 }

@@ -102,6 +102,12 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         return spec
 
 
+def checked(spec: Spec) -> Spec:
+    """Return a Spec that was changed, if a machine can be so. Raises InvalidSpec."""
+    _check(spec)
+    return spec
+
+
 def _check(spec: Spec) -> None:
     if not NAME.fullmatch(spec.name):
         raise InvalidSpec(

@@ -33,6 +33,7 @@ LEGAL: dict[str, tuple[State, ...]] = {
     "attach": (_C, _R, _S, _F),
     "detach": (_C, _R, _S, _F),
     "memory": (_R, _P),
+    "limit": (_C, _R, _P, _S, _F),
     "network": (_C, _R, _P, _S, _F),
     "capture": (_R, _P),
 }

@@ -25,10 +25,11 @@ from typing import Self
 
 from trivisor.core.errors import EngineError, HostLacks
 from trivisor.core.paths import Home
-from trivisor.launch import cgroup_freeze
+from trivisor.launch import cgroup_freeze, cgroup_memory
 from trivisor.launch import cgroup_layout as layouts
 from trivisor.launch.cgroup_layout import Hierarchy, Layout
 from trivisor.launch.cgroup_limits import CONTROLLER, Limits, Setting, settings
+from trivisor.launch.cgroup_memory import MemoryUse
 from trivisor.launch.cgroup_place import Place, await_event, folders, kill_each, remove_tree, write
 
 __all__ = ["Cgroup", "Counters", "Limits", "Usage", "limits_possible", "names", "remove", "sweep"]
@@ -183,6 +184,18 @@ class Cgroup:
                 found = {"memory": memory.number("memory.usage_in_bytes"), "peak": memory.number("memory.max_usage_in_bytes")}
                 found["anonymous"] = stat.get("total_rss", 0) + stat.get("total_shmem", 0) + stat.get("total_swap", 0)
         return Usage(**found, cpu_seconds=self._seconds(), pids=pids.number("pids.current") if pids is not None else len(self.pids()))
+
+    def memory(self) -> MemoryUse | None:
+        """Return the figures of its memory; None where memory is not counted."""
+        place = self._of("memory")
+        return cgroup_memory.read(place) if place is not None else None
+
+    def limit_memory(self, limits: Limits, home: Home, *, growing: bool) -> None:
+        """Change the limits of memory and swap of a group that has one. Raises HostLacks for what the kernel refuses."""
+        names = [name for name in ("memory", "swap") if name in limits.given]
+        # In v1 the two together may never be less than the one.
+        for name in reversed(names) if growing else names:
+            self._limit(limits, name, home)
 
     def counters(self) -> Counters:
         """Return how often limits were met."""

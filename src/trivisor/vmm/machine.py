@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import replace
-from functools import partial
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,7 +17,7 @@ import msgspec
 from trivisor.core.errors import NotFound, WaitTimeout
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.state import State, check
-from trivisor.vmm import life, limits, locks, logs, network, reconcile, watch
+from trivisor.vmm import life, limits, logs, memory, network, reconcile, watch
 from trivisor.vmm.context import Context
 from trivisor.vmm.devices import MachineDevices
 from trivisor.vmm.engine import Progress
@@ -32,7 +30,7 @@ from trivisor.vos.forward import Forward, forward
 from trivisor.vos.line import Line
 from trivisor.vos.memory.service import Memory
 from trivisor.vos.network.service import Network
-from trivisor.vos.ports import MemoryPort, Still, SyscallPort
+from trivisor.vos.ports import SyscallPort
 from trivisor.vos.process import Process
 from trivisor.vos.processes import MAX_OUTPUT, Argv, ExecResult, Processes
 from trivisor.vos.syscalls import direct, remote
@@ -42,9 +40,6 @@ from trivisor.vos.syscalls.policy import Policy
 from trivisor.vos.syscalls.service import Syscalls
 from trivisor.vos.syscalls.supervisor import Attachment
 from trivisor.vos.syscalls.trace import Trace
-
-_MEMORY_WAIT = 10.0
-"""Seconds that a reader of memory waits for another operation on the machine."""
 
 
 class Stats(msgspec.Struct, frozen=True, kw_only=True):
@@ -215,8 +210,8 @@ class Machine:
 
     @property
     def memory(self) -> Memory:
-        """What is in its memory, read and written from outside."""
-        return Memory(self.name, self._memory_port)
+        """Its memory: figures, limit, and what is in it, read and written from outside."""
+        return memory.service(self._context, self.id, self.name, self._check, lambda: self.files)
 
     @property
     def network(self) -> Network:
@@ -314,19 +309,6 @@ class Machine:
 
     def _port(self) -> SyscallPort:
         return self._context.engine(self.wall, self.name).syscalls(self._context.box(self._first))
-
-    def _memory_port(self) -> MemoryPort:
-        row = self._check("memory")
-        port = self._context.engine(self.wall, self.name).memory(self._context.box(row))
-        return replace(port, hold=partial(self._hold, port.hold))
-
-    @contextmanager
-    def _hold(self, hold: Callable[[bool], AbstractContextManager[Still]], still: bool) -> Iterator[Still]:
-        """Nobody pauses or resumes a machine that stands still for its memory to be read."""
-        with ExitStack() as stack:
-            if still:
-                stack.enter_context(locks.hold(self._folder.lock, "memory", self.name, wait=_MEMORY_WAIT, make=False))
-            yield stack.enter_context(hold(still))
 
     def _line_for(self, verb: str) -> Callable[[], Line]:
         def line() -> Line:

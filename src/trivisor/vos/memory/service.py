@@ -20,6 +20,7 @@ from trivisor.vos.memory.kernel import Kernel
 from trivisor.vos.memory.paging import PAGE, Page, Tables
 from trivisor.vos.memory.physical import Physical, View
 from trivisor.vos.memory.spaces import Local, Mapped, Space
+from trivisor.vos.memory.stats import MemoryStats
 from trivisor.vos.memory.tasks import GuestProcess
 from trivisor.vos.ports import MemoryPort, Still
 
@@ -41,14 +42,30 @@ class Change:
 class Memory:
     """The memory of one machine."""
 
-    def __init__(self, machine: str, port: Callable[[], MemoryPort]) -> None:
+    def __init__(
+        self, machine: str, port: Callable[[], MemoryPort], figures: Callable[[], MemoryStats], limit: Callable[[int | str], None]
+    ) -> None:
         self._machine = machine
         self._port = port
+        self._figures = figures
+        self._limit = limit
 
     @property
     def features(self) -> frozenset[str]:
         """What this machine's wall can: physical, kernel, process (vos/ports.py)."""
         return self._port().features
+
+    def stats(self) -> MemoryStats:
+        """Return what it may have, has, and takes of the host. Raises InvalidState unless it runs or is paused, GuestGone."""
+        return self._figures()
+
+    def limit(self, size: int | str) -> None:
+        """Change what it may have ("512M", or bytes): at once if it runs, and from the next start on.
+
+        Raises InvalidSpec for less than its programs hold now, or than a machine needs; UnsupportedByWall for a virtual machine that
+        runs; HostLacks where the host cannot limit memory.
+        """
+        self._limit(size)
 
     @property
     def symbols(self) -> Mapping[str, int]:

@@ -1,0 +1,104 @@
+"""`vm.memory` of a machine: what its wall and its record say to the service (vos/memory/service.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from trivisor.core.errors import FileError, HostLacks, InvalidSpec, UnsupportedByWall
+from trivisor.core.spec import checked
+from trivisor.core.state import State
+from trivisor.core.units import parse_size
+from trivisor.launch.cgroups import Cgroup, Limits
+from trivisor.vmm import life, locks, reconcile
+from trivisor.vmm.context import Context
+from trivisor.vmm.records import Row
+from trivisor.vos.files import Files
+from trivisor.vos.memory.service import Memory
+from trivisor.vos.memory.stats import MemoryStats, of_guest
+from trivisor.vos.ports import MemoryPort, Still
+
+_WAIT = 10.0
+"""Seconds that a reader of memory waits for another operation on the machine."""
+_IDLE: dict[str, Any] = {"operation": "", "operator": None}
+_FIGURES_MAX = 64 << 10
+_FIGURES = {"meminfo": "/proc/meminfo", "vmstat": "/proc/vmstat", "pressure": "/proc/pressure/memory"}
+
+
+def service(context: Context, machine: str, name: str, check: Callable[[str], Row], files: Callable[[], Files]) -> Memory:
+    """Return `vm.memory` of a machine, of which `check` gives the record if it is in a state for a verb, `files` its files."""
+    return Memory(
+        name,
+        port=lambda: port(context, check("memory")),
+        figures=lambda: stats(context, check("memory"), files),
+        limit=partial(limit, context, machine),
+    )
+
+
+def port(context: Context, row: Row) -> MemoryPort:
+    """Return what a machine's wall does for its memory."""
+    found = context.engine(row.spec.wall, row.name).memory(context.box(row))
+    return replace(found, hold=partial(_hold, context, row, found.hold))
+
+
+def stats(context: Context, row: Row, files: Callable[[], Files]) -> MemoryStats:
+    """Return the figures of a machine that runs or is paused: its control group's, or its guest's own."""
+    taken = context.engine(row.spec.wall, row.name).usage(context.box(row))
+    if row.spec.wall == "vm":
+        said = dict.fromkeys(_FIGURES, "")
+        for name, path in _FIGURES.items() if row.state is State.RUNNING else ():
+            with suppress(FileError):  # a kernel without it
+                said[name] = files().read(path, 0, _FIGURES_MAX).decode("ascii", "replace")
+        return of_guest(row.spec.memory, taken.private, taken.shared, **said)
+    group = Cgroup.find(context.home, row.id)
+    use = group.memory() if group is not None else None
+    return MemoryStats(
+        limit=use.limit if use else None,
+        used=use.used if use else None,
+        cache=use.cache if use else None,
+        swap=use.swap if use else None,
+        pressure=use.pressure if use else None,
+        major_faults=use.major_faults if use else None,
+        private=taken.private,
+        shared=taken.shared,
+    )
+
+
+def limit(context: Context, machine: str, wish: int | str) -> None:
+    """Change what a machine may have: now, if it runs, and from its next start on. Raises InvalidSpec, UnsupportedByWall, HostLacks."""
+    size = parse_size(wish, "memory")
+    with life.operation(context, machine, "limit") as row:
+        asked = (*(name for name in row.spec.asked if name != "memory"), "memory")
+        spec = checked(msgspec.structs.replace(row.spec, memory=size, asked=asked))
+        context.engine(spec.wall, row.name).check(spec)
+        if row.state in reconcile.LIVE:
+            _enforce(context, msgspec.structs.replace(row, spec=spec))
+        context.records.update(row.id, spec=spec, event=("limit", f"memory is {size} bytes, was {row.spec.memory}"), **_IDLE)
+
+
+def _enforce(context: Context, row: Row) -> None:
+    if row.spec.wall == "vm":
+        raise UnsupportedByWall("change the memory of a machine that runs", "vm", ("container", "gvisor"), machine=row.name)
+    group = Cgroup.find(context.home, row.id)
+    use = group.memory() if group is not None else None
+    if group is None or use is None:
+        raise HostLacks("memory cannot be limited on this host", machine=row.name, hint="`trivisor doctor` says why")
+    if row.spec.memory < use.fixed:
+        raise InvalidSpec(
+            f"{row.spec.memory} bytes are less than the {use.fixed} that its programs hold", machine=row.name, hint="end some of them first"
+        )
+    group.limit_memory(Limits.of(row.spec), context.home, growing=use.limit is not None and row.spec.memory > use.limit)
+
+
+@contextmanager
+def _hold(context: Context, row: Row, hold: Callable[[bool], AbstractContextManager[Still]], still: bool) -> Iterator[Still]:
+    """Nobody pauses or resumes a machine that stands still for its memory to be read."""
+    with ExitStack() as stack:
+        if still:
+            stack.enter_context(locks.hold(context.folder(row).lock, "memory", row.name, wait=_WAIT, make=False))
+        yield stack.enter_context(hold(still))
