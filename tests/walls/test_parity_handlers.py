@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -65,6 +66,55 @@ def test_answers_of_every_kind(running: Machine) -> None:
         print([read(path) for path in paths], os.getppid(), os.uname().sysname, os.uname().machine)
     """
     assert python(running, source, policy) == f"['from Python', 13, '{running.name}', 2] 4242 Plan9 vax"
+
+
+def test_an_open_file_and_a_pipe_are_given(running: Machine, tmp_path: Path) -> None:
+    """Of the host's: the program reads them, and gets to nothing else by them."""
+    (tmp_path / "given").write_text("from a file of the host\n")
+    policy = Policy()
+
+    @policy.on("openat")
+    def opened(call: Call) -> None:
+        match call.path():
+            case "/file":
+                with (tmp_path / "given").open() as file:
+                    call.give(file)
+            case "/pipe":
+                read, write = os.pipe()
+                os.write(write, b"through a pipe\n")
+                os.close(write)
+                call.give(read)
+                os.close(read)
+            case _:
+                call.proceed()
+
+    source = """
+        import os
+        print(open("/file").read() + open("/pipe").read(), os.path.exists(os.readlink("/proc/self/fd/%d" % os.open("/file", 0))))
+    """
+    assert python(running, source, policy) == "from a file of the host\nthrough a pipe\n False"
+
+
+def test_signals_during_a_held_call(running: Machine) -> None:
+    """They wait until it is answered: the call is neither cut short nor held a second time."""
+    policy, held = Policy(), []
+
+    @policy.on("getppid", timeout=20)
+    def slow(call: Call) -> None:
+        held.append(call.id)
+        time.sleep(0.5)
+        call.returns(11)
+
+    source = """
+        import os, signal
+        came = []
+        signal.signal(signal.SIGALRM, lambda *_: came.append(1))
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        print(os.getppid(), end=" ")
+        print(len(came) == 1)
+    """
+    assert python(running, source, policy) == "11 True"
+    assert len(held) == 1
 
 
 def test_what_a_handler_sees(running: Machine) -> None:
@@ -246,12 +296,12 @@ def test_programs_inherit_it_and_threads_share_it(running: Machine) -> None:
         child = subprocess.run([sys.executable, "-c", "import os; print(os.getppid())"], capture_output=True, text=True)
         print(child.stdout.strip(), end=" ")
         results = []
-        threads = [threading.Thread(target=lambda: results.append(os.getppid())) for _ in range(20)]
+        threads = [threading.Thread(target=lambda: results.append(os.getppid())) for _ in range(64)]
         for thread in threads: thread.start()
         for thread in threads: thread.join()
         print(sum(results))
     """
-    assert python(running, source, policy) == "7 140"
+    assert python(running, source, policy) == "7 448"
     assert len(pids) >= 2
 
 

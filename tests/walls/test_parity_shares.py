@@ -122,6 +122,9 @@ def test_volumes(make: Make, tmp_path: Path) -> None:
     assert (shared / "inside").read_text() == "from inside\n"
     refused = machine.exec("echo no > /deep/er/ro/inside", timeout=BOUND)
     assert refused.exit_code != 0 and "ead-only" in refused.error_text
+    kinds = {words[1]: words[2] for line in machine.exec(["cat", "/proc/mounts"], check=True).text.splitlines() if (words := line.split())}
+    if machine.wall == "vm":
+        assert {kinds["/data"], kinds["/deep/er/ro"]} == {"virtiofs"}, "without virtiofsd: test_vm_9p.py"
     (shared / "later").write_text("later\n")
     assert machine.exec("cat /data/later", timeout=BOUND).text == "later\n"
     machine.delete(force=True)
