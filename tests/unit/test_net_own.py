@@ -11,10 +11,11 @@ from trivisor.core.errors import InvalidSpec
 from trivisor.core.network import Shape, shape
 from trivisor.core.spec import Spec
 from trivisor.launch.net import own
+from trivisor.launch.net.own import Own
 
 
 def test_rules_are_about_one_interface() -> None:
-    made = own.rules("trv7", Shape(loss=0.25, rate_out=5000), ["10.213.128.2"])
+    made = own.rules(Own("trv7", Shape(loss=0.25, rate_out=5000), ("10.213.128.2",)))
     assert [str(rule) for rule in made] == [
         "from: iifname trv7 daddr 10.213.128.2 drop",
         "to: oifname trv7 saddr 10.213.128.2 drop",
@@ -22,7 +23,7 @@ def test_rules_are_about_one_interface() -> None:
         "to: oifname trv7 lost 0.250000 drop",
         "from: iifname trv7 over 5000 drop",
     ]
-    assert own.rules("trv7", Shape(latency=1, rate_in=5000), []) == []  # queues do that
+    assert own.rules(Own("trv7", Shape(latency=1, rate_in=5000))) == []  # queues do that
 
 
 def test_shapes_as_people_write_them() -> None:
@@ -95,7 +96,7 @@ def sent(link):
     return count
 
 with own.keep() as kernel:
-    apply = lambda shape, cut=(): own.apply(kernel, "abc", one.block.interface, shape, cut)
+    apply = lambda shape, cut=(): own.apply(kernel, "abc", own.Own(one.block.interface, shape, cut))
     assert sent(one) == 1000
     apply(Shape(rate_out=250_000))
     assert 350 < sent(one) < 600  # a second's worth, and 128 KiB
@@ -124,9 +125,9 @@ from trivisor.launch.net import own
 from trivisor.core.network import Shape
 one = machine("one")
 with own.keep() as kernel, own.keep() as other:
-    own.apply(kernel, "abc", one.block.interface, Shape(loss=1), [])
+    own.apply(kernel, "abc", own.Own(one.block.interface, Shape(loss=1)))
     try:
-        own.apply(other, "abc", one.block.interface, Shape(), [])
+        own.apply(other, "abc", own.Own(one.block.interface, Shape()))
     except HostLacks:
         pass
     else:
@@ -159,17 +160,17 @@ def took():
     return time.monotonic() - begun
 with own.keep() as kernel:
     assert inside(one.fd, took) < 0.3
-    own.apply(kernel, "abc", one.block.interface, Shape(rate_in=500_000), [])
+    own.apply(kernel, "abc", own.Own(one.block.interface, Shape(rate_in=500_000)))
     assert 0.3 < inside(one.fd, took) < 5
     try:
-        own.apply(kernel, "abc", one.block.interface, Shape(latency=0.2), [])
+        own.apply(kernel, "abc", own.Own(one.block.interface, Shape(latency=0.2)))
     except HostLacks as error:
         assert "sch_netem" in str(error)
     else:
         begun = time.monotonic()
         assert inside(one.fd, lambda: ask("203.0.113.1", 80, 5)) == "192.0.2.2"
         assert time.monotonic() - begun > 0.2
-    own.apply(kernel, "abc", one.block.interface, Shape(), [])
+    own.apply(kernel, "abc", own.Own(one.block.interface, Shape()))
     assert inside(one.fd, took) < 0.3
 """
     run(code, tmp_path)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import socket
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +17,12 @@ from machine_home import VmHome
 
 from trivisor import VMM, EngineError, HostLacks, InvalidSpec, InvalidState, Machine, NotFound
 from trivisor.core.errors import AlreadyExists
-from trivisor.core.network import Shape
+from trivisor.core.network import Egress, Shape
 from trivisor.core.spec import Wall
 from trivisor.launch.net import provide
 
 BOUND = 60.0
+BEYOND = "tvegress"
 SERVE = """\
 import socket, threading
 server = socket.create_server(("0.0.0.0", 80))
@@ -55,6 +60,32 @@ def pair(wall_home: VmHome, wall: Wall) -> Iterator[tuple[Machine, Machine]]:
         finally:
             for machine in both:
                 machine.delete(force=True)
+
+
+@pytest.fixture
+def beyond() -> Iterator[str]:
+    """The address of another host, a network namespace, that echoes on ports 80 and 81."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("needs root and ip(8), to make another host")
+    subprocess.run(["ip", "netns", "add", BEYOND], check=True)
+    try:
+        for command in (
+            f"ip link add tvegress0 type veth peer name tvegress1 netns {BEYOND}",
+            "ip addr add 198.51.100.9/30 dev tvegress0",
+            "ip link set tvegress0 up",
+            f"ip -n {BEYOND} addr add 198.51.100.10/30 dev tvegress1",
+            f"ip -n {BEYOND} link set tvegress1 up",
+        ):
+            subprocess.run(command.split(), check=True)
+        serve = ["ip", "netns", "exec", BEYOND, sys.executable, "-c", SERVE]
+        with subprocess.Popen(serve, stdout=subprocess.PIPE) as server:
+            try:
+                assert server.stdout is not None and server.stdout.readline() == b"ready\n"
+                yield "198.51.100.10"
+            finally:
+                server.kill()
+    finally:
+        subprocess.run(["ip", "netns", "delete", BEYOND], check=True)
 
 
 def said(port: int, text: bytes = b"hello") -> bytes:
@@ -145,6 +176,29 @@ def test_what_comes_in_waits_or_is_lost(pair: tuple[Machine, Machine]) -> None:
     machine.network.withdraw(port)
 
 
+def test_it_reaches_what_its_policy_allows_and_nothing_else(pair: tuple[Machine, Machine], beyond: str) -> None:
+    machine, _ = pair
+    port = machine.network.publish(80)
+    assert tried(machine, beyond) == "hello"
+    machine.network.restrict(f"{beyond}:443")
+    with machine.network.decisions() as decisions:
+        assert tried(machine, beyond).startswith("no:")
+        found = decisions.read(BOUND)
+        assert found is not None and (found.allowed, found.protocol, found.address, found.port) == (False, "tcp", beyond, 80)
+        machine.network.restrict("dns", "198.51.100.8/30:80-90")
+        assert tried(machine, beyond) == "hello"
+        while not (found := decisions.read(BOUND)).allowed:  # type: ignore[union-attr]
+            continue
+        assert (found.protocol, found.address, found.port) == ("tcp", beyond, 80)  # type: ignore[union-attr]
+    assert machine.network.egress == machine.spec.egress == Egress(("dns", "198.51.100.8/30:80-90"))
+    machine.network.restrict("dns")
+    assert tried(machine, beyond).startswith("no:")
+    assert tried(machine, "two") == "hello" and said(port) == b"hello"  # its network's members, and who asks it
+    machine.network.unrestrict()
+    assert tried(machine, beyond) == "hello"
+    machine.network.withdraw(port)
+
+
 def test_packets_are_captured(pair: tuple[Machine, Machine], tmp_path: Path) -> None:
     machine, _ = pair
     with machine.network.capture(tmp_path / "all.pcap") as capture:
@@ -198,6 +252,8 @@ def test_without_a_network_nothing_of_it_can_be_changed(running: Machine, tmp_pa
         lambda: running.network.publish(80),
         lambda: running.network.reshape(loss=0.5),
         lambda: running.network.cut("two"),
+        lambda: running.network.restrict(),
+        lambda: running.network.decisions(),
         lambda: running.network.capture(tmp_path / "none.pcap"),
     ):
         with pytest.raises((InvalidSpec, NotFound)):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from collections.abc import Collection, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import msgspec
 
@@ -12,6 +15,9 @@ from trivisor.core.units import KIB, parse_duration, parse_size
 
 MIN_RATE = KIB
 MAX_LATENCY = 60.0
+MAX_ALLOWED = 256
+DNS = "dns"
+_TARGET = re.compile(r"([0-9.]{7,15}(?:/\d{1,2})?)(?::(\d{1,5})(?:-(\d{1,5}))?)?", re.ASCII)
 
 
 class Shape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -54,6 +60,63 @@ def shape(wish: Any) -> Shape:
     if isinstance(loss, bool) or not isinstance(loss, int | float) or not 0 <= loss <= 1:
         raise InvalidSpec(f"loss must be from 0 to 1, not {loss!r}", hint="0.05 loses one packet in twenty")
     return Shape(loss=float(loss), **made)
+
+
+class Egress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a machine may begin to talk to, and nothing else; it answers whoever reaches it all the same."""
+
+    allow: tuple[str, ...] = ()
+    """"dns": its resolvers; or addresses with or without ports, such as "192.0.2.0/24", "192.0.2.7:443", "0.0.0.0/0:1024-2047"."""
+
+
+def egress(wish: Any) -> Egress:
+    """Return the Egress in `wish`: one, a mapping, or what it allows: a string or several. Raises InvalidSpec."""
+    if isinstance(wish, Egress):
+        wish = wish.allow
+    elif isinstance(wish, Mapping):
+        if set(wish) - {"allow"}:
+            raise InvalidSpec(f"egress is {wish!r}, and has nothing but allow", hint='for example {"allow": ["192.0.2.0/24:443"]}')
+        wish = wish.get("allow", ())
+    names = [wish] if isinstance(wish, str) else wish
+    if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+        raise InvalidSpec(
+            f"egress must say what is allowed, not {wish!r}", hint='for example ["dns", "192.0.2.0/24:443"]; [] allows nothing'
+        )
+    if len(names) > MAX_ALLOWED:
+        raise InvalidSpec(f"egress may allow {MAX_ALLOWED} things, not {len(names)}")
+    return Egress(tuple(dict.fromkeys(name if name == DNS else str(Target.parse(name)) for name in names)))
+
+
+@dataclass(frozen=True)
+class Target:
+    """Addresses that a machine may talk to, and their ports, the first and the last; None: every protocol there is."""
+
+    network: str
+    ports: tuple[int, int] | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return what a line of Egress.allow means. Raises InvalidSpec."""
+        hint = "such as 192.0.2.0/24, 192.0.2.7:443 or 0.0.0.0/0:1024-2047; machines have no IPv6"
+        match = _TARGET.fullmatch(text)
+        if not match:
+            raise InvalidSpec(f"egress {text!r} is no range of IPv4 addresses", hint=hint)
+        try:
+            network = str(ipaddress.IPv4Network(match[1]))
+        except ValueError as error:
+            raise InvalidSpec(f"egress {text!r} is no range of IPv4 addresses: {error}", hint=hint) from error
+        if match[2] is None:
+            return cls(network)
+        first, last = int(match[2]), int(match[3] or match[2])
+        if not 1 <= first <= last <= 65535:
+            raise InvalidSpec(f"egress {text!r} has no range of ports from 1 to 65535", hint=hint)
+        return cls(network, (first, last))
+
+    def __str__(self) -> str:
+        if self.ports is None:
+            return self.network
+        first, last = self.ports
+        return f"{self.network}:{first}" if first == last else f"{self.network}:{first}-{last}"
 
 
 def cut(wish: Any) -> tuple[str, ...]:

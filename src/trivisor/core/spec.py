@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 import msgspec
 
 from trivisor.core.errors import InvalidSpec
-from trivisor.core.network import Shape, cut, shape
+from trivisor.core.network import Egress, Shape, cut, egress, shape
 from trivisor.core.rules import SyscallSpec, syscalls
 from trivisor.core.units import GIB, MIB, TIB, parse_duration, parse_size
 from trivisor.core.wishes import IoLimits, Volume, cpuset, io_limits, volumes
@@ -57,6 +57,8 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Size of the writable layer; "ram" keeps it in the machine's memory, gone at stop."""
     kernel: str = "micro"
     """vm wall: "micro", "full", or the path of a bzImage or vmlinux."""
+    ram: Literal["private", "shared"] = "private"
+    """vm wall: "shared" lets this process map the machine's memory (vos/memory); a start then copies the ice."""
     network: str = "none"
     """ "none", "nat", "host" (container: the host's own), or the name of a network of the home, which is made with its
     first machine: like nat, and its machines reach each other as NAME and NAME.trivisor."""
@@ -64,6 +66,8 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Published ports, host to guest (TCP, on the host's loopback). Needs "nat" or a named network."""
     shape: Shape | None = None
     """How well it is connected: rates, latency, loss (core/network.py)."""
+    egress: Egress | None = None
+    """What it may begin to talk to; None: all that its network lets it. Members of its named network are always of that."""
     cut: tuple[str, ...] = ()
     """Machines of its named network that it does not reach, and that do not reach it."""
     volumes: dict[str, Volume] = {}
@@ -135,6 +139,8 @@ def _check_sizes(spec: Spec) -> None:
         raise InvalidSpec(f"cpus must be {least:g} to {MAX_CPUS}, not {spec.cpus}")
     if spec.wall == "vm" and not isinstance(spec.cpus, int):
         raise InvalidSpec(f"cpus must be a whole number on the vm wall, not {spec.cpus}")
+    if spec.ram != "private" and spec.wall != "vm":
+        raise InvalidSpec(f"the {spec.wall} wall has no RAM to share", hint='leave out ram, or give wall="vm"')
     if spec.memory < MIN_MEMORY[spec.wall]:
         raise InvalidSpec(f"memory must be at least {MIN_MEMORY[spec.wall] // MIB}M on the {spec.wall} wall, not {spec.memory} bytes")
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -159,6 +165,8 @@ def _check_network(spec: Spec) -> None:
         raise InvalidSpec("a machine on the host's network has the host's ports as they are", hint="leave out ports")
     if spec.shape and spec.network in ("none", "host"):
         raise InvalidSpec("only a network of its own can be shaped", hint='give network="nat"')
+    if spec.egress is not None and spec.network in ("none", "host"):
+        raise InvalidSpec("only a network of its own has an egress policy", hint='give network="nat"; network="none" is without any')
     if spec.cut and spec.network in ("none", "host", "nat"):
         raise InvalidSpec("only machines of a named network can be cut off from each other", hint='give network="backend"')
     for other in spec.cut:
@@ -202,6 +210,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "kernel": lambda wish: os.fspath(wish) if isinstance(wish, os.PathLike) else wish,
     "ports": _ports,
     "shape": shape,
+    "egress": egress,
     "cut": cut,
     "volumes": volumes,
     "syscalls": syscalls,

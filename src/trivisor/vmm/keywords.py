@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
-from trivisor.core.network import Shape
+from trivisor.core.network import Egress, Shape
 from trivisor.core.rules import Paths, Rule, SyscallSpec
 from trivisor.core.spec import Lifetime
 from trivisor.core.wishes import IoLimits, Volume
@@ -32,9 +32,11 @@ class Keywords(TypedDict, total=False):
     io: IoLimits | Mapping[str, Any] | None
     disk: Size | Literal["ram"] | None
     kernel: str | os.PathLike[str] | None
+    ram: Literal["private", "shared"] | None
     network: str | None
     ports: dict[int, int] | None
     shape: Shape | Mapping[str, Any] | None
+    egress: Egress | Mapping[str, Any] | Sequence[str] | None
     cut: Sequence[str] | None
     volumes: Mapping[str, Volume | str | os.PathLike[str] | Mapping[str, Any]] | None
     env: dict[str, str] | None

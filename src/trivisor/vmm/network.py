@@ -9,7 +9,6 @@ from typing import Any
 import msgspec
 
 from trivisor.core.errors import InvalidSpec, NotFound, TrivisorError
-from trivisor.core.network import Shape
 from trivisor.core.spec import Spec
 from trivisor.launch.net import control, netlink, networks, own, provide
 from trivisor.launch.net.netlink import Netlink
@@ -85,7 +84,8 @@ def enforce(context: Context, row: Row) -> None:
     if not found.live or not found.interface:
         return
     with Netlink(netlink.NETFILTER, fd=control.rules(found.control, row.name)) as kernel:
-        own.apply(kernel, row.id, found.interface, row.spec.shape or Shape(), own.addresses(context.home, row.spec))
+        resolvers = row.facts.get("dns", "").split()
+        own.apply(kernel, row.id, own.of(context.home, row.spec, found.interface, found.address, resolvers))
 
 
 def _cut(port: NetworkPort, *, other: str, where: str, whole: bool) -> tuple[Spec, str]:

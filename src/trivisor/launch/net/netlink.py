@@ -61,6 +61,13 @@ class Netlink:
     def __exit__(self, *_: object) -> None:
         self._socket.close()
 
+    def close(self) -> None:
+        self._socket.close()
+
+    def receive(self, most: int) -> bytes:
+        """Return what the kernel has to say, waited for. Raises OSError."""
+        return self._socket.recv(most)
+
     def fileno(self) -> int:
         return self._socket.fileno()
 

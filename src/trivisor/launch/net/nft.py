@@ -23,10 +23,13 @@ _CREATE, _APPEND = 0x400, 0x800
 _NESTED = 0x8000
 _HOOKS = {"prerouting": 0, "input": 1, "forward": 2, "output": 3, "postrouting": 4}
 _META = {"iifname": 6, "oifname": 7, "nfproto": 15, "l4proto": 16}
-_EQUAL, _UNEQUAL, _LESS = 0, 1, 2
+_EQUAL, _UNEQUAL, _LESS, _AT_MOST, _AT_LEAST = 0, 1, 2, 3, 5
 _CODES = {"drop": 0, "accept": 1}
 _REGISTER = 1
 _NETWORK_HEADER, _TRANSPORT_HEADER = 1, 2
+_CT_STATE, _CT_DIRECTION, _NEW, _REPLY = 0, 1, 8, 1
+_PROTOCOLS = {"tcp": socket.IPPROTO_TCP, "udp": socket.IPPROTO_UDP}
+_PORT = {"from": 0, "to": 2}
 _ADDRESS = {"saddr": 12, "daddr": 16}
 _RANDOM = 1
 _HOST_TO_NET = 1
@@ -34,6 +37,8 @@ _LIMIT_BYTES, _LIMIT_OVER = 1, 1
 _SECOND = 1
 _BURST = 128 << 10
 """Bytes: a packet on a link between namespaces has up to 64 KiB, and would never pass a smaller one."""
+_LOGGED = 64
+"""Bytes of a packet that are logged: its headers."""
 _PARTS = 1_000_000
 
 
@@ -73,9 +78,23 @@ def _match(match: Match) -> Iterator[bytes]:
         yield _meta(_META["nfproto"])
         yield _compare(bytes([socket.AF_INET]))
         yield _payload(_NETWORK_HEADER, _ADDRESS[what], 4)
-        mask = attribute(4 | _NESTED, _value(network.netmask.packed)) + attribute(5 | _NESTED, _value(bytes(4)))
-        yield _expression("bitwise", _number(1, _REGISTER) + _number(2, _REGISTER) + _number(3, 4) + mask)
+        yield _masked(network.netmask.packed)
         yield _compare(network.network_address.packed)
+    elif what in _PROTOCOLS:  # "to 80-90", "from 53-53"
+        side, _, ports = value.partition(" ")
+        first, _, last = ports.partition("-")
+        yield _meta(_META["l4proto"])
+        yield _compare(bytes([_PROTOCOLS[what]]))
+        yield _payload(_TRANSPORT_HEADER, _PORT[side], 2)
+        yield _compare(int(first).to_bytes(2, "big"), _AT_LEAST)
+        yield _compare(int(last).to_bytes(2, "big"), _AT_MOST)
+    elif what == "direction":
+        yield _expression("ct", _number(1, _REGISTER) + _number(2, _CT_DIRECTION))
+        yield _compare(bytes([_REPLY]), _EQUAL if value == "reply" else _UNEQUAL)
+    elif what == "state":
+        yield _expression("ct", _number(1, _REGISTER) + _number(2, _CT_STATE))
+        yield _masked(struct.pack("=I", _NEW))
+        yield _compare(bytes(4), _UNEQUAL)
     elif what == "lost":
         yield _expression("numgen", _number(1, _REGISTER) + _number(2, _PARTS) + _number(3, _RANDOM))
         order = _number(1, _REGISTER) + _number(2, _REGISTER) + _number(3, _HOST_TO_NET) + _number(4, 4) + _number(5, 4)
@@ -98,11 +117,21 @@ def _payload(base: int, offset: int, length: int) -> bytes:
     return _expression("payload", _number(1, _REGISTER) + _number(2, base) + _number(3, offset) + _number(4, length))
 
 
+def _masked(mask: bytes) -> bytes:
+    made = attribute(4 | _NESTED, _value(mask)) + attribute(5 | _NESTED, _value(bytes(4)))
+    return _expression("bitwise", _number(1, _REGISTER) + _number(2, _REGISTER) + _number(3, 4) + made)
+
+
 def _compare(data: bytes, how: int = _EQUAL) -> bytes:
     return _expression("cmp", _number(1, _REGISTER) + _number(2, how) + attribute(3 | _NESTED, _value(data)))
 
 
-def _verdict(word: str) -> bytes:
+def _verdict(verdict: str) -> bytes:
+    word, _, rest = verdict.partition(" ")
+    if word == "log":  # GROUP PREFIX
+        group, _, prefix = rest.partition(" ")
+        said = attribute(1, struct.pack(">H", int(group))) + text(2, prefix) + _number(3, _LOGGED) + attribute(4, struct.pack(">H", 1))
+        return _expression("log", said)
     code = attribute(2 | _NESTED, _number(1, _CODES[word]))
     return _expression("immediate", _number(1, 0) + attribute(2 | _NESTED, code))
 

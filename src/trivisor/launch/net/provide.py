@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from trivisor.core.errors import HostLacks
-from trivisor.core.network import Shape
 from trivisor.core.paths import Home, MachineDir
 from trivisor.core.spec import Spec
 from trivisor.core.undo import Undo
@@ -69,8 +68,8 @@ def check(spec: Spec) -> None:
         return
     if networks.named(spec.network):
         raise HostLacks(f"{why}, and a named network is made of them", hint='run as root, or use network="nat"')
-    if spec.shape:
-        raise HostLacks(f"{why}, and no other network can be shaped", hint="run as root, or leave out shape")
+    if spec.shape or spec.egress is not None:
+        raise HostLacks(f"{why}, and no other network is shaped or has a policy", hint="run as root, or leave out shape and egress")
     passt.check()
 
 
@@ -120,10 +119,10 @@ def provide(
         if folder is not None:
             undo.add("name", lambda: networks.leave(home, spec.network, spec.name))
             networks.join(home, spec.network, spec.name, link.block.address)
-        if spec.shape or spec.cut:
-            own.apply(rules, machine, link.block.interface, spec.shape or Shape(), own.addresses(home, spec))
         block = link.block
         dns = tuple(servers) if direct else (block.gateway,)
+        if spec.shape or spec.cut or spec.egress is not None:
+            own.apply(rules, machine, own.of(home, spec, block.interface, block.address, dns))
         address = ("address", INSIDE, block.address, str(block.length), block.gateway)
         yield Net(
             netns_fd=link.fd if kind == "veth" else None,
@@ -132,7 +131,7 @@ def provide(
             dns=dns,
             processes=(helper.process,),
             fds=(link.fd, *helper.fds),
-            facts={"network": spec.network, "address": block.address, "interface": block.interface},
+            facts={"network": spec.network, "address": block.address, "interface": block.interface, "dns": " ".join(dns)},
         )
 
 

@@ -14,10 +14,11 @@ from typing import Any
 import msgspec
 
 from trivisor.core.errors import AlreadyExists, HostLacks, InvalidSpec, NotFound
-from trivisor.core.network import Shape, shape
+from trivisor.core.network import Egress, Shape, egress, shape
 from trivisor.core.spec import Spec
-from trivisor.launch.net import control, relay
+from trivisor.launch.net import control, own, relay
 from trivisor.vos.network.capture import SNAPLEN, Capture
+from trivisor.vos.network.decisions import Decisions
 from trivisor.vos.ports import NetworkPort
 
 Work = Callable[[NetworkPort], tuple[Spec, str]]
@@ -122,6 +123,43 @@ class Network:
             return msgspec.structs.replace(port.spec, shape=wanted or None), _said(wanted)
 
         self._change(work)
+
+    @property
+    def egress(self) -> Egress | None:
+        """What it may begin to talk to; None: all that its network lets it."""
+        return self._port().spec.egress
+
+    def restrict(self, *allowed: str) -> None:
+        """Have it begin nothing but what is `allowed`: "dns", or addresses with or without ports, such as "192.0.2.0/24:443".
+
+        Nothing given, nothing is allowed. Holds at once, for connections under way, too, which stall. Raises InvalidSpec, HostLacks.
+        """
+        policy = egress(allowed)
+
+        def work(port: NetworkPort) -> tuple[Spec, str]:
+            self._linked(port)
+            said = f"may talk to {', '.join(policy.allow) or 'nobody'}"
+            return msgspec.structs.replace(port.spec, egress=policy), said
+
+        self._change(work)
+
+    def unrestrict(self) -> None:
+        """Have it talk to all that its network lets it. Raises InvalidSpec, HostLacks."""
+
+        def work(port: NetworkPort) -> tuple[Spec, str]:
+            self._linked(port)
+            return msgspec.structs.replace(port.spec, egress=None), "may talk to whom it likes"
+
+        self._change(work)
+
+    def decisions(self) -> Decisions:
+        """Return an iterator over what its egress policy decides from now on: each thing begun, each packet refused.
+
+        One process at a time may have it. Raises InvalidState unless it runs or is paused, Busy, HostLacks.
+        """
+        port = self._capturing()
+        self._linked(port)
+        return Decisions(own.group(port.interface), self._machine)
 
     def cut(self, other: str) -> None:
         """Have this machine and `other`, of one named network, reach each other no longer; connections under way stall.

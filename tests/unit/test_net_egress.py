@@ -1,0 +1,167 @@
+"""Egress by address and port, on a real kernel: what is let through, what is not, and what is said of it."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+from net_support import run
+
+from trivisor.core.errors import InvalidSpec
+from trivisor.core.network import Egress, Target, egress
+from trivisor.core.spec import Spec
+from trivisor.launch.net import own
+from trivisor.launch.net.own import Own
+from trivisor.vos.network.decisions import Decision, decision
+
+
+@pytest.mark.parametrize(
+    ("text", "network", "ports"),
+    [
+        ("192.0.2.7", "192.0.2.7/32", None),
+        ("192.0.2.0/24", "192.0.2.0/24", None),
+        ("192.0.2.7:443", "192.0.2.7/32", (443, 443)),
+        ("0.0.0.0/0:1-65535", "0.0.0.0/0", (1, 65535)),
+    ],
+)
+def test_targets(text: str, network: str, ports: tuple[int, int] | None) -> None:
+    target = Target.parse(text)
+    assert (target.network, target.ports) == (network, ports)
+    assert Target.parse(str(target)) == target
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        "192.0.2.1/24",
+        "192.0.2.0/33",
+        "300.0.0.1",
+        "192.0.2.7:0",
+        "192.0.2.7:70000",
+        "192.0.2.7:9-8",
+        "::1",
+        "example.com",
+        "",
+        5,
+        [5],
+        {"deny": []},
+    ],
+)
+def test_what_no_policy_is(wish: object) -> None:
+    with pytest.raises(InvalidSpec):
+        egress(wish)
+
+
+def test_policies_as_people_write_them() -> None:
+    assert egress([]) == Egress() and egress("dns") == Egress(("dns",)) == egress({"allow": ["dns", "dns"]})
+    assert egress(["192.0.2.7"]) == egress(egress(["192.0.2.7/32"]))
+    with pytest.raises(InvalidSpec, match="256"):
+        egress([f"10.0.{number >> 8}.{number & 255}" for number in range(257)])
+    spec = Spec.make(image="i", name="a", wall="vm", network="nat", egress=[])
+    assert spec.egress == Egress()
+    with pytest.raises(InvalidSpec, match="network"):
+        Spec.make(image="i", name="a", wall="vm", egress=[])
+
+
+def test_rules_end_in_drops_both_ways() -> None:
+    made = [
+        str(rule) for rule in own.rules(Own("trv7", egress=Egress(("dns", "192.0.2.0/24:80-90")), resolvers=("9.9.9.9",)), logged=False)
+    ]
+    assert made[:2] == ["from: iifname trv7 direction reply accept", "to: oifname trv7 direction original accept"]
+    assert "from: iifname trv7 daddr 9.9.9.9 udp to 53-53 accept" in made
+    assert "to: oifname trv7 saddr 192.0.2.0/24 tcp from 80-90 accept" in made
+    assert made[-2:] == ["from: iifname trv7 drop", "to: oifname trv7 drop"]
+    assert own.group("trv7") == 8
+
+
+def test_a_policy_holds_at_once_and_says_what_it_decides(tmp_path: Path) -> None:
+    code = """
+from trivisor.core.network import Egress
+from trivisor.core.errors import Busy
+from trivisor.launch.net import own
+from trivisor.vos.network.decisions import Decisions
+one = machine("one")
+inside(away, lambda: serve("0.0.0.0", 81))
+def talk():
+    server = socket.create_server(("203.0.113.1", 82))
+    def loop():
+        while True:
+            client, _ = server.accept()
+            def echo(client=client):
+                with client, contextlib.suppress(OSError):
+                    while data := client.recv(100):
+                        client.sendall(data)
+            threading.Thread(target=echo, daemon=True).start()
+    threading.Thread(target=loop, daemon=True).start()
+inside(away, talk)
+inside(one.fd, lambda: serve("0.0.0.0", 8080))
+def reach(*places):
+    return [inside(one.fd, lambda: ask(*place)) == "192.0.2.2" for place in places]
+A, B, C = ("203.0.113.1", 80), ("203.0.113.1", 81), ("192.0.2.1", 80)
+with own.keep() as kernel:
+    def allow(*lines):
+        own.apply(kernel, "abc", own.Own(one.block.interface, egress=Egress(lines), resolvers=("203.0.113.1",)))
+    assert reach(A, B, C) == [True, True, True]
+    allow()
+    assert reach(A, B, C) == [False, False, False]
+    assert ask(one.block.address, 8080) == one.block.gateway  # it answers others
+    allow("203.0.113.1:80")
+    assert reach(A, B, C) == [True, False, False]
+    allow("203.0.113.0/24")
+    assert reach(A, B, C) == [True, True, False]
+    allow("0.0.0.0/0:79-80")
+    assert reach(A, B, C) == [True, False, True]
+    allow("0.0.0.0/0")
+    assert reach(A, B, C, ("169.254.169.254", 80)) == [True, True, True, False]  # what is denied to all stays denied
+    # Under an open connection.
+    allow("203.0.113.1:82")
+    def connect():
+        return socket.create_connection(("203.0.113.1", 82), timeout=1)
+    client = inside(one.fd, connect)
+    def echoes():
+        try:
+            client.sendall(b"x")
+            return client.recv(10)
+        except TimeoutError:
+            return None
+    assert echoes() == b"x"
+    allow("203.0.113.1:80")
+    assert echoes() is None
+    allow("dns", "203.0.113.1:82")
+    assert b"x" in (echoes() or client.recv(10))  # what waited goes on
+    # Fragments are put together before they are looked at; IPv6 there is none.
+    def fragments():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(bytes(4000), ("203.0.113.1", 80))
+            sender.sendto(b"q", ("203.0.113.1", 53))
+    with Decisions(own.group(one.block.interface)) as decisions:
+        try:
+            Decisions(own.group(one.block.interface))
+        except Busy:
+            pass
+        else:
+            raise AssertionError
+        reach(A)
+        inside(one.fd, connect).close()
+        inside(one.fd, fragments)
+        found = []
+        while (decision := decisions.read(0.5)) is not None:
+            found.append((decision.allowed, decision.protocol, decision.address, decision.port))
+        assert abs(decision.time - time.time()) < 10 if decision else True
+    print(found)
+    assert (False, "tcp", "203.0.113.1", 80) in found and (True, "tcp", "203.0.113.1", 82) in found
+    assert (False, "udp", "203.0.113.1", 80) in found and (True, "udp", "203.0.113.1", 53) in found
+    Decisions(own.group(one.block.interface)).close()  # free again
+assert reach(A, B, C) == [True, True, True]
+"""
+    run(code, tmp_path)
+
+
+def test_what_the_log_says() -> None:
+    packet = bytes([0x45, 0]) + bytes(7) + bytes([6]) + bytes(6) + bytes([192, 0, 2, 7]) + struct.pack(">HH", 5, 443)
+    assert decision({9: packet, 10: b"allowed\0", 3: struct.pack(">QQ", 7, 500000)}) == Decision(7.5, True, "tcp", "192.0.2.7", 443)
+    assert decision({9: bytes([0x60]) + bytes(39)}).protocol == "ipv6"
+    for damaged in (b"", packet[:9], packet[:18], packet[:21], b"\x45" * 19, b"\x15" * 40):
+        with pytest.raises(ValueError):
+            decision({9: damaged})
