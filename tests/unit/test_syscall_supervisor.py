@@ -17,6 +17,7 @@ from syscall_support import NUMBERS, On, answered, call, trapped
 from trivisor.core.errors import CallerError, CallGone
 from trivisor.vos.syscalls import supervisor as supervisors
 from trivisor.vos.syscalls.call import Call
+from trivisor.vos.syscalls.direct import DirectListener
 from trivisor.vos.syscalls.supervisor import Supervisor
 
 DENIED = str(-errno.EPERM)
@@ -220,24 +221,26 @@ def test_the_end_of_the_last_program_ends_the_attachment() -> None:
 
 def test_two_that_end_an_attachment_close_its_listener_once(monkeypatch: pytest.MonkeyPatch) -> None:
     closing, go, times = threading.Event(), threading.Event(), []
-    with answered(lambda: call("getppid"), On(("getppid",), lambda call: call.returns(1))) as (child, attachment):
-        child.result()
-        close, supervisor = attachment.listener.close, attachment._leave.__self__
+    close, us = DirectListener.close, os.getpid()
 
-        def slowly() -> None:
+    def slowly(listener: DirectListener) -> None:
+        if os.getpid() == us:
             times.append(1)
             closing.set()
             go.wait(10)
-            close()
+        close(listener)
 
-        monkeypatch.setattr(attachment.listener, "close", slowly)
+    monkeypatch.setattr(DirectListener, "close", slowly)
+    with answered(lambda: call("getppid"), On(("getppid",), lambda call: call.returns(1))) as (child, attachment):
+        child.result()
         attachment.close()
         assert closing.wait(5)
+        supervisor = attachment._leave.__self__
         supervisor._end(attachment)
         supervisor._end_all()
         go.set()
         assert attachment.ended.wait(5)
-    assert len(times) == 1
+        assert len(times) == 1
 
 
 def test_closing_leaves_no_thread() -> None:
