@@ -93,3 +93,31 @@ def test_a_virtual_machine_takes_its_new_size_at_its_next_start(make: Make, runn
     assert created.spec.memory == 320 * MIB
     with pytest.raises((InvalidSpec, HostLacks)):
         created.memory.limit("1M")
+
+
+@pytest.mark.walls("vm")
+def test_shared_ram_is_seen_and_changed_without_a_copy(make: Make) -> None:
+    machine = make(ram="shared", cpus=1)
+    process = machine.spawn(["python3", "-c", "import sys; held = bytearray(b'hay' + b'stack-42'); print(1, flush=True); sys.stdin.read()"])
+    assert process.stdout.readline()
+    with machine.memory.view() as view:
+        places = machine.memory.search(b"haystack-42")
+        assert places and len(view) == 256 * MIB
+        for place in places:
+            view.data[place : place + 3] = b"NEW"
+        assert machine.memory.search(b"NEWstack-42") == places
+        machine.memory.write_physical(places[0], b"OLD")
+        assert bytes(view.data[places[0] : places[0] + 3]) == b"OLD"
+    with machine.memory.view(places[0] & -4096, 4096) as page:
+        assert bytes(page.data[places[0] % 4096 :][:11]) == b"OLDstack-42"
+    with pytest.raises(InvalidSpec, match="by pages"):
+        machine.memory.view(4097, 1)
+    # It is the machine's own, and counted so.
+    assert machine.memory.stats().private > 64 * MIB
+    process.kill()
+
+
+@pytest.mark.walls("container", "gvisor")
+def test_only_virtual_machines_have_ram_to_share(make: Make) -> None:
+    with pytest.raises(InvalidSpec, match="no RAM to share"):
+        make(ram="shared")

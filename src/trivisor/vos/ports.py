@@ -78,6 +78,8 @@ class Still:
     top: int = 0
     """Physical address of the page tables in use on its first vCPU (CR3)."""
     levels: int = 4
+    shared: Path | None = None
+    """The file of its memory, where that may be mapped: `ram` lies in it one after the other."""
 
 
 def _nowhere(_: bool) -> AbstractContextManager[Still]:

@@ -5,12 +5,15 @@ Memory begins at 0. On a machine with more than some 2.8 GiB it has a hole below
 
 from __future__ import annotations
 
+import fcntl
 import mmap
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from trivisor.core.errors import BadAddress
+from trivisor.core.errors import BadAddress, GuestProtocolError, HostLacks, InvalidSpec
 from trivisor.vos.memory import resident
 from trivisor.vos.memory.foreign import Foreign
 from trivisor.vos.ports import Ram
@@ -58,6 +61,40 @@ class Physical:
             view.close()
             raise BadAddress("a part of its memory cannot be read", machine=self._machine)
         return view
+
+    def map(self, file: Path, address: int, size: int) -> View:
+        """Return a range as it is, in the file that the runs of memory lie in. Raises BadAddress, InvalidSpec, HostLacks."""
+        self.where(address, size)
+        if address % mmap.ALLOCATIONGRANULARITY:
+            raise InvalidSpec(f"shared memory is mapped by pages, and {address:#x} is not where one begins", hint="give a multiple of 4096")
+        offset = 0
+        for run in self.ram:
+            if run.physical <= address < run.physical + run.size:
+                offset += address - run.physical
+                break
+            offset += run.size
+        try:
+            fd = os.open(file, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise HostLacks(
+                f"the machine's RAM cannot be opened: {error.strerror}",
+                machine=self._machine,
+                hint="it takes the right to trace the machine's process (ptrace(2)): root, or whoever started the machine",
+            ) from error
+        try:
+            if not _sealed(fd, sum(run.size for run in self.ram)):
+                raise GuestProtocolError("the machine's process has put something else in the place of its RAM", machine=self._machine)
+            return View(address, mmap.mmap(fd, size, flags=mmap.MAP_SHARED, offset=offset))
+        finally:
+            os.close(fd)
+
+
+def _sealed(fd: int, size: int) -> bool:
+    """Whether it is a file in memory of that size that nobody can make shorter: what is mapped from one that is kills who looks."""
+    try:
+        return os.fstat(fd).st_size == size and bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+    except OSError:
+        return False
 
 
 class View:

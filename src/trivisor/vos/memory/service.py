@@ -77,14 +77,16 @@ class Memory:
     def view(self, start: int = 0, size: int | None = None) -> View:
         """Return a copy of physical memory as a buffer; without `size`, up to the end of the run of memory that `start` is in.
 
-        The copy is private: writing to it changes nothing in the machine. Raises BadAddress, UnsupportedByWall, GuestGone.
+        The copy is private: writing to it changes nothing in the machine. Of a machine made with ram="shared" it is no copy but the
+        memory itself, which changes as the machine runs and is written to by writing to it; `start` must be a multiple of 4096 then.
+        Raises BadAddress, InvalidSpec, UnsupportedByWall, GuestGone.
         """
-        with self._physical(self._need("physical"), still=True) as (physical, _):
+        with self._physical(self._need("physical"), still=True) as (physical, held):
             if size is None:
                 _range(start, 1)
                 size = next((run.physical + run.size - start for run in physical.ram if 0 <= start - run.physical < run.size), 1)
             _range(start, size)
-            return physical.copy(start, size)
+            return physical.copy(start, size) if held.shared is None else physical.map(held.shared, start, size)
 
     def read_physical(self, address: int, size: int) -> bytes:
         """Return `size` bytes (up to 1 GiB; `view` copies more). Raises BadAddress, UnsupportedByWall, GuestGone."""

@@ -80,12 +80,13 @@ class Places:
     initramfs: str = "/kit/initramfs"
 
 
-Memory = Literal["anonymous", "file", "ice", "sealed", "copy"]
+Memory = Literal["anonymous", "file", "ice", "sealed", "copy", "shared"]
 """Where guest RAM is.
 
 anonymous: of the process alone. file: in a file, written through; how ice is made. ice: mapped privately from a
 file that is only readable, which takes QEMU's rom= option. A QEMU without that insists on a file that it can write to:
-sealed is a memfd in descriptor RAM_FD, sealed against writing; copy is a file of the machine's own.
+sealed is a memfd in descriptor RAM_FD, sealed against writing; copy is a file of the machine's own. shared: a memfd of the machine's own
+in RAM_FD, written through, for others to map.
 """
 
 
@@ -158,6 +159,8 @@ def _memory(shape: Shape, memory: Memory, places: Places) -> str:
         return f"memory-backend-ram,{size}"
     if memory == "sealed":
         return f"memory-backend-file,{size},mem-path=/proc/self/fd/{RAM_FD},share=off"
+    if memory == "shared":
+        return f"memory-backend-file,{size},mem-path=/proc/self/fd/{RAM_FD},share=on"
     mode = {"file": "share=on", "ice": "share=off,readonly=on,rom=off", "copy": "share=off"}[memory]
     return f"memory-backend-file,{size},mem-path={places.ram},{mode}"
 

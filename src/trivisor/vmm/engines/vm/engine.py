@@ -19,6 +19,7 @@ from trivisor.core.errors import EngineError, InvalidSpec, StorageError, Triviso
 from trivisor.core.paths import Home, MachineDir
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.undo import Undo
+from trivisor.core.units import MIB
 from trivisor.launch import jail, keeper, seccomp
 from trivisor.launch.net import networks, passt, provide
 from trivisor.launch.net.links import INSIDE
@@ -81,6 +82,7 @@ class VmEngine:
         _check_network(spec)
         sharing.shares(spec)
         limits.check(spec)
+        ram.check(spec)
 
     def create(self, box: Box, undo: Undo) -> None:
         if box.spec.disk == "ram":
@@ -126,7 +128,8 @@ class VmEngine:
 
     def usage(self, box: Box) -> Usage:
         """QEMU's and the keeper's. Private is anonymous memory: what ice, programs and libraries share with others is not."""
-        return proc.usage([pid for pid in (runner.engine(box.dir), proc.keeper_pid(box.dir)) if pid is not None])
+        pids = [pid for pid in (runner.engine(box.dir), proc.keeper_pid(box.dir)) if pid is not None]
+        return proc.usage(pids, own_shm=box.spec.ram == "shared")
 
     def syscalls(self, box: Box | None = None) -> SyscallPort:
         return SyscallPort(self.wall, frozenset(FEATURES), seccomp.OPEN)
@@ -189,14 +192,16 @@ class VmEngine:
         return "from blank ice"
 
     def _boot(self, box: Box, setup: Setup, mount: Sequence[Sequence[str]]) -> None:
-        runner.run(setup, _work(box, setup, Ram("anonymous")))
+        with ExitStack() as stack:
+            given = ram.own(stack, setup.shape.memory // MIB * MIB) if box.spec.ram == "shared" else Ram("anonymous")
+            runner.run(setup, _work(box, setup, given))
         disks_there = [("wait", making.ROOT_DISK), *([("wait", making.UPPER_DISK)] if setup.shape.upper else [])]
         self._configure(box, setup, [*disks_there, *mount])
 
     def _clone(self, box: Box, setup: Setup, frozen: Ice, mount: Sequence[Sequence[str]]) -> None:
         """Run the machine on from `frozen`, whose use the caller holds."""
         with ExitStack() as stack:
-            given = ram.provide(stack, self._home, setup, box.dir, frozen)
+            given = ram.provide(stack, self._home, setup, box.dir, frozen, shared=box.spec.ram == "shared")
             try:
                 runner.run(setup, _work(box, setup, given, state=frozen.state))
             except EngineError as error:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from trivisor.core.errors import EngineError, GuestGone, NotFound
 from trivisor.core.paths import Home
 from trivisor.core.units import GIB, MIB
 from trivisor.vmm import facts
 from trivisor.vmm.engine import Box
-from trivisor.vmm.engines.vm import kit, runner
+from trivisor.vmm.engines.vm import argv, kit, runner
 from trivisor.vmm.engines.vm.qmp import Qmp
 from trivisor.vos.memory import btf, kallsyms, kernel
 from trivisor.vos.memory.kernel import Kernel
@@ -73,7 +74,8 @@ def _found(box: Box, qmp: Qmp) -> Still:
         ram.append(Ram(4 * GIB, size - low, base + low))
     said = _monitor(qmp, "info registers")
     levels = 5 if _number(r"\bCR4=([0-9a-f]+)", said, box) & _LA57 else 4
-    return Still(pid, tuple(ram), _number(r"\bCR3=([0-9a-f]+)", said, box), levels)
+    shared = Path(f"/proc/{pid}/fd/{argv.RAM_FD}") if box.spec.ram == "shared" else None
+    return Still(pid, tuple(ram), _number(r"\bCR3=([0-9a-f]+)", said, box), levels, shared)
 
 
 def _monitor(qmp: Qmp, line: str) -> str:

@@ -22,11 +22,12 @@ def keeper_pid(place: MachineDir) -> int | None:
         return None
 
 
-def usage(pids: Iterable[int]) -> Usage:
+def usage(pids: Iterable[int], *, own_shm: bool = False) -> Usage:
     """Return the sum over `pids`; one that has ended counts nothing.
 
     `private` is anonymous memory, swapped out or not: pages that nobody else can have. Pages of files (ice, programs,
-    libraries) count as shared even when only one process maps them now: the host can drop them or share them.
+    libraries) count as shared even when only one process maps them now: the host can drop them or share them. With `own_shm`
+    shared memory is theirs alone, too.
     """
     private = shared = 0
     cpu = 0.0
@@ -37,8 +38,9 @@ def usage(pids: Iterable[int]) -> Usage:
         except OSError:
             continue
         sizes = {word[0].rstrip(":"): int(word[1]) << 10 for line in rollup.splitlines()[1:] if len(word := line.split()) == 3}
-        private += sizes.get("Anonymous", 0) + sizes.get("Swap", 0)
-        shared += sizes.get("Rss", 0) - sizes.get("Anonymous", 0)
+        own = sizes.get("Pss_Shmem", 0) if own_shm else 0
+        private += sizes.get("Anonymous", 0) + sizes.get("Swap", 0) + own
+        shared += max(0, sizes.get("Rss", 0) - sizes.get("Anonymous", 0) - own)
         fields = stat.rpartition(b")")[2].split()
         cpu += (int(fields[11]) + int(fields[12])) / _TICK
     return Usage(private=private, shared=shared, cpu_seconds=cpu)

@@ -6,6 +6,8 @@ is sealed against writing, which opens for writing and refuses to be written: fi
 the descriptors of any machine that has it, so machines of one ice share it as they would share the file. It is filled while
 QEMU comes up, which does not look at its RAM before it is given a state, and sealed before that. Where the jail has no /proc
 to open a descriptor by, the machine gets a file of its own.
+
+A machine with ram="shared" has a memfd of its own that is written through, filled from the ice in the same way and sealed against another size only.
 """
 
 from __future__ import annotations
@@ -17,16 +19,27 @@ import threading
 from contextlib import ExitStack
 from pathlib import Path
 
+from trivisor.core.errors import HostLacks
 from trivisor.core.paths import Home, MachineDir
+from trivisor.core.spec import Spec
+from trivisor.launch import jail
 from trivisor.vmm.engines.vm import files, runner
 from trivisor.vmm.engines.vm.ice import Ice
 from trivisor.vmm.engines.vm.runner import Ram, Setup
 
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
+_SIZED = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+"""Who maps a file that becomes shorter dies of it, and that must not be in a QEMU's hands."""
+_OWN = "trivisor-ram"
 
-def provide(stack: ExitStack, home: Home, setup: Setup, place: MachineDir, frozen: Ice) -> Ram:
+
+def provide(stack: ExitStack, home: Home, setup: Setup, place: MachineDir, frozen: Ice, *, shared: bool = False) -> Ram:
     """Return RAM for one clone of `frozen`; what it takes is given back when `stack` ends, after the clone has it."""
+    if shared:
+        filling = _Filling(_OWN, frozen, seals=_SIZED)
+        stack.callback(filling.close)
+        return Ram("shared", fd=filling.fd, finish=filling.finish)
     if setup.qemu.rom_option:
         return Ram("ice", file=frozen.ram)
     if "pid" in setup.jail.namespaces:
@@ -46,10 +59,26 @@ def provide(stack: ExitStack, home: Home, setup: Setup, place: MachineDir, froze
     return Ram("copy", file=own)
 
 
+def check(spec: Spec) -> None:
+    """Raise HostLacks if shared RAM was asked for and the jail cannot be given a /proc of its own to open it by."""
+    if spec.ram == "shared" and "pid" not in jail.probe().namespaces:
+        raise HostLacks("this host lets no machine share its RAM: there are no pid namespaces", hint="see `trivisor doctor`")
+
+
+def own(stack: ExitStack, size: int) -> Ram:
+    """Return empty RAM of `size` bytes that others can map, for a machine that is booted."""
+    fd = os.memfd_create(_OWN, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    stack.callback(os.close, fd)
+    os.ftruncate(fd, size)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SIZED)
+    return Ram("shared", fd=fd)
+
+
 class _Filling:
     """A memfd that a thread fills from the ice; `finish` waits for that and seals it."""
 
-    def __init__(self, name: str, frozen: Ice) -> None:
+    def __init__(self, name: str, frozen: Ice, seals: int = _SEALS) -> None:
+        self._seals = seals
         self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         self._failure: OSError | None = None
         # QEMU compares the size when it opens it, which may be before the thread has run.
@@ -70,7 +99,7 @@ class _Filling:
         try:
             if self._failure is not None:
                 raise self._failure
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, self._seals)
         except OSError as error:
             raise files.storage(error, "loading the ice") from error
 

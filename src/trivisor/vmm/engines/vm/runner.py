@@ -226,7 +226,7 @@ def _plan(setup: Setup, work: Work, places: Places, command: list[str], fds: Map
     if work.cgroups:
         plan = (("cgroup", *(str(fd) for fd in work.cgroups)), *plan)
     nine = setup.shape.shares is not None and setup.shape.shares.kind == "9p"
-    if work.ram.memory != "sealed" and not nine:
+    if work.ram.fd is None and not nine:
         return plan
     # The one name by which a descriptor can be opened again is in /proc, and so are extended attributes of what must not be a link; QEMU's
     # own pid namespace holds nothing else.
