@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from trivisor.core.errors import InvalidSpec
 from trivisor.vos.devices import nbd
 from trivisor.vos.devices.block import BlockDevice
-from trivisor.vos.devices.nbd import Command, Export, ProtocolError, Session
+from trivisor.vos.devices.nbd import Command, Export, Session
+from trivisor.vos.devices.serving import ProtocolError
 
 SIZE = 1 << 20
 GO = b"\0\0\0\1" + struct.pack(">8sII", b"IHAVEOPT", 7, 6) + bytes(6)
@@ -211,7 +212,7 @@ def test_any_bytes(pieces: list[bytes], past_handshake: bool) -> None:
     assert len(session._buffer) <= nbd.MAX_PAYLOAD + nbd.MAX_OPTION
 
 
-_KINDS = st.integers(0, 6)
+_KINDS = st.sampled_from([0, 1, 3, 4, 5])
 
 
 @settings(max_examples=200, deadline=None)

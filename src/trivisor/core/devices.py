@@ -19,6 +19,7 @@ NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?")
 """A device's: as long as a disk's serial number may be, by which it is found in the guest."""
 SECTOR = 512
 Format = Literal["raw", "qcow2"]
+Bus = Literal["virtio", "nvme", "usb"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Disk:
     """A disk in a file of the host's, or a block device. Raises InvalidSpec.
 
     `format` is by default qcow2 for a name that ends so, else raw. `iops` (a second) and `bandwidth` (bytes a second, or text
-    such as "10M") bound reading and writing together.
+    such as "10M") bound reading and writing together. `bus` is what the guest finds it at: a virtio disk, an NVMe drive or a USB stick.
     """
 
     path: str | os.PathLike[str]
@@ -34,6 +35,7 @@ class Disk:
     readonly: bool = False
     iops: int | None = None
     bandwidth: int | str | None = None
+    bus: Bus = "virtio"
 
     def __post_init__(self) -> None:
         path = str(Path(self.path).absolute())
@@ -44,6 +46,8 @@ class Disk:
         if kind not in ("raw", "qcow2"):
             raise InvalidSpec(f"a disk's format is raw or qcow2, not {kind!r}")
         object.__setattr__(self, "format", kind)
+        if self.bus not in ("virtio", "nvme", "usb"):
+            raise InvalidSpec(f"a disk is at virtio, nvme or usb, not {self.bus!r}")
         if self.iops is not None and (isinstance(self.iops, bool) or not isinstance(self.iops, int) or not 1 <= self.iops <= 10**9):
             raise InvalidSpec(f"iops must be 1 to a thousand million a second, not {self.iops!r}")
         if self.bandwidth is not None:
@@ -63,8 +67,8 @@ class Disk:
 class Served:
     """A device that a process of the host answers for, over a connected socket, while it lives."""
 
-    kind: Literal["block", "char"]
-    """block: an NBD server's other end. char: a stream of bytes."""
+    kind: Literal["block", "char", "usb"]
+    """block: an NBD server's other end. char: a stream of bytes. usb: the host's side of a redirected USB device."""
     readonly: bool = False
 
 
@@ -86,5 +90,5 @@ def check_name(name: str) -> str:
 
 
 def kind_of(device: Device) -> str:
-    """Return what a device is, in a word: disk, block, char or random."""
+    """Return what a device is, in a word: disk, block, char, usb or random."""
     return device.kind if isinstance(device, Served) else type(device).__name__.lower()

@@ -18,18 +18,22 @@ import msgspec
 
 from trivisor.core.devices import Device, Disk, Random, Served, check_name, kind_of
 from trivisor.core.errors import AlreadyExists, InvalidSpec, InvalidState, NotFound, StorageError, TrivisorError, UnsupportedByWall
+from trivisor.core.paths import MachineDir
 from trivisor.core.process import Who
 from trivisor.core.state import State, check
 from trivisor.vmm import locks, reconcile
 from trivisor.vmm.context import Context
 from trivisor.vmm.engine import Box
 from trivisor.vmm.records import Row
+from trivisor.vos import guest
 from trivisor.vos.devices import diskfile
 from trivisor.vos.devices.port import Held
+from trivisor.vos.line import Line
 
 _WAIT = 15.0
 """Seconds to wait for another attach or detach to end: they take a second at most, unless a guest holds on to a device."""
 MOST = 64
+_MODULES = 30.0
 
 
 class Hotplug(Protocol):
@@ -39,6 +43,8 @@ class Hotplug(Protocol):
     def kinds(self) -> frozenset[str]: ...
 
     def plugged(self) -> set[str]: ...
+
+    def modules(self, device: Device) -> tuple[str, ...]: ...
 
     def plug(self, name: str, device: Device, fd: int | None) -> None: ...
 
@@ -106,11 +112,13 @@ class MachineDevices:
             known = {key: found for key, found in self._read(row).items() if found.kept or live}
             if isinstance(device, Served) and not live:
                 raise InvalidState(row.name, row.state.value, "attach a device of this process to", [State.RUNNING.value])
+            plug.modules(device)
             self._check_new(row, known, name, device, fd)
             self._write(row, {**known, name: entry(device)})
             if not live:
                 return
             try:
+                _load(self._context.folder(row), row, plug.modules(device))
                 plug.plug(name, device, fd)
             except BaseException as error:
                 try:
@@ -198,6 +206,7 @@ def restore(context: Context, row: Row) -> None:
         try:
             device = found.device
             fd = diskfile.open_disk(device) if isinstance(device, Disk) else None
+            _load(context.folder(row), row, plug.modules(device))
             plug.plug(name, device, fd)
         except TrivisorError as error:
             error.hint = f"{error.hint + '; ' if error.hint else ''}or detach {name}: the machine starts without it then"
@@ -205,6 +214,17 @@ def restore(context: Context, row: Row) -> None:
         finally:
             if fd is not None:
                 os.close(fd)
+
+
+def _load(folder: MachineDir, row: Row, modules: tuple[str, ...]) -> None:
+    """Have the guest load the drivers of what comes."""
+    if not modules:
+        return
+    line = Line.connect(folder.line, row.name)
+    try:
+        guest.configure(line, [("module", *modules)], timeout=_MODULES)
+    finally:
+        line.close()
 
 
 def engine(context: Context, row: Row) -> Hotpluggable:

@@ -6,5 +6,19 @@ from trivisor.core.devices import Disk, Random
 from trivisor.vos.devices.block import BlockDevice
 from trivisor.vos.devices.char import CharDevice
 from trivisor.vos.devices.service import Attached, Devices
+from trivisor.vos.devices.usb import Endpoint, Interface, Setup, UsbDevice
+from trivisor.vos.devices.usbredir import Stall
 
-__all__ = ["Attached", "BlockDevice", "CharDevice", "Devices", "Disk", "Random"]
+__all__ = [
+    "Attached",
+    "BlockDevice",
+    "CharDevice",
+    "Devices",
+    "Disk",
+    "Endpoint",
+    "Interface",
+    "Random",
+    "Setup",
+    "Stall",
+    "UsbDevice",
+]

@@ -13,8 +13,8 @@ from collections import deque
 
 from trivisor.core.devices import SECTOR, Served
 from trivisor.core.errors import InvalidSpec
-from trivisor.vos.devices.nbd import Command, Export, Request
-from trivisor.vos.devices.serving import BlockServer
+from trivisor.vos.devices.nbd import Command, Export, Request, Session, reply
+from trivisor.vos.devices.serving import Server
 
 KEPT = 16
 MAX_TIMEOUT = 3600.0
@@ -53,9 +53,9 @@ class BlockDevice:
         """Return what the machine is told about it."""
         return Served("block", self.readonly)
 
-    def serve(self, sock: socket.socket) -> BlockServer:
+    def serve(self, sock: socket.socket, name: str = "") -> Server[Request]:
         """Answer on `sock`, which is the server's from now on."""
-        server = BlockServer(sock, Export(self.size, self.readonly), self._answer, self.timeout, self.faults.append)
+        server = Server(sock, Session(Export(self.size, self.readonly)), self._answer, self.timeout, self.faults.append)
         server.start()
         return server
 
@@ -66,7 +66,7 @@ class BlockDevice:
                 raise ValueError(
                     f"read({request.offset}, {request.length}) returned {type(data).__name__} that is not {request.length} bytes"
                 )
-            return bytes(data)
+            return reply(request.cookie, 0, bytes(data))
         if request.command is Command.WRITE:
             self.write(request.offset, request.data)
             if request.fua:
@@ -75,4 +75,4 @@ class BlockDevice:
             self.trim(request.offset, request.length)
         else:
             self.flush()
-        return b""
+        return reply(request.cookie)

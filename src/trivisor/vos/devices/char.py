@@ -40,7 +40,7 @@ class CharDevice:
         """Return what the machine is told about it."""
         return Served("char")
 
-    def serve(self, sock: socket.socket) -> CharLine:
+    def serve(self, sock: socket.socket, name: str = "") -> CharLine:
         """Answer on `sock`, which is the line's from now on."""
         self._line = CharLine(sock, self)
         self._line.start()

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
+from trivisor.vos.devices.serving import ProtocolError
+
 MAX_PAYLOAD = 32 << 20
 MAX_OPTION = 4096
 MAX_OPTIONS = 32
@@ -30,10 +32,6 @@ _FUA = 1
 
 ERRORS = {errno.EPERM: 1, errno.EIO: 5, errno.ENOMEM: 12, errno.EINVAL: 22, errno.ENOSPC: 28, errno.EROFS: 1}
 """Those that the protocol has, and EROFS, which is said as EPERM; every other is EIO."""
-
-
-class ProtocolError(Exception):
-    """The client sent what the protocol does not allow."""
 
 
 class Command(IntEnum):
@@ -58,6 +56,22 @@ class Request:
     fua: bool = False
     """What is written must be kept before it is answered."""
     error: int = 0
+
+    @property
+    def what(self) -> str:
+        """What it is, in a word."""
+        return self.command.name.lower()
+
+    @property
+    def unasked(self) -> bytes | None:
+        """The answer to what is not carried out, else None."""
+        return reply(self.cookie, self.error) if self.error else None
+
+    def failed(self, error: BaseException) -> bytes:
+        """Return the answer to a request whose function raised `error`, or took too long."""
+        return reply(
+            self.cookie, (error.errno if isinstance(error, OSError) and not isinstance(error, TimeoutError) else None) or errno.EIO
+        )
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,8 @@ class Session:
         self._flags = False
         self._options = 0
         self._transmitting = False
+        self.done = False
+        """Whether the client has taken its leave."""
 
     def output(self) -> bytes:
         """Return what is to be sent to the client now, of the handshake."""
@@ -103,8 +119,11 @@ class Session:
         while not self._transmitting:
             if not self._handshake():
                 return
-        while (request := self._request()) is not None:
-            yield request
+        while not self.done and (request := self._request()) is not None:
+            if request.command is Command.DISCONNECT:
+                self.done = True
+            else:
+                yield request
 
     def _take(self, size: int) -> bytes | None:
         if len(self._buffer) < size:

@@ -21,11 +21,22 @@ from trivisor.vos.devices import diskfile
 from trivisor.vos.devices.block import BlockDevice
 from trivisor.vos.devices.char import CharDevice
 from trivisor.vos.devices.port import DevicePort
+from trivisor.vos.devices.usb import UsbDevice
 from trivisor.vos.files import Files
 
 SEEN = 10.0
 """Seconds for a guest to find a device; it takes a tenth of one."""
 _POLL = 0.01
+_USB = "/sys/bus/usb/devices"
+_PLACES = {
+    "virtio": ("/sys/block", "vd", "serial"),
+    "block": ("/sys/block", "vd", "serial"),
+    "nvme": ("/sys/block", "nvme", "device/serial"),
+    "usb-storage": ("/sys/block", "sd", "device/../../../../serial"),
+    "char": ("/sys/class/virtio-ports", "vport", "name"),
+    "usb": (_USB, "", "serial"),
+}
+"""Where the guest's kernel shows a device, how its name begins there, and the file that holds the name that it was given."""
 
 
 class Server(Protocol):
@@ -43,7 +54,7 @@ class Attached:
 
     name: str
     kind: str
-    """disk, block (made in Python), char or random."""
+    """disk, block (made in Python), char, usb (made in Python) or random."""
     plugged: bool
     """False for what is kept for the next start."""
     path: str = ""
@@ -67,17 +78,17 @@ class Devices:
         """What this machine's wall can be given. Raises UnsupportedByWall if nothing."""
         return self._port.kinds
 
-    def attach(self, device: Disk | Random | BlockDevice | CharDevice, name: str | None = None) -> Attached:
+    def attach(self, device: Disk | Random | BlockDevice | CharDevice | UsbDevice, name: str | None = None) -> Attached:
         """Attach a device and return when the guest has found it; to a machine that is stopped, for its next start.
 
         `name` is free unless given; a disk bears it as its serial number. Raises InvalidSpec (a disk that leads elsewhere, or is
         attached or in use already; no free port), AlreadyExists (name), NotFound, InvalidState, Busy, UnsupportedByWall,
         EngineError, StorageError, GuestError if the guest does not find it, which takes it away again.
         """
-        if not isinstance(device, Disk | Random | BlockDevice | CharDevice):
+        if not isinstance(device, Disk | Random | BlockDevice | CharDevice | UsbDevice):
             raise InvalidSpec(f"{device!r} is no device", hint="for example Disk('data.qcow2'), or an object of your BlockDevice")
         chosen = check_name(name) if name is not None else self._free(device)
-        if isinstance(device, BlockDevice | CharDevice):
+        if isinstance(device, BlockDevice | CharDevice | UsbDevice):
             self._attach_served(chosen, device)
         else:
             fd = diskfile.open_disk(device) if isinstance(device, Disk) else None
@@ -109,13 +120,17 @@ class Devices:
 
         Raises NotFound, InvalidState, Busy, EngineError, GuestError if the guest keeps it.
         """
+        held = self._port.held().get(name)
         self._port.detach(name)
         server = self._servers.pop(name, None)
         if server is not None:
             server.close()
+        if held is not None and held.plugged and _place(held.device) in ("usb", "usb-storage"):
+            self._await_gone(name, held.device)
 
     def node(self, name: str) -> str | None:
-        """Return the device's path in the running guest, such as /dev/vdc; None if it has none, or has not been found."""
+        """Return the device's path in the running guest, such as /dev/vdc, or /sys/bus/usb/devices/1-1;
+        None if it has none, or has not been found."""
         held = self._port.held().get(name)
         return self._find(name, held.device) if held is not None and held.plugged else None
 
@@ -126,11 +141,11 @@ class Devices:
                 with suppress(GuestError):
                     self._wait(name, held.device)
 
-    def _attach_served(self, name: str, device: BlockDevice | CharDevice) -> None:
+    def _attach_served(self, name: str, device: BlockDevice | CharDevice | UsbDevice) -> None:
         """Answer for it on one end of a pair, and give the machine the other."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
-            server = device.serve(ours)
+            server = device.serve(ours, name)
             try:
                 self._port.attach(name, device.served(), theirs.fileno())
                 theirs.close()
@@ -158,21 +173,35 @@ class Devices:
             # The guest's kernel tells only its own programs.
             time.sleep(_POLL)
 
+    def _await_gone(self, name: str, device: Device) -> None:
+        """A USB device is gone at once, its controller does not ask; the guest takes a moment to see that."""
+        deadline = time.monotonic() + SEEN
+        with suppress(TrivisorError):
+            while self._find(name, device) is not None and time.monotonic() < deadline:
+                time.sleep(_POLL)
+
     def _find(self, name: str, device: Device) -> str | None:
         if isinstance(device, Random):
             return None
         files = self._files()
-        folder, attribute = ("/sys/class/virtio-ports", "name") if kind_of(device) == "char" else ("/sys/block", "serial")
-        for found in files.list(folder):
-            if found.name.startswith(("vd", "vport")):
-                # It may be on its way in or out.
-                with suppress(FileError):
-                    if files.read(f"{folder}/{found.name}/{attribute}", max_size=64).strip() == name.encode():
-                        path = f"/dev/{found.name}"
-                        return path if files.exists(path) else None
+        folder, prefix, attribute = _PLACES[_place(device)]
+        # It may be on its way in or out, and its driver may not have been there before.
+        with suppress(FileError):
+            for found in files.list(folder):
+                if found.name.startswith(prefix) and ":" not in found.name:
+                    with suppress(FileError):
+                        if files.read(f"{folder}/{found.name}/{attribute}", max_size=128).strip() == name.encode():
+                            path = f"{folder}/{found.name}" if folder == _USB else f"/dev/{found.name}"
+                            return path if files.exists(path) else None
         return None
 
-    def _free(self, device: object) -> str:
-        kind = type(device).__name__.lower() if isinstance(device, Disk | Random) else "char" if isinstance(device, CharDevice) else "block"
+    def _free(self, device: Disk | Random | BlockDevice | CharDevice | UsbDevice) -> str:
+        kind = kind_of(device if isinstance(device, Disk | Random) else device.served())
         taken = self._port.held()
         return next(name for number in range(1, len(taken) + 2) if (name := f"{kind}{number}") not in taken)
+
+
+def _place(device: Device) -> str:
+    if not isinstance(device, Disk):
+        return kind_of(device)
+    return "usb-storage" if device.bus == "usb" else device.bus

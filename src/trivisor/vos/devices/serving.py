@@ -12,10 +12,8 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Callable
-
-from trivisor.vos.devices import nbd
-from trivisor.vos.devices.nbd import Command, Export, ProtocolError, Request, Session
+from collections.abc import Callable, Iterator
+from typing import Generic, Protocol, TypeVar
 
 STUCK = 8
 QUEUED = 64
@@ -23,24 +21,68 @@ QUEUED = 64
 _READ = 1 << 20
 _SEND = 5.0
 
-Answer = Callable[[Request], bytes]
+
+class ProtocolError(Exception):
+    """The other end sent what the protocol does not allow."""
 
 
-class BlockServer:
-    """Serves `export` on `sock` by `answer` until either end closes. `failed` is told what a function raised."""
+class Request(Protocol):
+    """What a session reads, and functions answer."""
+
+    @property
+    def what(self) -> str: ...
+
+    @property
+    def unasked(self) -> bytes | None:
+        """What it is answered with without asking a function, or None."""
+        ...
+
+    def failed(self, error: BaseException) -> bytes:
+        """Return the answer if a function raised `error`, or took too long."""
+        ...
+
+
+R = TypeVar("R", bound=Request)
+R_co = TypeVar("R_co", bound=Request, covariant=True)
+
+
+class Session(Protocol[R_co]):
+    """One connection's protocol, without its socket."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the other end has taken its leave."""
+        ...
+
+    def output(self) -> bytes:
+        """Return what is to be sent now, of the session's own."""
+        ...
+
+    def feed(self, data: bytes) -> Iterator[R_co]:
+        """Take bytes, give requests. Raises ProtocolError."""
+        ...
+
+
+class Server(Generic[R]):
+    """Serves one connection by `answer` until either end closes. `failed` is told what a function raised."""
 
     def __init__(
-        self, sock: socket.socket, export: Export, answer: Answer, timeout: float, failed: Callable[[BaseException], None]
+        self,
+        sock: socket.socket,
+        session: Session[R],
+        answer: Callable[[R], bytes],
+        timeout: float,
+        failed: Callable[[BaseException], None],
     ) -> None:
         self._socket = sock
-        self._session = Session(export)
+        self._session = session
         self._answer = answer
         self._timeout = timeout
         self._failed = failed
-        self._queue: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[R | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._sending = threading.Lock()
-        self._calls: dict[object, tuple[Request, float]] = {}
+        self._calls: dict[object, tuple[R, float]] = {}
         """The call of the worker of the moment, and its deadline."""
         self._waiting = 0
         self._stuck = 0
@@ -75,7 +117,7 @@ class BlockServer:
             while not self._closed and self._turn():
                 pass
         except (OSError, ProtocolError) as error:
-            if not self._closed:
+            if not self._closed and not isinstance(error, ConnectionError):
                 self._failed(error)
         finally:
             self._closed = True
@@ -103,20 +145,20 @@ class BlockServer:
             if not data:
                 return False
             for request in self._session.feed(data):
-                if request.command is Command.DISCONNECT:
-                    return False
                 self._take(request)
             self._send(self._session.output())
-        return True
+        return not self._session.done
 
-    def _take(self, request: Request) -> None:
+    def _take(self, request: R) -> None:
+        unasked = request.unasked
         with self._lock:
-            lost = self._worker is None
-            self._waiting += not (request.error or lost)
-        if request.error or lost:
-            self._send(nbd.reply(request.cookie, request.error or 5))
-        else:
+            if unasked is None and self._worker is None:
+                unasked = request.failed(TimeoutError())
+            self._waiting += unasked is None
+        if unasked is None:
             self._queue.put(request)
+        else:
+            self._send(unasked)
 
     def _give_up(self) -> None:
         """Fail the request whose function has taken too long, and have another thread go on."""
@@ -130,8 +172,9 @@ class BlockServer:
                 self._worker = None
             hire = bool(late) and self._stuck <= STUCK
         for _, request in late:
-            self._failed(TimeoutError(f"{request.command.name.lower()} took over {self._timeout:g} s"))
-            self._send(nbd.reply(request.cookie, 5))
+            error = TimeoutError(f"{request.what} took over {self._timeout:g} s")
+            self._failed(error)
+            self._send(request.failed(error))
         if hire:
             self._hire()
         elif late:
@@ -143,7 +186,11 @@ class BlockServer:
             if request is not None:
                 with self._lock:
                     self._waiting -= 1
-                self._send(nbd.reply(request.cookie, 5))
+                self._send(request.failed(TimeoutError()))
+
+    def push(self, data: bytes) -> None:
+        """Send what nobody has asked for. Raises OSError if the other end has gone."""
+        self._send(data)
 
     def _send(self, data: bytes) -> None:
         """Send to a client that reads; one that does not is hung up on after some seconds."""
@@ -177,19 +224,18 @@ class BlockServer:
                 return
             try:
                 self._send(answer)
-            except OSError as error:
+            except OSError:
+                # It has hung up, or takes nothing: the reader ends this.
                 self._closed = full = True
-                self._failed(error)
             if full:
                 self._poke()
 
-    def _call(self, request: Request) -> bytes:
+    def _call(self, request: R) -> bytes:
         try:
-            data = self._answer(request)
+            return self._answer(request)
         except Exception as error:
             self._failed(error)
-            return nbd.reply(request.cookie, (error.errno if isinstance(error, OSError) else None) or 5)
-        return nbd.reply(request.cookie, 0, data)
+            return request.failed(error)
 
     def _poke(self) -> None:
         with self._lock:

@@ -15,6 +15,7 @@ from typing import Any
 from trivisor.core.devices import Device, Disk, Served
 from trivisor.core.errors import EngineError, GuestError, InvalidSpec
 from trivisor.vmm.engine import Box
+from trivisor.vmm.engines.vm import kit
 from trivisor.vmm.engines.vm.qmp import Qmp
 
 PREFIX = "hot-"
@@ -25,10 +26,24 @@ _WRITE = {"write-cache": "on", "werror": "report", "rerror": "report", "num-queu
 class Hotplug:
     """The devices of one running machine."""
 
-    kinds = frozenset({"disk", "block", "char", "random"})
+    kinds = frozenset({"disk", "block", "char", "usb", "random"})
 
     def __init__(self, box: Box) -> None:
         self._box = box
+
+    def modules(self, device: Device) -> tuple[str, ...]:
+        """Return the modules that the guest must load for `device`, in their order. Raises InvalidSpec if its kernel has none for it."""
+        bus = device.bus if isinstance(device, Disk) else "usb" if isinstance(device, Served) and device.kind == "usb" else "virtio"
+        name = self._box.spec.kernel
+        found = kit.have(self._box.home, name)
+        if bus == "virtio" or found is None:
+            return ()
+        driver = {"usb": "usbcore", "nvme": "nvme"}[bus]
+        if name in kit.FLAVOURS and driver not in found.devices:
+            raise InvalidSpec(
+                f"the {name} kernel has no driver for {bus}", machine=self._box.spec.name, hint='make the machine with kernel="full"'
+            )
+        return found.devices
 
     def plugged(self) -> set[str]:
         """Return the names of the devices that QEMU has. Raises EngineError."""
@@ -49,9 +64,13 @@ class Hotplug:
 
     def _plug(self, name: str, device: Device, fd: int | None) -> None:
         with self._qmp() as qmp, ExitStack() as undo:
-            port = _free_port(qmp, self._box.spec.name)
+            usb = (isinstance(device, Disk) and device.bus == "usb") or (isinstance(device, Served) and device.kind == "usb")
+            port = _controller(qmp, self._box.spec.name) if usb else _free_port(qmp, self._box.spec.name)
             if isinstance(device, Served) and device.kind == "char":
                 _plug_port(qmp, undo, name, port, _given(fd))
+            elif isinstance(device, Served) and device.kind == "usb":
+                _plug_line(qmp, undo, name, _given(fd))
+                qmp.ask("device_add", _device(name, port, driver="usb-redir", chardev=PREFIX + name))
             elif isinstance(device, Disk | Served):
                 _plug_disk(qmp, undo, name, port, device, _given(fd))
             else:
@@ -124,7 +143,13 @@ def _plug_disk(qmp: Qmp, undo: ExitStack, name: str, port: str, device: Disk | S
             "blockdev-add",
             {"driver": "nbd", "node-name": node, "read-only": readonly, "discard": "unmap", "server": {"type": "fd", "str": node}},
         )
-    qmp.ask("device_add", _device(name, port, driver="virtio-blk-pci", drive=node, serial=name, **_WRITE))
+    bus = device.bus if isinstance(device, Disk) else "virtio"
+    if bus == "virtio":
+        qmp.ask("device_add", _device(name, port, driver="virtio-blk-pci", drive=node, serial=name, **_WRITE))
+    elif bus == "nvme":
+        qmp.ask("device_add", _device(name, port, driver="nvme", drive=node, serial=name))
+    else:
+        qmp.ask("device_add", _device(name, port, driver="usb-storage", drive=node, serial=name))
 
 
 def _limit(qmp: Qmp, name: str, node: str, disk: Disk) -> str:
@@ -140,13 +165,26 @@ def _limit(qmp: Qmp, name: str, node: str, disk: Disk) -> str:
 def _plug_port(qmp: Qmp, undo: ExitStack, name: str, port: str, fd: int) -> None:
     """A virtio-serial controller of its own with one port: that of the machine's line has none to spare."""
     node = PREFIX + name
+    _plug_line(qmp, undo, name, fd)
+    qmp.ask("device_add", _device(name, port, driver="virtio-serial-pci", max_ports=2))
+    undo.callback(_try, qmp, "device_del", {"id": node})
+    qmp.ask("device_add", {"driver": "virtserialport", "id": f"{node}.port", "bus": f"{node}.0", "nr": 1, "chardev": node, "name": name})
+
+
+def _plug_line(qmp: Qmp, undo: ExitStack, name: str, fd: int) -> None:
+    """The socket behind a device, as a chardev."""
+    node = PREFIX + name
     undo.callback(_clear, qmp, name)
     qmp.ask("getfd", {"fdname": node}, fd=fd)
     backend = {"type": "socket", "data": {"addr": {"type": "fd", "data": {"str": node}}, "server": False}}
     qmp.ask("chardev-add", {"id": node, "backend": backend})
-    qmp.ask("device_add", _device(name, port, driver="virtio-serial-pci", max_ports=2))
-    undo.callback(_try, qmp, "device_del", {"id": node})
-    qmp.ask("device_add", {"driver": "virtserialport", "id": f"{node}.port", "bus": f"{node}.0", "nr": 1, "chardev": node, "name": name})
+
+
+def _controller(qmp: Qmp, machine: str) -> str:
+    """Return the bus of the USB controller, which takes a port when the first device needs it, and stays for the next."""
+    if "usb" not in {entry["name"] for entry in qmp.ask("qom-list", {"path": "/machine/peripheral"})}:
+        qmp.ask("device_add", {"driver": "qemu-xhci", "id": "usb", "bus": _free_port(qmp, machine), "p2": 15, "p3": 1})
+    return "usb.0"
 
 
 def _clear(qmp: Qmp, name: str) -> None:

@@ -28,7 +28,7 @@ from trivisor.vmm.engine import Progress
 from trivisor.vmm.engines.vm import files, initramfs, kernel, modules
 
 FLAVOURS = {"micro": "linux-image-cloud-amd64", "full": "linux-image-amd64"}
-_FORMAT = 4
+_FORMAT = 5
 _FETCH = 900.0
 
 
@@ -40,6 +40,7 @@ class _Facts(msgspec.Struct, frozen=True):
     modules: list[str]
     digest: str
     shares: list[str]
+    devices: list[str]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Kit:
     modules: tuple[str, ...]
     shares: tuple[str, ...] = ()
     """Modules for shared folders, in the order in which they load; not loaded at boot."""
+    devices: tuple[str, ...] = ()
+    """The same for devices that a machine may be given: those that virtio does not drive."""
 
     @property
     def kernel(self) -> Path:
@@ -68,9 +71,9 @@ class Kit:
         path = self.folder / f"initramfs-{digest[:16]}"
         if not path.exists():
             aside = self.folder / f".initramfs-{os.getpid()}-{os.urandom(4).hex()}"
-            loaded, shares = self._read(self.modules), self._read(self.shares)
+            loaded, more = self._read(self.modules), self._read([*self.shares, *self.devices])
             try:
-                aside.write_bytes(initramfs.build(tvinit.read_bytes(), loaded, shares))
+                aside.write_bytes(initramfs.build(tvinit.read_bytes(), loaded, more))
                 aside.chmod(0o644)
                 files.sync(aside)
                 aside.rename(path)
@@ -163,7 +166,7 @@ def _load(folder: Path) -> Kit | None:
         return None
     if facts.format != _FORMAT:
         return None
-    return Kit(folder, facts.release, facts.origin, facts.digest, tuple(facts.modules), tuple(facts.shares))
+    return Kit(folder, facts.release, facts.origin, facts.digest, tuple(facts.modules), tuple(facts.shares), tuple(facts.devices))
 
 
 def _make_flavour(work: Path, folder: Path, name: str, progress: Progress) -> None:
@@ -187,6 +190,7 @@ def _make(work: Path, folder: Path, image: Path, trees: Sequence[Path], origin: 
     found = [tree / parsed.release for tree in trees if (tree / parsed.release).is_dir()]
     loaded = modules.load_order(found[0]) if found else []
     shares = modules.load_order(found[0], modules.WANTED + modules.SHARES)[len(loaded) :] if found else []
+    devices = _devices(found[0], loaded + shares) if found else []
     digest = hashlib.sha256(parsed.image)
     made = work / "kit"
     (made / "modules").mkdir(parents=True, mode=0o755)
@@ -196,13 +200,25 @@ def _make(work: Path, folder: Path, image: Path, trees: Sequence[Path], origin: 
     for name, content in loaded:
         (made / "modules" / f"{name}.ko").write_bytes(content)
         digest.update(name.encode() + b"\0" + content)
-    for name, content in shares:
+    for name, content in shares + devices:
         (made / "modules" / f"{name}.ko").write_bytes(content)
+        digest.update(b"later " + name.encode() + b"\0" + content)
     names = [name for name, _ in loaded]
-    facts = _Facts(_FORMAT, parsed.release, origin, parsed.pvh, names, digest.hexdigest(), [name for name, _ in shares])
+    facts = _Facts(_FORMAT, parsed.release, origin, parsed.pvh, names, digest.hexdigest(), _names(shares), _names(devices))
     (made / "kit.json").write_bytes(msgspec.json.encode(facts))
     made.chmod(0o755)
     files.settle(made, folder)
+
+
+def _devices(tree: Path, others: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+    """Return the drivers of devices that may come, if the kernel has one that something can be plugged into."""
+    known = {name for name, _ in others}
+    found = [one for one in modules.load_order(tree, modules.WANTED + modules.DEVICES) if one[0] not in known]
+    return found if {"xhci_hcd", "nvme"} & {name for name, _ in found} else []
+
+
+def _names(read: Sequence[tuple[str, bytes]]) -> list[str]:
+    return [name for name, _ in read]
 
 
 def _fetch(work: Path, meta: str, progress: Progress) -> tuple[str, Path]:

@@ -1,0 +1,126 @@
+"""USB devices and NVMe drives in a virtual machine with the full kernel."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from machine_home import VmHome
+
+from trivisor import VMM, Machine
+from trivisor.core.errors import HostLacks, InvalidSpec
+from trivisor.core.spec import Wall
+from trivisor.vos.devices import Disk, Endpoint, Interface, Setup, UsbDevice
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+import bad_sectors
+import usb_serial
+
+pytestmark = [pytest.mark.slow, pytest.mark.walls("vm")]
+
+
+class Button(UsbDevice):
+    """A keyboard with one key: the guest sees each `press`."""
+
+    interfaces = (Interface(3, 1, 1, (Endpoint(0x81, "interrupt", 8, 4),), bytes.fromhex("092111010001223f00")),)
+    report = bytes.fromhex(
+        "05010906a101050719e029e71500250175019508810295017508810395057501050819012905910295017503910395067508150025650507190029658100c0"
+    )
+
+    def control(self, setup: Setup, data: bytes) -> bytes:
+        return self.report if setup.request == 6 and setup.value == 0x2200 else b""
+
+    def press(self, key: int) -> None:
+        self.send(0x81, bytes([0, 0, key, 0, 0, 0, 0, 0]))
+        self.send(0x81, bytes(8))
+
+
+@pytest.fixture(scope="module")
+def full(wall_home: VmHome, wall: Wall) -> Iterator[Machine]:
+    """One running machine with the full kernel."""
+    with VMM(wall_home.root) as vmm:
+        machine = vmm.create("debian", wall=wall, kernel="full")
+        try:
+            machine.start()
+        except HostLacks as error:
+            machine.delete(force=True)
+            pytest.skip(f"needs the full kernel: {error}")
+        yield machine
+        machine.delete(force=True)
+
+
+def test_a_serial_adapter_of_sixty_lines(full: Machine) -> None:
+    assert len(Path(str(usb_serial.__file__)).read_text().splitlines()) <= 66
+    assert usb_serial.talk(full) == "Shouting serial adapter\nHELLO\n"
+
+
+def test_it_comes_and_goes(full: Machine) -> None:
+    button = Button()
+    for _ in range(4):
+        full.devices.attach(button, "button")
+        node = full.devices.node("button")
+        assert full.files.read_text(f"{node}/serial") == "button\n"
+        full.devices.detach("button")
+        assert not full.files.exists(str(node))
+    assert not button.faults
+
+
+def test_a_key_is_pressed(full: Machine) -> None:
+    button = Button()
+    full.devices.attach(button, "button")
+    reader = full.spawn(["python3", "-uc", "f = open('/dev/input/event0', 'rb'); print('ready'); print(f.read(72)[42])"])
+    assert reader.stdout.readline() == b"ready\n"
+    button.press(4)
+    assert reader.stdout.readline() == b"30\n", "KEY_A"
+    reader.wait(20)
+    full.devices.detach("button")
+
+
+def test_a_device_whose_owner_is_killed_is_pulled_out(full: Machine, wall_home: VmHome) -> None:
+    code = (
+        "import sys\nfrom trivisor import VMM\nfrom trivisor.vos.devices import Endpoint, Interface, UsbDevice\n"
+        "class Thing(UsbDevice):\n    interfaces = (Interface(255, endpoints=(Endpoint(0x81),)),)\n"
+        f"VMM({str(wall_home.root)!r}).get({full.id!r}).devices.attach(Thing(), 'theirs')\n"
+        "print('attached', flush=True)\nsys.stdin.read()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == b"attached\n"
+        node = full.devices.node("theirs")
+        owner.send_signal(signal.SIGKILL)
+    full.exec(f"n=0; while [ -e {node} ] && [ $n -lt 100 ]; do sleep 0.1; n=$((n + 1)); done; [ ! -e {node} ]", check=True)
+    full.devices.detach("theirs")
+
+
+@pytest.mark.parametrize("bus", ["usb", "nvme"])
+def test_a_disk_at_another_bus(full: Machine, tmp_path: Path, bus: str) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(b"first sector".ljust(512, b"\0"))
+    os.truncate(path, 8 << 20)
+    for _ in range(2):
+        full.devices.attach(Disk(path, bus=bus), "data")  # type: ignore[arg-type]
+        node = full.devices.node("data")
+        assert node is not None
+        assert node.startswith({"usb": "/dev/sd", "nvme": "/dev/nvme"}[bus])
+        assert full.exec(f"head -c 12 {node}", check=True).stdout == b"first sector"
+        full.devices.detach("data")
+        assert not full.files.exists(node)
+
+
+def test_a_kernel_without_usb_says_so(running: Machine, tmp_path: Path) -> None:
+    with pytest.raises(InvalidSpec, match="no driver for usb") as caught:
+        running.devices.attach(Button())
+    assert "full" in caught.value.hint
+    assert running.devices.list() == []
+
+
+def test_a_disk_that_loses_a_sector(running: Machine) -> None:
+    said = bad_sectors.lose_a_sector(running)
+    assert said.startswith("precious\n")
+    assert "Input/output error" in said
