@@ -7,7 +7,8 @@ the descriptors of any machine that has it, so machines of one ice share it as t
 QEMU comes up, which does not look at its RAM before it is given a state, and sealed before that. Where the jail has no /proc
 to open a descriptor by, the machine gets a file of its own.
 
-A machine with ram="shared" has a memfd of its own that is written through, filled from the ice in the same way and sealed against another size only.
+A machine with ram="shared" has a memfd of its own that is written through, filled from the ice in the same way and sealed against
+another size only.
 """
 
 from __future__ import annotations
