@@ -15,8 +15,9 @@ import pytest
 from host_state import assert_nothing_left
 from machine_home import VmHome, in_child
 
-from trivisor import VMM
-from trivisor.launch import tvinit
+from trivisor import VMM, Machine
+from trivisor.core.spec import Wall
+from trivisor.launch import ids, tvinit
 
 NOBODY = 61234
 """An id that no account has, so no subordinate ids either."""
@@ -64,9 +65,7 @@ def home_of(user: int, template: Path) -> Iterator[Path]:
 
     It must be left empty.
     """
-    for path in (tvinit.path(), *tvinit.path().parents):
-        if not os.stat(path).st_mode & 0o005:
-            pytest.skip(f"needs {path} to be readable to all")
+    _reachable()
     base = Path(tempfile.mkdtemp(prefix="user-"))
     base.chmod(0o755)
     home = VmHome(base / "home", template).root
@@ -89,6 +88,41 @@ def home_of(user: int, template: Path) -> Iterator[Path]:
         as_user(user, clear)
         assert_nothing_left(home, set())
         shutil.rmtree(base)
+
+
+def life_of_nobody(wall: Wall, live: Callable[[Machine], str]) -> str:
+    """Have NOBODY, in a home of its own, run a machine of the host's own root behind `wall`; what `live` says of it. It leaves none."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become somebody else")
+    _reachable()
+    base = Path(tempfile.mkdtemp(prefix="user-"))
+    os.chown(base, NOBODY, NOBODY)
+    said = base / "said"
+
+    def work() -> None:
+        with VMM(base / "home") as vmm:
+            report = next(report for report in vmm.walls() if report.wall == wall)
+            if not report.available:
+                said.write_text(f"skip: needs the {wall} wall: {report.why}")
+                return
+            with vmm.run("host", wall=wall) as machine:
+                said.write_text(live(machine))
+
+    try:
+        as_user(NOBODY, work)
+        text = said.read_text()
+        if text.startswith("skip: "):
+            pytest.skip(text[6:])
+        assert list((base / "home/machines").iterdir()) == []
+        return text
+    finally:
+        ids.remove_tree(base)
+
+
+def _reachable() -> None:
+    for path in (tvinit.path(), *tvinit.path().parents):
+        if not os.stat(path).st_mode & 0o005:
+            pytest.skip(f"needs {path} to be readable to all")
 
 
 def _run(*argv: str) -> None:

@@ -23,8 +23,8 @@
 #include "answer.h"
 #include "check.h"
 #include "fds.h"
+#include "operations.h"
 #include "wire.h"
-
 
 static int intake = -1; /* PID 1's end */
 static pid_t answerer;
@@ -94,20 +94,8 @@ static inline bool send_with_fd(int sock, const void *data, size_t size, int fd)
 /* 'L': words by spaces, operations by newlines. */
 static inline void hand_over(int listener, const char *text) {
     struct writer w = {0};
-    uint32_t count = 0;
-    char copy[4096], *line_state, *word_state;
-    snprintf(copy, sizeof copy, "%s", text);
     write_u8(&w, 'L');
-    write_u32(&w, 0);
-    for (char *line = strtok_r(copy, "\n", &line_state); line; line = strtok_r(NULL, "\n", &line_state), count++) {
-        size_t at = w.used;
-        uint32_t words = 0;
-        write_u32(&w, 0);
-        for (char *word = strtok_r(line, " ", &word_state); word; word = strtok_r(NULL, " ", &word_state), words++)
-            write_string(&w, word);
-        memcpy(w.data + at, &words, 4);
-    }
-    memcpy(w.data + 1, &count, 4);
+    write_operations(&w, text);
     CHECK(send_with_fd(intake, w.data, w.used, listener));
     writer_free(&w);
 }

@@ -6,25 +6,12 @@
 #include <sys/syscall.h>
 
 #include "check.h"
+#include "operations.h"
 #include "wire.h"
 
-/* Operations as one text: words by spaces, operations by newlines. */
 static bool decode(const char *text, struct rules *out) {
     struct writer w = {0};
-    uint32_t count = 0;
-    char copy[8192], *line_state, *word_state;
-    snprintf(copy, sizeof copy, "%s", text);
-    write_u32(&w, 0);
-    for (char *line = strtok_r(copy, "\n", &line_state); line; line = strtok_r(NULL, "\n", &line_state)) {
-        size_t at = w.used;
-        uint32_t words = 0;
-        write_u32(&w, 0);
-        for (char *word = strtok_r(line, " ", &word_state); word; word = strtok_r(NULL, " ", &word_state), words++)
-            write_string(&w, word);
-        memcpy(w.data + at, &words, 4);
-        count++;
-    }
-    memcpy(w.data, &count, 4);
+    write_operations(&w, text);
     bool good = rules_decode(w.data, w.used, out);
     /* Cut short anywhere it is malformed, and leaves nothing. */
     struct rules cut;

@@ -8,16 +8,14 @@ from __future__ import annotations
 import os
 import resource
 import socket
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from machine_home import in_child
+from rootless_home import NOBODY, life_of_nobody
 from wall_fixtures import Make
 
 from trivisor import VMM, Machine
-from trivisor.launch import container, ids, jail, keeper, tvinit
+from trivisor.launch import container, ids, jail, keeper
 from trivisor.launch.container import CAPS
 from trivisor.vmm.engines.container import host
 from trivisor.vmm.layers import layers
@@ -25,8 +23,6 @@ from trivisor.vmm.layers import layers
 pytestmark = pytest.mark.walls("container")
 
 PYTHON = "/usr/bin/python3"
-USER = 61235
-"""An id that no account has."""
 
 
 def outside(machine: Machine) -> int:
@@ -279,43 +275,14 @@ def test_the_hosts_own_network(make: Make) -> None:
     assert machine.exec("echo 1 > /proc/sys/net/ipv4/ip_forward").exit_code != 0
 
 
-@pytest.fixture
-def user_folder() -> Iterator[Path]:
-    """A folder of USER, where USER may go: pytest's own are closed."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root, to become somebody else")
-    for path in (tvinit.path(), *tvinit.path().parents):
-        if not path.stat().st_mode & 0o005:
-            pytest.skip(f"needs {path} to be readable to all")
-    base = Path(tempfile.mkdtemp(prefix="user-"))
-    os.chown(base, USER, USER)
-    yield base
-    ids.remove_tree(base)
-
-
-def test_rootless_with_one_id(user_folder: Path) -> None:
+def test_rootless_with_one_id() -> None:
     """As a user without subordinate ids: root is the only user there is, and all that is root's works."""
 
-    def work() -> None:
-        os.setgroups([])
-        os.setresgid(USER, USER, USER)
-        os.setresuid(USER, USER, USER)
-        with VMM(user_folder / "home") as vmm:
-            report = next(report for report in vmm.walls() if report.wall == "container")
-            if not report.available:
-                (user_folder / "said").write_text(f"skip: {report.why}")
-                return
-            with vmm.run("host", wall="container") as machine:
-                machine.exec("mkdir -p /a/b && chmod 0 /a && touch /usr/made", check=True)
-                assert machine.stats().private > 0  # whether or not this user has control groups
-                machine.stop()
-                machine.start()
-                said = machine.exec("id -u; cat /proc/self/uid_map; test -e /usr/made && echo kept").text
-                (user_folder / "said").write_text(said)
+    def live(machine: Machine) -> str:
+        machine.exec("mkdir -p /a/b && chmod 0 /a && touch /usr/made", check=True)
+        assert machine.stats().private > 0  # whether or not this user has control groups
+        machine.stop()
+        machine.start()
+        return machine.exec("id -u; cat /proc/self/uid_map; test -e /usr/made && echo kept").text
 
-    assert in_child(work) == 0
-    text = (user_folder / "said").read_text()
-    if text.startswith("skip"):
-        pytest.skip(text)
-    assert text.split() == ["0", "0", str(USER), "1", "kept"]
-    assert list((user_folder / "home/machines").iterdir()) == []
+    assert life_of_nobody("container", live).split() == ["0", "0", str(NOBODY), "1", "kept"]

@@ -7,19 +7,18 @@ import ctypes
 import os
 import shutil
 import socket
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from machine_home import VmHome, in_child
+from machine_home import VmHome
 from missing import lacks
+from rootless_home import life_of_nobody
 
 from trivisor import VMM, EngineError, GuestGone, Machine, State
 from trivisor.core.errors import HostLacks
 from trivisor.core.paths import Home
-from trivisor.launch import ids, tvinit
+from trivisor.launch import ids
 from trivisor.launch.cgroups import Cgroup
 from trivisor.vmm.engines.gvisor import control, door, probe, runsc
 from trivisor.vmm.engines.gvisor.engine import GvisorEngine
@@ -280,50 +279,22 @@ def test_runsc_that_cannot_be_asked(machine: Machine, monkeypatch: pytest.Monkey
         control.paused(box, [])
 
 
-@pytest.fixture
-def user_folder() -> Iterator[Path]:
-    """A folder of USER, where USER may go: pytest's own are closed."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root, to become somebody else")
-    for path in (tvinit.path(), *tvinit.path().parents):
-        if not path.stat().st_mode & 0o005:
-            pytest.skip(f"needs {path} to be readable to all")
-    base = Path(tempfile.mkdtemp(prefix="user-"))
-    os.chown(base, USER, USER)
-    yield base
-    ids.remove_tree(base)
-
-
 @pytest.mark.parametrize("binary", binaries())
-def test_rootless(user_folder: Path, binary: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rootless(binary: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A user without subordinate ids, control groups or a freezer: a whole life, paused by runsc itself."""
     monkeypatch.setenv("TRIVISOR_RUNSC", binary)
 
-    def work() -> None:
-        os.setgroups([])
-        os.setresgid(USER, USER, USER)
-        os.setresuid(USER, USER, USER)
-        with VMM(user_folder / "home") as vmm:
-            report = next(report for report in vmm.walls() if report.wall == "gvisor")
-            if not report.available:
-                (user_folder / "said").write_text(f"skip: {report.why}")
-                return
-            with vmm.run("host", wall="gvisor") as machine:
-                machine.exec("mkdir /made && touch /usr/made", check=True)
-                assert machine.stats().private > 0
-                machine.pause()
-                assert machine.state is State.PAUSED
-                machine.resume()
-                machine.stop()
-                machine.start()
-                (user_folder / "said").write_text(machine.exec("id -u; test -e /usr/made && echo kept").text)
+    def live(machine: Machine) -> str:
+        machine.exec("mkdir /made && touch /usr/made", check=True)
+        assert machine.stats().private > 0
+        machine.pause()
+        assert machine.state is State.PAUSED
+        machine.resume()
+        machine.stop()
+        machine.start()
+        return machine.exec("id -u; test -e /usr/made && echo kept").text
 
-    assert in_child(work) == 0
-    text = (user_folder / "said").read_text()
-    if text.startswith("skip"):
-        pytest.skip(text)
-    assert text.split() == ["0", "kept"]
-    assert list((user_folder / "home/machines").iterdir()) == []
+    assert life_of_nobody("gvisor", live).split() == ["0", "kept"]
 
 
 def test_a_machine_that_its_host_will_not_start_says_why(wall_vmm: VMM, monkeypatch: pytest.MonkeyPatch) -> None:

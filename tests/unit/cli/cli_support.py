@@ -86,3 +86,8 @@ def process(home: TestHome, *words: str) -> Iterator[subprocess.Popen[str]]:
             yield running
         finally:
             running.kill()
+
+
+def states(cli: Cli) -> dict[str, str]:
+    """Return the state of each machine by its name."""
+    return {machine["name"]: machine["state"] for machine in cli("ps", "-a", "--json").json}

@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "machines"))
 
 from cli_support import Cli
-from machine_home import TestHome, tiny_template
+from machine_home import IMAGE, TestHome, tiny_template
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +29,10 @@ def home(tmp_path: Path, cli_template: Path) -> Iterator[TestHome]:
 @pytest.fixture
 def cli(home: TestHome, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
     return Cli(home, capfd, monkeypatch)
+
+
+@pytest.fixture
+def web(cli: Cli) -> str:
+    """The name of a running machine."""
+    assert cli("run", "-d", "--name", "web", IMAGE).status == 0
+    return "web"

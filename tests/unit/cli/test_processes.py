@@ -13,19 +13,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from cli_support import Cli, argv, process
+from cli_support import Cli, argv, process, states
 from machine_home import IMAGE, TestHome
-
-
-@pytest.fixture
-def web(cli: Cli) -> str:
-    """The name of a running machine."""
-    assert cli("run", "-d", "--name", "web", IMAGE).status == 0
-    return "web"
-
-
-def states(cli: Cli) -> dict[str, str]:
-    return {machine["name"]: machine["state"] for machine in cli("ps", "-a", "--json").json}
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])

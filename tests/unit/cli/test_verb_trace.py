@@ -5,16 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 from cli_support import Cli
-from machine_home import IMAGE
-
-
-@pytest.fixture
-def web(cli: Cli) -> str:
-    """The name of a running machine."""
-    assert cli("run", "-d", "--name", "web", IMAGE).status == 0
-    return "web"
 
 
 def test_text_goes_beside_the_output(cli: Cli, web: str) -> None:

@@ -7,21 +7,10 @@ import os
 from pathlib import Path
 
 import pytest
-from cli_support import Cli
+from cli_support import Cli, states
 from machine_home import IMAGE, TestHome
 
 from trivisor.cli import options
-
-
-@pytest.fixture
-def web(cli: Cli) -> str:
-    """The name of a running machine."""
-    assert cli("run", "-d", "--name", "web", IMAGE).status == 0
-    return "web"
-
-
-def states(cli: Cli) -> dict[str, str]:
-    return {machine["name"]: machine["state"] for machine in cli("ps", "-a", "--json").json}
 
 
 def test_a_whole_life(cli: Cli) -> None:
