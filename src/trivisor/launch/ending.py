@@ -9,7 +9,7 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from trivisor.core.errors import EngineError, StorageError
@@ -72,10 +72,17 @@ def kill(machine: MachineDir, timeout: float = 5.0) -> None:
 
     Does nothing if there is none. Raises EngineError if they are still there after `timeout` seconds.
     """
+    with killing(machine, timeout):
+        pass
+
+
+@contextlib.contextmanager
+def killing(machine: MachineDir, timeout: float = 5.0) -> Iterator[None]:
+    """The same, but the body runs while they end: the kernel takes some time to take namespaces and mounts down."""
     pid, start = identity(machine)
     deadline = time.monotonic() + timeout
     with contextlib.ExitStack() as stack:
-        pidfds = []
+        pidfds: list[int] = []
         if pid and running(pid, start):  # a dead one, of whom nobody has taken note yet, has no children
             # A pidfd keeps meaning the process it was opened for, so what is checked after it is what is killed.
             for each in (pid, *children(pid)):
@@ -86,10 +93,24 @@ def kill(machine: MachineDir, timeout: float = 5.0) -> None:
                 for fd in pidfds:
                     with contextlib.suppress(ProcessLookupError):
                         signal.pidfd_send_signal(fd, signal.SIGKILL)
-                wait_for(pidfds, deadline)
+            else:
+                pidfds.clear()
+        try:
+            yield
+        finally:
+            wait_for(pidfds, deadline)
+            _wait_free(machine, deadline)
+
+
+def _wait_free(machine: MachineDir, deadline: float) -> None:
+    """Wait until the alive lock is free, and kill a keeper that was only starting."""
     while alive(machine):
         if time.monotonic() > deadline:
-            raise EngineError(f"the keeper (process {pid}) does not end", machine=machine.root.name, hint="see what it waits for in /proc")
+            raise EngineError(
+                f"the keeper (process {identity(machine)[0]}) does not end",
+                machine=machine.root.name,
+                hint="see what it waits for in /proc",
+            )
         time.sleep(LOOK / 10)  # a keeper that was starting had not written who it is yet
         pid, start = identity(machine)
         if pid and start_time(pid) == start:

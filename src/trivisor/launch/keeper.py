@@ -21,10 +21,10 @@ from trivisor.core.process import TAIL
 from trivisor.core.units import MIB
 from trivisor.launch import tvinit
 from trivisor.launch.alive import alive, lock_alive, open_alive
-from trivisor.launch.ending import Exit, ended, identity, kill, stop, wait_for
+from trivisor.launch.ending import Exit, ended, identity, kill, killing, stop, wait_for
 from trivisor.launch.plan import Op, Plan, encode
 
-__all__ = ["Exit", "Kept", "Process", "alive", "ended", "kill", "spawn", "stop"]
+__all__ = ["Exit", "Kept", "Process", "alive", "ended", "kill", "killing", "spawn", "stop"]
 
 _KEEP_TIMEOUT = 10.0
 

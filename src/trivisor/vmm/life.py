@@ -126,8 +126,9 @@ def delete(context: Context, machine: str, *, force: bool = False) -> None:
         # Something took the folder away; the lock still needs one.
         _make_folder(context, row)
     with ExitStack() as stack:
+        dying = stack.enter_context(ExitStack())
         if force:
-            _kill_and_hold(context, row, stack)
+            _kill_and_hold(context, row, stack, dying)
             fresh = context.records.row(row.id)
         else:
             stack.enter_context(locks.hold(folder.lock, "delete", row.name))
@@ -135,16 +136,19 @@ def delete(context: Context, machine: str, *, force: bool = False) -> None:
             if fresh is not None:
                 check(fresh.name, fresh.state, "delete")
         if fresh is None:
+            dying.close()
             reconcile.remove_tree(folder.root)
             return
         try:
             context.records.update(row.id, durable=row.owner is None, operation="delete", operator=Who.me())
         except StorageError:
+            dying.close()
             # A full disk cannot take the note; deleting the folder is what makes room for the rest. Emptied first: the kernel may
             # hold a removed file for a second, until it has taken down the dead engine's mounts.
             with suppress(OSError):
                 os.truncate(folder.disk, 0)
             reconcile.remove_tree(folder.root)
+        dying.close()
         reconcile.erase(context, fresh)
 
 
@@ -206,9 +210,17 @@ def _clear(context: Context, row: Row) -> None:
         raise StorageError(f"{folder.root} cannot be used: {error.strerror}", machine=row.name) from error
 
 
-def _kill_and_hold(context: Context, row: Row, stack: ExitStack) -> None:
-    """Take the lock from whatever operation holds it, by killing what that works on until it gives up."""
+def _kill_and_hold(context: Context, row: Row, stack: ExitStack, dying: ExitStack) -> None:
+    """Take the lock from whatever operation holds it, by killing what that works on until it gives up.
+
+    What was killed may still be ending: it has when `dying` is closed, before which nothing of the machine may be taken away.
+    """
     folder = context.folder(row)
+    dying.enter_context(keeper.killing(folder))
+    with suppress(Busy):  # mostly nobody holds it
+        stack.enter_context(locks.hold(folder.lock, "delete", row.name))
+        return
+    dying.close()
     deadline = time.monotonic() + _FORCE_WAIT
     while True:
         keeper.kill(folder)
