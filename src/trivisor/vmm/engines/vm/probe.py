@@ -18,8 +18,9 @@ import msgspec
 from trivisor.core.paths import Home
 from trivisor.core.process import boot_id
 from trivisor.launch import tvinit
+from trivisor.vmm import facts
 from trivisor.vmm.engines.vm.argv import Accel
-from trivisor.vmm.engines.vm.qemu import Qemu, keep
+from trivisor.vmm.engines.vm.qemu import Qemu
 
 LIMIT = 1.5
 """Seconds that the probe may take, QEMU's own start included."""
@@ -45,13 +46,12 @@ def verdict(qemu: Qemu, home: Home) -> Verdict:
     if why := unusable():
         return Verdict("tcg", why)
     known = home.cache / f"kvm-{boot_id()}-{qemu.identity}.json"
-    try:
-        kept = msgspec.json.decode(known.read_bytes(), type=_Kept)
-    except (OSError, msgspec.DecodeError):
+    kept = facts.known(known, _Kept)
+    if kept is None:
         why = trial(qemu.path, "kvm", firmware())
         kept = _Kept("tcg", f"KVM is not used: {why}") if why else _Kept("kvm", "KVM ran the probe")
         _forget(home, qemu)
-        keep(known, kept)
+        facts.keep(known, kept)
     return Verdict(kept.accel, kept.why)
 
 

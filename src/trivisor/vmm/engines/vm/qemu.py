@@ -6,7 +6,6 @@ What is asked of the binary is asked once and kept in home.cache under its ident
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import msgspec
 from trivisor.core.errors import EngineError, HostLacks
 from trivisor.core.paths import Home
 from trivisor.core.process import find, run
+from trivisor.vmm import facts as kept
 
 OLDEST = (7, 2)
 PACKAGE = "qemu-system-x86"
@@ -68,25 +68,13 @@ def locate(given: str | None = None) -> str:
 
 def inspect(path: str, home: Home) -> Qemu:
     """Return what is known of the binary at `path`. Raises HostLacks if it is too old or does not run."""
-    stat = Path(path).stat()
-    identity = hashlib.sha256(f"{path}:{stat.st_mtime_ns}:{stat.st_size}:{_FORMAT}".encode()).hexdigest()[:24]
-    known = home.cache / f"qemu-{identity}.json"
-    try:
-        facts = msgspec.json.decode(known.read_bytes(), type=_Facts)
-    except (OSError, msgspec.DecodeError):
+    identity = kept.identity(path, _FORMAT)
+    place = home.cache / f"qemu-{identity}.json"
+    facts = kept.known(place, _Facts)
+    if facts is None:
         facts = _ask(path)
-        keep(known, facts)
+        kept.keep(place, facts)
     return Qemu(path, identity, facts.version, facts.rom_option, tuple(facts.libraries), tuple(facts.data))
-
-
-def keep(path: Path, facts: msgspec.Struct) -> None:
-    """Write a cache file aside and rename it. A cache that cannot be written is no failure: it is asked again."""
-    aside = path.with_name(f".{path.name}-{os.getpid()}-{os.urandom(4).hex()}")
-    try:
-        aside.write_bytes(msgspec.json.encode(facts))
-        aside.rename(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
 
 
 def _ask(path: str) -> _Facts:
