@@ -273,6 +273,13 @@ class Command:
         finally:
             self.abandon()
 
+    def leave(self) -> None:
+        """Kill it if it still runs, and forget its output."""
+        if self.over:
+            self.abandon()
+        else:
+            self.abort()
+
     def abandon(self) -> None:
         """Keep nothing of what may still come. The stream's number stays taken until the command ends."""
         if self._line.foreign:

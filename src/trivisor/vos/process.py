@@ -157,10 +157,7 @@ class Process:
 
     def close(self) -> None:
         """Kill it if it still runs, and forget its output."""
-        if self._command.over:
-            self._command.abandon()
-        else:
-            self._command.abort()
+        self._command.leave()
 
     def __enter__(self) -> Self:
         return self

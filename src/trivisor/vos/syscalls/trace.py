@@ -202,10 +202,7 @@ class Trace(Iterator[Event]):
     def close(self) -> None:
         """Kill it if it still runs."""
         self._ended = True
-        if self._command.over:
-            self._command.abandon()
-        else:
-            self._command.abort()
+        self._command.leave()
 
     def __enter__(self) -> Self:
         return self
