@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trivisor.core.errors import InvalidSpec, InvalidState
-from trivisor.vos.devices import Endpoint, Interface, Setup, Stall, UsbDevice
+from trivisor.vos.devices import Endpoint, Interface, Keyboard, Mouse, Setup, Stall, Tablet, UsbDevice
 from trivisor.vos.devices import usbredir as wire
 from trivisor.vos.devices.serving import ProtocolError
 from trivisor.vos.devices.usbredir import Session, Status, Type
@@ -219,3 +219,22 @@ def test_a_device_survives_any_packets(packets: list[bytes]) -> None:
     """It goes on or hangs up; its threads end."""
     with attached(Thing()) as engine:
         engine.socket.sendall(b"".join(packets))
+
+
+def test_keys() -> None:
+    sent: list[bytes] = []
+    keyboard = Keyboard()
+    keyboard.send = lambda endpoint, data: sent.append(data)  # type: ignore[method-assign]
+    keyboard.press("ctrl", "c")
+    keyboard.type("A/\n")
+    assert [data[:3] for data in sent[::2]] == [b"\1\0\6", b"\2\0\4", b"\0\0\x38", b"\0\0\x28"]
+    assert set(sent[1::2]) == {bytes(8)}
+    for wrong in ("\0", "no such key", "\N{EURO SIGN}"):
+        with pytest.raises(InvalidSpec):
+            keyboard.press(wrong)
+    with pytest.raises(InvalidSpec):
+        keyboard.press(*"abcdefg")
+    with pytest.raises(InvalidSpec):
+        Mouse().click("fourth")
+    with pytest.raises(InvalidSpec):
+        Tablet().move(0.5, 1.1)

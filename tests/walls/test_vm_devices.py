@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from machine_home import VmHome
 
 from trivisor import VMM, Machine
 from trivisor.core.errors import AlreadyExists, GuestGone, InvalidSpec, InvalidState, NotFound, StorageError, UnsupportedByWall
@@ -199,12 +201,12 @@ def test_a_function_that_hangs_is_an_io_error(machine: Machine) -> None:
     assert isinstance(disk.faults[0], TimeoutError)
 
 
-def test_a_disk_whose_owner_is_killed(machine: Machine, wall_home: object) -> None:
+def test_a_disk_whose_owner_is_killed(machine: Machine, wall_home: VmHome) -> None:
     """The guest gets I/O errors, the machine lives, and whoever is left takes the disk away."""
     code = (
         "import sys\nfrom trivisor import VMM\nfrom trivisor.vos.devices import BlockDevice\n"
         "class Zeros(BlockDevice):\n    def read(self, offset, length):\n        return bytes(length)\n"
-        f"VMM({str(wall_home.root)!r}).get({machine.id!r}).devices.attach(Zeros(1 << 20), 'theirs')\n"  # type: ignore[attr-defined]
+        f"VMM({str(wall_home.root)!r}).get({machine.id!r}).devices.attach(Zeros(1 << 20), 'theirs')\n"
         "print('attached', flush=True)\nsys.stdin.read()\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
@@ -245,8 +247,16 @@ def test_other_walls_say_that_they_cannot(wall_vmm: VMM, raw: Path) -> None:
     assert machine.devices.list() == []
 
 
-def test_a_damaged_list_of_devices(wall_vmm: VMM, wall_home: object) -> None:
+def test_a_damaged_list_of_devices(wall_vmm: VMM, wall_home: VmHome) -> None:
     machine = wall_vmm.create("debian", wall="vm")
-    (wall_home.root / "machines" / machine.id / "devices.json").write_text('{"a": {"disk": {"x": 1}}}')  # type: ignore[attr-defined]
+    (wall_home.root / "machines" / machine.id / "devices.json").write_text('{"a": {"disk": {"x": 1}}}')
     with pytest.raises(StorageError, match="cannot be read"):
         machine.devices.list()
+
+
+def test_what_the_document_shows(wall_home: VmHome) -> None:
+    text = (Path(__file__).parents[2] / "docs/devices.md").read_text()
+    (source,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    environment = {**os.environ, "TRIVISOR_HOME": str(wall_home.root)}
+    done = subprocess.run([sys.executable, "-c", source], env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("1048576\n\n", "")

@@ -15,7 +15,7 @@ from machine_home import VmHome
 from trivisor import VMM, Machine
 from trivisor.core.errors import HostLacks, InvalidSpec
 from trivisor.core.spec import Wall
-from trivisor.vos.devices import Disk, Endpoint, Interface, Setup, UsbDevice
+from trivisor.vos.devices import Disk, Keyboard, Mouse, Tablet
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
@@ -23,22 +23,6 @@ import bad_sectors
 import usb_serial
 
 pytestmark = [pytest.mark.slow, pytest.mark.walls("vm")]
-
-
-class Button(UsbDevice):
-    """A keyboard with one key: the guest sees each `press`."""
-
-    interfaces = (Interface(3, 1, 1, (Endpoint(0x81, "interrupt", 8, 4),), bytes.fromhex("092111010001223f00")),)
-    report = bytes.fromhex(
-        "05010906a101050719e029e71500250175019508810295017508810395057501050819012905910295017503910395067508150025650507190029658100c0"
-    )
-
-    def control(self, setup: Setup, data: bytes) -> bytes:
-        return self.report if setup.request == 6 and setup.value == 0x2200 else b""
-
-    def press(self, key: int) -> None:
-        self.send(0x81, bytes([0, 0, key, 0, 0, 0, 0, 0]))
-        self.send(0x81, bytes(8))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +45,7 @@ def test_a_serial_adapter_of_sixty_lines(full: Machine) -> None:
 
 
 def test_it_comes_and_goes(full: Machine) -> None:
-    button = Button()
+    button = Keyboard()
     for _ in range(4):
         full.devices.attach(button, "button")
         node = full.devices.node("button")
@@ -71,15 +55,38 @@ def test_it_comes_and_goes(full: Machine) -> None:
     assert not button.faults
 
 
-def test_a_key_is_pressed(full: Machine) -> None:
-    button = Button()
-    full.devices.attach(button, "button")
-    reader = full.spawn(["python3", "-uc", "f = open('/dev/input/event0', 'rb'); print('ready'); print(f.read(72)[42])"])
+def test_input(full: Machine) -> None:
+    """What is typed and pointed at is what a program in the guest reads from /dev/input (input_event, linux/input.h)."""
+    keyboard, mouse, tablet = Keyboard(), Mouse(), Tablet()
+    for device, name in ((keyboard, "keyboard"), (mouse, "mouse"), (tablet, "tablet")):
+        full.devices.attach(device, name)
+    script = (
+        "import glob, struct, sys, time\n"
+        "where = {}\n"
+        "while len(where) < 3:\n"
+        "    for p in glob.glob('/sys/class/input/event*/device/name'):\n"
+        "        where[open(p).read().split()[-1]] = '/dev/input/' + p.split('/')[4]\n"
+        "files = [open(where[name], 'rb') for name in ('Keyboard', 'Mouse', 'Tablet')]\n"
+        "print('ready')\n"
+        "for f, most in zip(files, (6, 2, 2)):\n"
+        "    seen = []\n"
+        "    while len(seen) < most:\n"
+        "        kind, code, value = struct.unpack('16xHHi', f.read(24))\n"
+        "        if kind in (1, 2, 3): seen.append((kind, code, value))\n"
+        "    print(seen)\n"
+    )
+    reader = full.spawn(["python3", "-uc", script])
     assert reader.stdout.readline() == b"ready\n"
-    button.press(4)
-    assert reader.stdout.readline() == b"30\n", "KEY_A"
-    reader.wait(20)
-    full.devices.detach("button")
+    keyboard.type("aB")
+    assert reader.stdout.readline() == b"[(1, 30, 1), (1, 30, 0), (1, 42, 1), (1, 48, 1), (1, 42, 0), (1, 48, 0)]\n", "A, shift and B"
+    mouse.move(10, -3)
+    assert reader.stdout.readline() == b"[(2, 0, 10), (2, 1, -3)]\n"
+    tablet.move(0.5, 1)
+    assert reader.stdout.readline() == b"[(3, 0, 16384), (3, 1, 32767)]\n"
+    assert reader.wait(20) == 0
+    for name in ("keyboard", "mouse", "tablet"):
+        full.devices.detach(name)
+    assert not (keyboard.faults or mouse.faults or tablet.faults)
 
 
 def test_a_device_whose_owner_is_killed_is_pulled_out(full: Machine, wall_home: VmHome) -> None:
@@ -115,7 +122,7 @@ def test_a_disk_at_another_bus(full: Machine, tmp_path: Path, bus: str) -> None:
 
 def test_a_kernel_without_usb_says_so(running: Machine, tmp_path: Path) -> None:
     with pytest.raises(InvalidSpec, match="no driver for usb") as caught:
-        running.devices.attach(Button())
+        running.devices.attach(Keyboard())
     assert "full" in caught.value.hint
     assert running.devices.list() == []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from trivisor.core.devices import Disk, Random
 from trivisor.vos.devices.block import BlockDevice
 from trivisor.vos.devices.char import CharDevice
+from trivisor.vos.devices.input import Keyboard, Mouse, Tablet
 from trivisor.vos.devices.service import Attached, Devices
 from trivisor.vos.devices.usb import Endpoint, Interface, Setup, UsbDevice
 from trivisor.vos.devices.usbredir import Stall
@@ -17,8 +18,11 @@ __all__ = [
     "Disk",
     "Endpoint",
     "Interface",
+    "Keyboard",
+    "Mouse",
     "Random",
     "Setup",
     "Stall",
+    "Tablet",
     "UsbDevice",
 ]

@@ -22,7 +22,7 @@ NETWORK = ("virtio_net",)
 WANTED = BOOT + DISKS + NETWORK
 SHARES = ("virtiofs", "9pnet_virtio", "9p")
 """Loaded only in machines that share folders with the host; cloud kernels have no 9p."""
-DEVICES = ("nvme", "i6300esb", "xhci_pci", "usbhid", "hid_generic", "usb_storage", "sd_mod", "cdc_acm", "evdev")
+DEVICES = ("nvme", "xhci_pci", "usbhid", "hid_generic", "usb_storage", "sd_mod", "cdc_acm", "evdev")
 """Loaded when a machine is given such a device; cloud kernels have no USB."""
 OPTIONAL = frozenset({"virtio_rng", "crc32c_generic", *SHARES, *DEVICES})
 
