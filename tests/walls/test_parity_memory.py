@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import runpy
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -182,3 +184,11 @@ def test_a_list_of_processes_from_outside_is_what_ps_says(running: Machine) -> N
     assert {process.uid for process in seen} == {0}
     sleepers.kill()
     shell.kill()
+
+
+@pytest.mark.walls("vm")
+def test_the_example_looks_inside(running: Machine) -> None:
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples/look_inside.py"))
+    assert example["processes"](running)[0].name == "init"
+    change = example["spent"](running)
+    assert (change.before, change.after) == (b"purse:0000000777", b"purse:0000000042")
