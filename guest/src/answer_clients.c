@@ -242,11 +242,12 @@ static void hand_off(struct answerer *a, struct client *c, struct reader *r) {
     memcpy(&call, bytes, sizeof call);
     if (calls_valid(c->listener, call.id))
         calls_seen(c->listener, call.id);
-    if (calls_decide(a, c->listener, &call, flags & GIVE_BACK))
+    bool decided = calls_decide(a, c->listener, &call, flags & GIVE_BACK);
+    if (!(flags & GIVE_BACK))
         return;
-    uint8_t back[9] = {'B'};
-    memcpy(back + 1, &call.id, sizeof call.id);
-    if (!send_message(c->source.fd, back, sizeof back, -1))
+    uint8_t told[9] = {decided ? 'D' : 'B'}; /* or the client would keep it in mind for ever */
+    memcpy(told + 1, &call.id, sizeof call.id);
+    if (!send_message(c->source.fd, told, sizeof told, -1))
         clients_drop(a, c);
 }
 

@@ -236,9 +236,11 @@ static int behalf(struct remote *m, struct reader *r, char type) {
 
 int remote_told(struct remote *m, const uint8_t *data, size_t size, int fd) {
     struct reader r = reader_of(data + 1, size - 1);
-    if (data[0] == 'B' && size == 9) {
+    if ((data[0] == 'B' || data[0] == 'D') && size == 9) {
         struct writer w;
-        remote_begin(&w, 'b');
+        if (data[0] == 'D')
+            remote_answered(m, read_u64(&r));
+        remote_begin(&w, data[0] == 'B' ? 'b' : 'a');
         write_bytes(&w, data + 1, 8);
         return replied(remote_send(&w));
     }

@@ -56,9 +56,19 @@ static int result(uint32_t request, struct reader *r) {
     return (int)read_u32(r);
 }
 
+static int answered; /* calls not given back, for a rule answers them */
+
+/* What comes but for word of those, which may cross the next call. */
+static char next_other(struct reader *r) {
+    char kind;
+    for (; (kind = next(r)) == 'a'; answered++)
+        CHECK(r->left == 8);
+    return kind;
+}
+
 static struct seccomp_notif next_call(struct reader *r) {
     struct seccomp_notif call;
-    CHECK(next(r) == 'n');
+    CHECK(next_other(r) == 'n');
     memcpy(&call, read_bytes(r, sizeof call), sizeof call);
     return call;
 }
@@ -185,9 +195,10 @@ static void conversation(void) {
     give_off(&call, 1);
     call = next_call(&r);
     give_off(&call, 1);
-    CHECK(next(&r) == 'b' && read_u64(&r) == call.id);
+    CHECK(next_other(&r) == 'b' && read_u64(&r) == call.id);
     reply_to(call.id, 56, 0);
     call = next_call(&r);
+    CHECK(answered == 1);
     close(to); /* with that call held */
     CHECK(ends_within(pid, 5) && result_of(pid) == 9);
     CHECK(result_of(builtin) == 0);

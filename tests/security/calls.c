@@ -9,6 +9,7 @@
 #include <linux/filter.h>
 #include <linux/seccomp.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -277,6 +278,34 @@ static int harm(void) {
     return 0;
 }
 
+/* Calls that a rule answers, and calls that are carried out on our behalf. */
+static int many(void) {
+    int failed = 0, opened = 0;
+    for (int i = 0; i < PAGES * 4; i++) {
+        int fd = open("/ruled/x", O_RDONLY);
+        failed += fd < 0 && errno == ENODATA;
+        opened += (fd = open("/etc/hostname", O_RDONLY)) >= 0;
+        close(fd);
+    }
+    printf("%d %d\n", failed, opened);
+    return 0;
+}
+
+/* Programs that die while their calls are put off for long. */
+static int put_off(void) {
+    for (int i = 0; i < PAGES * 4; i++) {
+        pid_t pid = fork();
+        if (pid == 0) {
+            syscall(SYS_getppid);
+            _exit(0);
+        }
+        usleep(2000);
+        kill(pid, SIGKILL);
+        waitpid(pid, NULL, 0);
+    }
+    return 0;
+}
+
 /* ---- what there is of the host ---- */
 
 /* The memory and words of every process that lets us look. */
@@ -330,6 +359,10 @@ int main(int argc, char **argv) {
         return hide();
     if (!strcmp(name, "harm"))
         return harm();
+    if (!strcmp(name, "many"))
+        return many();
+    if (!strcmp(name, "delayed"))
+        return put_off();
     if (!strcmp(name, "look"))
         return look(argv + 2);
     return 2;

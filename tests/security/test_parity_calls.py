@@ -157,6 +157,35 @@ def test_pointers_that_lead_nowhere_and_programs_that_die(hostile: Machine) -> N
     assert hostile.exec(["echo", "here"], policy=opening(), timeout=30).text == "here\n"
 
 
+def test_calls_that_rules_answer_leave_nothing_with_their_owner(hostile: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trivisor.vos.syscalls.remote._MAX_WAITING", 64)
+    policy, held = Policy(), []
+    policy.fail(["open", "openat"], "ENODATA", path="/ruled/*")
+
+    @policy.on("open", "openat")
+    def opened(call: Call) -> None:
+        held.append(len(call.listener.held))
+        call.open()
+
+    assert calls(hostile, "many", policy=policy) == "256 256\n"
+    assert max(held) < 8
+
+
+def test_programs_that_die_while_their_calls_are_put_off(hostile: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trivisor.vos.syscalls.supervisor.MAX_DELAYED", 16)
+    policy, held = Policy(), []
+
+    @policy.on("getppid")
+    def asked(call: Call) -> None:
+        held.append(len(call.listener.held))
+        call.delay(3600)
+        call.returns(1)
+
+    calls(hostile, "delayed", policy=policy)
+    assert len(held) > 128
+    assert max(held) < 64
+
+
 @pytest.mark.walls("container")
 def test_what_lies_in_the_memory_of_a_command_before_its_execve(hostile: Machine) -> None:
     """A traced one can be looked into by root of the machine while its execve is held: there is nothing of the host."""

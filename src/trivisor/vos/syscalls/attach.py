@@ -23,6 +23,7 @@ from pathlib import Path
 from trivisor.core.errors import CallGone, GuestError, GuestGone, GuestProtocolError
 from trivisor.vos import line
 from trivisor.vos.syscalls.behalf import Wish
+from trivisor.vos.syscalls.listener import Returned
 
 _SEND_TIMEOUT = 1.0
 _MESSAGE_MAX = 64 << 10
@@ -55,8 +56,8 @@ class Attached:
     def fileno(self) -> int:
         return self._connection.fileno()
 
-    def take(self) -> Iterator[int | Reply]:
-        """Yield what has come: an id that was handed back, or a reply. Raises GuestGone at the end, GuestProtocolError."""
+    def take(self) -> Iterator[Returned | Reply]:
+        """Yield what has come. Raises GuestGone at the end, GuestProtocolError."""
         while True:
             try:
                 message, fds, _, _ = socket.recv_fds(self._connection, 64, 1)
@@ -73,8 +74,8 @@ class Attached:
                     continue
             if fd is not None:
                 os.close(fd)
-            if message[:1] == b"B" and len(message) == _BACK.size:
-                yield _BACK.unpack(message)[1]
+            if message[:1] in (b"B", b"D") and len(message) == _BACK.size:
+                yield Returned(_BACK.unpack(message)[1], message[:1] == b"D")
             elif message[:1] != b"R":
                 raise (
                     GuestProtocolError("the answerer sent what it may not", machine=self.machine)

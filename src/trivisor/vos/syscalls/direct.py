@@ -26,7 +26,7 @@ from typing import Any
 from trivisor.core.errors import BadArgument, CallGone, GuestError, GuestGone
 from trivisor.vos.syscalls.attach import Attached, attach
 from trivisor.vos.syscalls.behalf import Wish
-from trivisor.vos.syscalls.listener import ID, NOTIFICATION, PID, Notification
+from trivisor.vos.syscalls.listener import ID, NOTIFICATION, PID, Notification, Returned
 
 _RECV, _SEND, _VALID, _ADDFD, _SET_FLAGS = 0xC0502100, 0xC0182101, 0x40082102, 0x40182103, 0x40082104
 _SYNC_WAKE_UP = 1
@@ -94,14 +94,14 @@ class DirectListener:
             marks[1] = notification[0]
         return notification
 
-    def returned(self) -> list[int]:
-        back: list[int] = []
+    def returned(self) -> list[Returned]:
+        back: list[Returned] = []
         attached = self._attached
         if attached is None:
             return back
         try:
             for came in attached.take():
-                if isinstance(came, int):
+                if isinstance(came, Returned):
                     back.append(came)
                 else:
                     self._finish(came.wish, came.errno, came.fd)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -24,6 +25,14 @@ ARCHS = {0xC000003E: "x86_64", 0xC00000B7: "aarch64"}
 """AUDIT_ARCH to the name of a machine (os.uname().machine)."""
 MAX_COPY = 16 << 20
 """Bytes that one pointer argument may make us copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """A call that was handed off to be given back: it is, or a rule answers it."""
+
+    id: int
+    answered: bool
 
 
 class Listener(Protocol):
@@ -48,8 +57,8 @@ class Listener(Protocol):
         """Return the next held call, None if there is none after all. Raises GuestGone when none will come any more."""
         ...
 
-    def returned(self) -> Sequence[int]:
-        """Finish what was done on behalf, and return the ids of calls handed off with `back` for which no rule matched.
+    def returned(self) -> Sequence[Returned]:
+        """Finish what was done on behalf, and return what became of calls handed off with `back`.
 
         Called by the serving thread when `connection` is readable. Raises GuestGone once nobody is there to hand off to.
         """

@@ -28,7 +28,7 @@ from trivisor.vos.processes import Processes
 from trivisor.vos.syscalls import decode
 from trivisor.vos.syscalls.behalf import Wish
 from trivisor.vos.syscalls.channels import Channels
-from trivisor.vos.syscalls.listener import ARGS, ID, NOTIFICATION, PID, Notification
+from trivisor.vos.syscalls.listener import ARGS, ID, NOTIFICATION, PID, Notification, Returned
 from trivisor.vos.syscalls.table import names, signature
 
 REPLY_TIMEOUT = 10.0
@@ -66,7 +66,7 @@ class RemoteListener:
         self._replies: dict[int, _Reply] = {}
         self._wishes: dict[int, Wish] = {}
         self._calls: deque[Notification] = deque()
-        self._back: deque[int] = deque()
+        self._back: deque[Returned] = deque()
         self._ahead: dict[int, dict[int, bytes]] = {}
         self._over = False
         self._attached = threading.Event()
@@ -99,7 +99,7 @@ class RemoteListener:
                 raise GuestGone("the machine's answerer has gone", machine=self.machine) from None
             return None
 
-    def returned(self) -> list[int]:
+    def returned(self) -> list[Returned]:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._bells[1])
         return [self._back.popleft() for _ in range(len(self._back))]
@@ -176,6 +176,8 @@ class RemoteListener:
 
     def give(self, notification: Notification, source: bytes | int, number: int | None, cloexec: bool, send: bool) -> int:
         flags = (_SETFD if number is not None else 0) | (_SEND if send else 0)
+        if send:
+            self._ahead.pop(notification[ID], None)
         head = struct.pack("<QBII", notification[ID], flags, number or 0, os.O_CLOEXEC if cloexec else 0)
         content = source if isinstance(source, bytes) else _content(source)
         try:
@@ -300,8 +302,11 @@ class RemoteListener:
         elif kind == ord("R"):
             number, code = struct.unpack_from("<Ii", body)
             self._replied(number, abs(code), body[8:])
-        elif kind == ord("b"):
-            self._back.append(struct.unpack("<Q", body)[0])
+        elif kind in (ord("a"), ord("b")):
+            came = Returned(struct.unpack("<Q", body)[0], kind == ord("a"))
+            if came.answered:
+                self._ahead.pop(came.id, None)
+            self._back.append(came)
             os.eventfd_write(self._bells[1], 1)
         elif kind == ord("s"):
             self._channels.write(int.from_bytes(body[:4], "little"), body[4:])
@@ -335,6 +340,7 @@ class RemoteListener:
         wish = self._wishes.pop(number, None)
         if wish is not None:
             self.held.discard(wish.notification[ID])
+            self._ahead.pop(wish.notification[ID], None)
             if code or wish.what != "P":
                 self.answer(wish.notification, 0, code, 0)
             return

@@ -15,6 +15,7 @@ call that is handed off to rules which nobody keeps any more.
 from __future__ import annotations
 
 import contextlib
+import errno
 import heapq
 import itertools
 import logging
@@ -37,6 +38,8 @@ PATIENCE = 0.05
 """Seconds that one handler may keep all others waiting."""
 MAX_BESIDE = 32
 """Handlers that may be slow, or hang, at a time: calls beyond are refused."""
+MAX_DELAYED = 256
+"""Delayed answers beyond which those are thrown out that nobody waits for any more."""
 _EVENTS = 16
 _LOGGED = 20
 """Failures of one listener's handlers that are logged: a hostile program must not fill a log."""
@@ -124,6 +127,7 @@ class Supervisor:
         self._leaving: deque[Attachment] = deque()
         self._delayed: list[tuple[float, int, Call, Attachment]] = []
         self._delays = itertools.count()
+        self._kept = 0
         self._beside: dict[Call, tuple[float, Attachment]] = {}
         self._hanging: set[_Worker] = set()
         self._turning = threading.Lock()
@@ -252,11 +256,11 @@ class Supervisor:
             attachment.waiting.clear()
             return True
         ours = True
-        for number in back:
-            if number not in attachment.waiting:
+        for came in back:
+            notification = attachment.waiting.pop(came.id, ())
+            attachment.listener.held.discard(came.id)
+            if came.answered or not notification:
                 continue
-            notification = attachment.waiting.pop(number)
-            attachment.listener.held.discard(number)
             handled = attachment.handled[ARCHS[notification[ARCH]]][notification[NR]]
             call = Call(attachment.listener, notification, handled)
             if ours:
@@ -273,8 +277,26 @@ class Supervisor:
         if _here.worker is not self._worker:
             self._ring()
 
+    def _prune(self) -> None:
+        """Throw out what nobody waits for any more: a program may have calls put off, and die, as often as it likes."""
+        entries = [heapq.heappop(self._delayed) for _ in range(len(self._delayed))]  # others may push meanwhile
+        kept = 0
+        for entry in entries:
+            _, _, call, attachment = entry
+            if call.valid:
+                heapq.heappush(self._delayed, entry)
+                kept += 1
+                continue
+            attachment.listener.held.discard(call.id)
+            if call.claim():  # what it was to be given is let go of
+                with contextlib.suppress(OSError):
+                    call.refuse(errno.EPERM)
+        self._kept = kept
+
     def _fire(self) -> float:
         """Send what is due, and return the seconds until the next is."""
+        if len(self._delayed) > max(MAX_DELAYED, 2 * self._kept):
+            self._prune()
         while self._delayed:
             left = self._delayed[0][0] - time.monotonic()
             if left > 0:
