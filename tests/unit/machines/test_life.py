@@ -29,6 +29,7 @@ from trivisor import (
     UnsupportedByWall,
     WaitTimeout,
 )
+from trivisor.core.devices import Random
 from trivisor.core.state import LEGAL
 
 
@@ -174,6 +175,8 @@ def test_verbs_that_are_illegal_change_nothing(request: pytest.FixtureRequest, s
         "exec": lambda: machine.exec(["true"]), "spawn": lambda: machine.spawn(["true"]), "files": lambda: machine.files.exists("/"),
         "forward": lambda: machine.forward(80), "stats": machine.stats,
         "network": lambda: machine.network.reshape(), "capture": lambda: machine.network.capture("/dev/null"),
+        "memory": machine.memory.stats, "limit": lambda: machine.memory.limit("256M"),
+        "attach": lambda: machine.devices.attach(Random()), "detach": lambda: machine.devices.detach("none"),
     }  # fmt: skip
     assert verbs.keys() == LEGAL.keys()
     before = machine.info()
