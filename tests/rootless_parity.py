@@ -207,6 +207,19 @@ class RootlessTests:
             with pytest.raises(HostLacks, match="named network") as caught:
                 vmm.create("debian", wall=self.wall, network="backend")
             assert "nat" in caught.value.hint
+            for wish in ({"egress": []}, {"shape": {"loss": 0.5}}):
+                with pytest.raises(HostLacks, match="links of their own need root"):
+                    vmm.create("debian", wall=self.wall, network="nat", **wish)
+            machine = vmm.create("debian", wall=self.wall, network="nat" if shutil.which("passt") else "none")
+            if machine.spec.network == "nat":
+                for change in (
+                    lambda: machine.network.publish(80),
+                    lambda: machine.network.restrict(),
+                    lambda: machine.network.reshape(loss=1),
+                ):
+                    with pytest.raises(HostLacks, match="links of their own need root"):
+                        change()
+            machine.delete()
             assert "named networks" in next(report for report in vmm.walls() if report.wall == self.wall).details["network"]
 
         user.does(life)

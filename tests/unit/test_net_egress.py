@@ -75,8 +75,7 @@ def test_rules_end_in_drops_both_ways() -> None:
     assert own.group("trv7") == 8
 
 
-def test_a_policy_holds_at_once_and_says_what_it_decides(tmp_path: Path) -> None:
-    code = """
+POLICIES = """
 from trivisor.core.network import Egress
 from trivisor.core.errors import Busy
 from trivisor.launch.net import own
@@ -155,7 +154,10 @@ with own.keep() as kernel:
     Decisions(own.group(one.block.interface)).close()  # free again
 assert reach(A, B, C) == [True, True, True]
 """
-    run(code, tmp_path)
+
+
+def test_a_policy_holds_at_once_and_says_what_it_decides(tmp_path: Path) -> None:
+    run(POLICIES, tmp_path)
 
 
 def test_what_the_log_says() -> None:

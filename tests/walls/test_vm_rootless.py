@@ -13,7 +13,7 @@ import rootless_home
 from images_for_tests import mini_root
 from rootless_home import home_of
 
-from trivisor import VMM, StorageError
+from trivisor import VMM, HostLacks, StorageError
 from trivisor.core.paths import Home, MachineDir
 from trivisor.launch import jail
 from trivisor.vmm.engines.vm import runner
@@ -72,6 +72,10 @@ def test_the_whole_life(user_home: Path, tmp_path: Path) -> None:
                         client.connect(("127.0.0.1", port))
                         client.sendall(b"hello")
                         assert client.recv(100) == b"hello"
+                with pytest.raises(HostLacks, match="links of their own need root"):
+                    machine.network.restrict()
+                with pytest.raises(HostLacks, match="links of their own need root"):
+                    vmm.create("debian", wall="vm", network="nat", egress=[])
             machine.pause()
             machine.resume()
             machine.stop()

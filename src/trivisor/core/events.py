@@ -9,8 +9,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     """One thing that happened. `time` is seconds since the epoch, `id` grows by one an event in a home.
 
     `kind` is a verb in the past: created, started, paused, resumed, stopped, failed, deleted, swept,
-    image-imported; or "oom": the host's kernel killed a process in it because its memory limit was met.
-    `detail` says more in words a person reads, and may be empty.
+    image-imported; or "oom": the host's kernel killed a process in it because its memory limit was met;
+    or "network": how it is connected was changed (docs/network.md). `detail` says more in words a person reads, and may be empty.
     """
 
     id: int

@@ -21,7 +21,7 @@ from trivisor.core.spec import Spec, Wall
 from trivisor.core.undo import Undo
 from trivisor.core.units import MIB
 from trivisor.launch import jail, keeper, seccomp
-from trivisor.launch.net import networks, passt, provide
+from trivisor.launch.net import passt, provide
 from trivisor.launch.net.links import INSIDE
 from trivisor.launch.net.provide import Net
 from trivisor.vmm.engine import Box, Progress, Usage, WallReport
@@ -79,7 +79,7 @@ class VmEngine:
             disks.check()
             if spec.disk > argv.DUMMY:
                 raise InvalidSpec(f"disk must be at most {argv.DUMMY >> 30}G, not {spec.disk} bytes")
-        _check_network(spec)
+        provide.check(spec)
         sharing.shares(spec)
         limits.check(spec)
         ram.check(spec)
@@ -241,14 +241,6 @@ def _work(box: Box, setup: Setup, memory: Ram, *, state: Path | None = None) -> 
         ttl=box.spec.ttl,
         idle=box.spec.idle,
     )
-
-
-def _check_network(spec: Spec) -> None:
-    """Raise HostLacks if the host has neither links nor, for what it can do, passt."""
-    if networks.named(spec.network):
-        provide.check(spec)
-    elif spec.network == "nat" and provide.possible():
-        passt.check()
 
 
 def _first() -> list[Sequence[str]]:
