@@ -111,6 +111,8 @@ with own.keep() as kernel:
     assert reach(A, B, C) == [True, True, False]
     allow("0.0.0.0/0:79-80")
     assert reach(A, B, C) == [True, False, True]
+    allow(*(f"198.51.{number}.0/24:80-90" for number in range(255)), "203.0.113.1:81")  # as many as there may be
+    assert reach(A, B, C) == [False, True, False]
     allow("0.0.0.0/0")
     assert reach(A, B, C, ("169.254.169.254", 80)) == [True, True, True, False]  # what is denied to all stays denied
     # Under an open connection.

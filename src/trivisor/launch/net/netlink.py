@@ -21,6 +21,8 @@ GETCHAIN, GETRULE = 10 << 8 | 4, 10 << 8 | 7
 _REQUEST, _ACK, _EXCL, _CREATE, _DUMP = 0x1, 0x4, 0x200, 0x400, 0x300
 _ERROR, _DONE = 2, 3
 _BATCH_BEGIN, _BATCH_END, _NFTABLES = 0x10, 0x11, 10
+_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
+_BATCH = 16 << 20
 _FAMILY = struct.Struct(">BBH")
 _HEADER = struct.Struct("=IHHII")
 _TIMEOUT = 10.0
@@ -74,6 +76,8 @@ class Netlink:
     def batch(self, messages: Sequence[Message]) -> None:
         """Have nftables carry out all of `messages` or nothing. Raises OSError."""
         self._forget()
+        for option in (_SO_SNDBUFFORCE, _SO_RCVBUFFORCE):  # it is one message, and as many answers before we read the first
+            self._socket.setsockopt(socket.SOL_SOCKET, option, _BATCH)
         marks = struct.pack(">BBH", 0, 0, _NFTABLES)
         self._ask([(_BATCH_BEGIN, 0, marks), *messages, (_BATCH_END, 0, marks)], range(1, len(messages) + 1))
 
