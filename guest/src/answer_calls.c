@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -18,6 +19,11 @@ static struct target target; /* big, and one call is looked at at a time */
 
 bool calls_valid(const struct listener *l, uint64_t id) {
     return ioctl(l->source.fd, SECCOMP_IOCTL_NOTIF_ID_VALID, &id) == 0;
+}
+
+bool calls_over(const struct listener *l) {
+    struct pollfd p = {.fd = l->source.fd};
+    return poll(&p, 1, 0) > 0 && p.revents & POLLHUP;
 }
 
 /* A call whose program is gone has no answer: ENOENT is no fault. */

@@ -24,6 +24,8 @@ ssize_t clients_message(int fd, uint8_t *buffer, int fds[2]) {
     struct msghdr m = {.msg_iov = &io, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof control};
     fds[0] = fds[1] = -1;
     ssize_t n = recvmsg(fd, &m, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+    if (n < 0 && errno == ECONNRESET) /* the peer closed without reading all; what it said before that comes next */
+        n = recvmsg(fd, &m, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
     for (struct cmsghdr *c = n < 0 ? NULL : CMSG_FIRSTHDR(&m); c; c = CMSG_NXTHDR(&m, c))
         if (c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS)
             memcpy(fds, CMSG_DATA(c), c->cmsg_len - CMSG_LEN(0) < sizeof(int) * 2 ? sizeof(int) : sizeof(int) * 2);
@@ -122,7 +124,8 @@ void clients_drop(struct answerer *a, struct client *c) {
     c->listener = NULL;
     if (l) {
         l->client = NULL;
-        calls_fail(a, l, c->page);
+        if (!calls_over(l))
+            calls_fail(a, l, c->page);
         answer_interest(a, l);
     }
     if (c->page >= 0)
@@ -153,6 +156,10 @@ static void attach(struct answerer *a, struct client *c) {
             refuse(a, c, ESRCH);
         else if (c->until <= a->now)
             refuse(a, c, c->asked ? ENOENT : EPROTO);
+        return;
+    }
+    if (calls_over(l)) {
+        refuse(a, c, ESRCH);
         return;
     }
     if (l->client) {

@@ -113,6 +113,8 @@ void calls_receive(struct answerer *a, struct listener *l);
 /* Answer now or later. False: no rule matches and `give_back`. */
 bool calls_decide(struct answerer *a, struct listener *l, const struct seccomp_notif *call, bool give_back);
 bool calls_valid(const struct listener *l, uint64_t id);
+/* Its last task has ended. */
+bool calls_over(const struct listener *l);
 /* Send what is due; returns when the next is (INT64_MAX: none). */
 int64_t calls_due(struct answerer *a);
 /* This id is one of the listener's. */

@@ -14,9 +14,9 @@
 #include "builtins.h"
 #include "target.h"
 
-enum { STDIN, CONNECTION, LISTENER, FIXED, READ = 65536 };
+enum { STDIN, CONNECTION, LISTENER, FIXED, READ = 65536, PAGE = 4096 };
 
-static struct remote remote = {.listener = -1, .answerer = -1};
+static struct remote remote = {.intake = ANSWER_BUILTIN_FD, .listener = -1, .answerer = -1};
 
 void remote_begin(struct writer *w, char type) {
     *w = (struct writer){0};
@@ -95,32 +95,29 @@ static bool send_with(int sock, const void *data, size_t size, int fd) {
     return sendmsg(sock, &m, MSG_NOSIGNAL) == (ssize_t)size;
 }
 
-/* 0, or an errno; then it is said. */
-static int attach(struct remote *m, const char *hex, int intake) {
+/* 0, or an errno; then it is said. `refused`: the answerer's, who is there. */
+static int attach(struct remote *m, const uint8_t *token, uint32_t *refused) {
     uint8_t hello[1 + ANSWER_TOKEN] = {'A'};
     static uint8_t buffer[ANSWER_MESSAGE];
     int pair[2], fds[2], page = memfd_create("ids", MFD_CLOEXEC);
-    if (!token_of(hex, hello + 1))
-        return errno = EINVAL, complain("answer");
-    if (page < 0 || ftruncate(page, 4096) < 0 || socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
+    memcpy(hello + 1, token, ANSWER_TOKEN);
+    if (page < 0 || ftruncate(page, PAGE) < 0 || socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair) < 0)
         return complain("answer");
-    m->page = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, page, 0);
+    m->page = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, page, 0);
     /* Our page first, so that it is there before anything can be received. */
-    if (m->page == MAP_FAILED || !send_with(pair[0], hello, sizeof hello, page) || !send_with(intake, hello, sizeof hello, pair[1]))
+    if (m->page == MAP_FAILED || !send_with(pair[0], hello, sizeof hello, page) || !send_with(m->intake, hello, sizeof hello, pair[1]))
         return complain("answer");
     close(pair[1]);
     close(page);
-    close(intake);
     struct pollfd p = {.fd = pair[0], .events = POLLIN};
     if (poll(&p, 1, 2 * ANSWER_ATTACH_MS) <= 0)
         return errno = ETIMEDOUT, complain("answer");
     ssize_t n = clients_message(pair[0], buffer, fds);
-    uint32_t error = EPROTO;
-    if (n == 5 && buffer[0] == 'E')
-        memcpy(&error, buffer + 1, sizeof error);
     m->answerer = pair[0];
     m->listener = fds[0];
-    return n == 1 && buffer[0] == 'O' && fds[0] >= 0 ? 0 : (errno = (int)error, complain("answer"));
+    if (n == 5 && buffer[0] == 'E')
+        memcpy(refused, buffer + 1, sizeof *refused);
+    return *refused || (n == 1 && buffer[0] == 'O' && fds[0] >= 0) ? 0 : (errno = EPROTO, complain("answer"));
 }
 
 static void read_ahead(struct writer *w, const struct seccomp_notif *call, const struct ahead *a) {
@@ -263,10 +260,12 @@ static int turn(struct remote *m, bool *ended) {
         return errno == EINTR ? 0 : errno;
     if (m->call_count == REMOTE_CALLS)
         prune(m);
+    /* The answerer ends the connection, too, then. */
+    m->over = !(p[LISTENER].revents & POLLIN) && p[LISTENER].revents & (POLLHUP | POLLERR);
     int error = 0;
-    if (p[CONNECTION].revents & (POLLIN | POLLHUP | POLLERR))
+    if (!m->over && p[CONNECTION].revents & (POLLIN | POLLHUP | POLLERR))
         error = from_answerer(m);
-    if (!error && size && p[CONNECTION].revents & POLLOUT) {
+    if (!error && !m->over && size && p[CONNECTION].revents & POLLOUT) {
         error = remote_ask(m, bytes_head(&m->in) + 4, (size_t)size);
         bytes_take(&m->in, (size_t)size + 4);
     }
@@ -277,22 +276,80 @@ static int turn(struct remote *m, bool *ended) {
             error = EPIPE;
     if (!error && p[LISTENER].revents & POLLIN)
         error = receive(m);
-    else if (p[LISTENER].revents & (POLLHUP | POLLERR))
-        *ended = true;
+    return error;
+}
+
+/* Let go of the listener. */
+static void let_go(struct remote *m) {
+    for (int i = 0; i < REMOTE_CHANNELS; i++)
+        if (m->channels[i].fd >= 0)
+            remote_close(&m->channels[i]);
+    for (size_t i = 0; i < REMOTE_OPENS; i++)
+        m->opens[i].used = false;
+    if (m->listener >= 0)
+        close(m->listener);
+    close(m->answerer);
+    munmap(m->page, PAGE);
+    m->listener = m->answerer = -1;
+    m->call_count = m->table_count = 0;
+    m->table_given = m->over = false;
+}
+
+/* Say that it is over, or why it never began, and wait for the next token. What the host said meanwhile was about the last one.
+ * 0, or an errno; `ended`: there will be none. */
+static int rest(struct remote *m, uint32_t why, uint8_t *token, bool *ended) {
+    struct writer w;
+    struct pollfd p = {.fd = STDIN_FILENO, .events = POLLIN};
+    let_go(m);
+    remote_begin(&w, 'x');
+    write_u32(&w, why);
+    *ended = !remote_send(&w);
+    while (!*ended) {
+        ssize_t size = next_message(m);
+        if (size < 0)
+            return EPROTO;
+        bool found = size == 1 + ANSWER_TOKEN && bytes_head(&m->in)[4] == 'a';
+        if (found)
+            memcpy(token, bytes_head(&m->in) + 5, ANSWER_TOKEN);
+        if (size)
+            bytes_take(&m->in, (size_t)size + 4);
+        if (found)
+            return 0;
+        int error = size ? 0 : poll(&p, 1, -1) < 0 ? (errno == EINTR ? 0 : errno) : from_host(m, ended);
+        if (error)
+            return error;
+    }
+    return 0;
+}
+
+static int serve(struct remote *m, bool *ended) {
+    struct writer hello;
+    remote_begin(&hello, 'o');
+    *ended = !remote_send(&hello);
+    int error = 0;
+    while (!error && !*ended && !m->over)
+        error = turn(m, ended);
     return error;
 }
 
 int remote_main(char **argv) {
     struct remote *m = &remote;
-    struct writer hello;
+    uint8_t token[ANSWER_TOKEN];
+    bool ended = false;
     for (int i = 0; i < REMOTE_CHANNELS; i++)
         m->channels[i].fd = -1;
-    int error = attach(m, argv[1], ANSWER_BUILTIN_FD);
-    if (error)
-        return error;
-    remote_begin(&hello, 'o');
-    bool ended = !remote_send(&hello);
-    while (!error && !ended)
-        error = turn(m, &ended);
-    return error ? (errno = error, complain("answer")) : 0;
+    if (!token_of(argv[1], token))
+        return errno = EINVAL, complain("answer");
+    while (!ended) {
+        uint32_t refused = 0;
+        int error = attach(m, token, &refused);
+        if (error)
+            return error;
+        error = refused ? 0 : serve(m, &ended);
+        if (!error && !ended)
+            error = rest(m, refused, token, &ended);
+        if (error)
+            return errno = error, complain("answer");
+    }
+    return 0;
 }

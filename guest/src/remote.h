@@ -1,5 +1,5 @@
 /* The builtin `answer TOKEN`: an owner of handlers outside of a virtual machine, carried over a command's stdin and stdout
- * (PROTOCOL.md, "Answers", "Remote").
+ * (PROTOCOL.md, "Answers", "Remote"); one listener after the other, since to be forked for each would cost more than all the rest.
  *
  * One process, one loop. What the host asks for is done at once (remote_ask.c) or handed to the answerer; nothing waits for a
  * program. If anything about the host or the machine goes wrong it ends, and the answerer refuses what it held. */
@@ -44,7 +44,8 @@ struct opened {
 };
 
 struct remote {
-    int listener, answerer;
+    int intake, listener, answerer;
+    bool over; /* the listener's last program has ended */
     uint64_t *page; /* last id received, lowest not answered */
     struct ahead table[REMOTE_TABLE];
     size_t table_count;

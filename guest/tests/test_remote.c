@@ -205,6 +205,46 @@ static void conversation(void) {
     close(from);
 }
 
+static int ask_once(void) { return syscall(SYS_getppid) == 57 ? 3 : 4; }
+
+static void attach_to(const char *hex) {
+    struct writer w = start_message('a');
+    for (int i = 0; i < ANSWER_TOKEN; i++) {
+        char pair[3] = {hex[2 * i], hex[2 * i + 1], 0};
+        write_u8(&w, (uint8_t)strtoul(pair, NULL, 16));
+    }
+    tell(&w);
+}
+
+/* One builtin carries one listener after the other. */
+static void again(void) {
+    const int calls[] = {SYS_getppid, 0};
+    char text[256];
+    struct reader r;
+    for (int i = 0; i < 3; i++) {
+        new_token();
+        snprintf(text, sizeof text, "token %s\nhandler %d", token, SYS_getppid);
+        pid_t pid = program(text, calls, ask_once);
+        if (i == 0)
+            start_builtin(token);
+        else
+            attach_to(token);
+        CHECK(next(&r) == 'o');
+        struct writer w = start_message('t');
+        write_u32(&w, 0);
+        tell(&w);
+        struct seccomp_notif call = next_call(&r);
+        reply_to(call.id, 57, 0);
+        CHECK(next(&r) == 'x' && read_u32(&r) == 0 && reader_done(&r) && result_of(pid) == 3);
+        reply_to(call.id, 58, 0); /* nobody's any more */
+        attach_to(token);
+        CHECK(next(&r) == 'x' && read_u32(&r) == ESRCH);
+    }
+    close(to);
+    CHECK(result_of(builtin) == 0);
+    close(from);
+}
+
 static int wait_here(void) { return syscall(SYS_getppid) < 0 ? errno : 0; }
 
 /* What the host says wrongly ends the builtin, and what it held is refused. */
@@ -245,6 +285,7 @@ int main(void) {
     signal(SIGPIPE, SIG_IGN);
     begin(false);
     conversation();
+    again();
     malformed();
     end();
     puts("test_remote: ok");

@@ -303,7 +303,8 @@ class Machine:
             listener = direct.dial(port.answer, compiled.token, self.name)
         else:
             calls = [name for handler in handlers for name in handler.calls]
-            listener = remote.dial(self._processes("exec"), compiled.token, calls, port.machine or os.uname().machine)
+            spares = self._context.held(self.id).carriers
+            listener = remote.dial(self._processes("exec"), compiled.token, calls, port.machine or os.uname().machine, spares)
         supervisor = self._context.supervisor(self.id, self.name)
         return supervisor.attach(listener, handlers, ruled=compiled.ruled, refused=compiled.refused)
 

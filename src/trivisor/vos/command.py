@@ -137,6 +137,11 @@ class Command:
         """True once no frame will come any more."""
         return self.exited is not None or self.error is not None
 
+    @property
+    def reachable(self) -> bool:
+        """True if it has not ended, as far as is known, and this process can speak to it."""
+        return not (self.over or self._line.foreign or self._line.closed)
+
     def wait(self, ready: Callable[[], bool], deadline: float | None) -> bool:
         """Wait until `ready()` or the end; False once `deadline` (monotonic) has passed, even for one who is always ready."""
         self._check_process()

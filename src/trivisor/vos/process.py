@@ -129,6 +129,11 @@ class Process:
         exited = self._command.exited
         return None if exited is None else exited.exit_code
 
+    @property
+    def reachable(self) -> bool:
+        """True if it has not ended, as far as is known, and this process (not the parent that it was forked from) can speak to it."""
+        return self._command.reachable
+
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the end and return the exit code. Raises WaitTimeout (a TimeoutError) after `timeout` seconds; the command runs on."""
         if not self._command.over and not self._command.wait(_never, _deadline(timeout)):

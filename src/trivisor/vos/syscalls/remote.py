@@ -5,6 +5,8 @@ A round trip is what costs here, so the guest is told what to read ahead: the st
 handled calls point to come with the notification, and answers wait for nothing. All that comes is hostile: a malformed message
 ends the listener.
 
+To fork a builtin is what an attach takes longest for, so one that has carried a listener to its end waits for the next (Spares).
+
 One thread takes what comes apart. It wakes the serving thread by two eventfds, one for calls and one for what was handed back, so
 that Supervisor polls this listener as it polls a kernel's.
 """
@@ -43,6 +45,11 @@ _HEAD = struct.Struct("<IB")
 _SETFD, _SEND = 2, 1
 
 
+Spares = list[Process]
+"""Builtins of one machine that wait for a token. Appended to and popped from without a lock."""
+MAX_SPARES = 4
+
+
 class _Reply:
     """What one request waits for."""
 
@@ -55,9 +62,15 @@ class _Reply:
 class RemoteListener:
     """A listener over the line."""
 
-    def __init__(self, process: Process, processes: Processes, ahead: bytes) -> None:
-        """Take over `process`, the builtin, and wait until it is attached. Raises GuestError if it is not."""
+    def __init__(self, process: Process, processes: Processes, ahead: bytes, *, token: bytes = b"", spares: Spares | None = None) -> None:
+        """Take over `process`, the builtin, and wait until it is attached. Raises GuestError if it is not.
+
+        One that rested is given `token`. `spares` gets it when it rests again.
+        """
         self.machine = processes.machine
+        self._spares = spares
+        self._rests: int | None = None
+        """The errno that the builtin rests with, once it does."""
         self.held: set[int] = set()
         self._process = process
         self._processes = processes
@@ -75,7 +88,7 @@ class RemoteListener:
         self._reader = threading.Thread(target=self._read_all, name=f"calls from {self.machine}", daemon=True)
         self._reader.start()
         with contextlib.suppress(GuestGone):  # it refused already: said below
-            self._send(b"t", ahead)
+            self._send(b"t", ahead, _message(b"a", token) if token else b"")
         self._attached.wait(_ATTACH_TIMEOUT)
         if not self._attached.is_set() or self._over:
             raise self._refusal()
@@ -213,11 +226,27 @@ class RemoteListener:
     def close(self) -> None:
         over, self._over = self._over, True
         self._channels.close()
+        if self._rests is not None:
+            self._spare()
+            return
         if not over and not self._process.stdin.closed:
             with contextlib.suppress(GuestError, OSError):
                 self._process.stdin.close()
         with contextlib.suppress(GuestError):
             self._process.close()
+        self._end_reader()
+
+    def _spare(self) -> None:
+        """Leave the builtin to the next listener."""
+        self._end_reader()
+        with self._sending:  # nothing of ours is on its way any more
+            spares, self._spares = self._spares, None
+        if spares is not None and len(spares) < MAX_SPARES:
+            spares.append(self._process)
+        elif spares is not None:
+            self._process.stdin.close()
+
+    def _end_reader(self) -> None:
         if self._reader is not threading.current_thread():
             self._reader.join(REPLY_TIMEOUT)
         bells, self._bells = self._bells, (-1, -1)
@@ -234,8 +263,8 @@ class RemoteListener:
     def _who(notification: Notification) -> bytes:
         return struct.pack("<QI", notification[ID], notification[PID])
 
-    def _send(self, kind: bytes, body: bytes) -> None:
-        message = _HEAD.pack(len(body) + 1, kind[0]) + body
+    def _send(self, kind: bytes, body: bytes, before: bytes = b"") -> None:
+        message = before + _message(kind, body)
         with self._sending:
             if self._over:
                 raise GuestGone("the machine's answerer has gone", machine=self.machine)
@@ -291,6 +320,11 @@ class RemoteListener:
                     self._message(buffer[at + 4], bytes(buffer[at + 5 : at + 4 + size]))
                     at += 4 + size
                 del buffer[:at]
+                if self._rests is not None:
+                    if buffer:
+                        self._rests = None
+                        raise GuestProtocolError("a message from an answerer that rests", machine=self.machine)
+                    break
         except (GuestError, ValueError, struct.error, OSError):
             pass  # it is over, whatever it was: all calls fail closed in the machine
         finally:
@@ -316,6 +350,8 @@ class RemoteListener:
             self._channels.end(int.from_bytes(body[:4], "little"))
         elif kind == ord("o"):
             self._attached.set()
+        elif kind == ord("x") and self._rests is None:
+            self._rests = abs(struct.unpack("<i", body)[0])
         else:
             raise GuestProtocolError(f"a message of kind {kind} from the answerer", machine=self.machine)
 
@@ -367,9 +403,11 @@ class RemoteListener:
             self._send(b"e", struct.pack("<I", channel))
 
     def _refusal(self) -> GuestError:
-        with contextlib.suppress(GuestError):
-            self._process.wait(0.5 if self._over else 0.0)
-        code = self._process.poll()
+        code = self._rests
+        if code is None:
+            with contextlib.suppress(GuestError):
+                self._process.wait(0.5 if self._over else 0.0)
+            code = self._process.poll()
         self.close()
         if code is None:
             return GuestError("the program's calls cannot be answered: the machine does not attach us", machine=self.machine)
@@ -379,10 +417,28 @@ class RemoteListener:
         return GuestError(f"the program's calls cannot be answered: {why}", machine=self.machine, hint="has it started?")
 
 
-def dial(processes: Processes, token: bytes, calls: Iterable[str], architecture: str) -> RemoteListener:
+def dial(processes: Processes, token: bytes, calls: Iterable[str], architecture: str, spares: Spares) -> RemoteListener:
     """Borrow the listener that bears `token` from the machine's answerer; `calls` are those that have handlers. Raises GuestError."""
+    ahead = read_ahead(calls, architecture)
+    while spares:
+        try:
+            process = spares.pop()
+        except IndexError:  # another thread was quicker
+            break
+        if not process.reachable:
+            continue
+        try:
+            return RemoteListener(process, processes, ahead, token=token, spares=spares)
+        except GuestError:
+            if process.reachable:
+                raise
+            # It was killed in there: so it knows nothing of the token.
     process = processes.builtin(["answer", token.hex()], stdin=True)
-    return RemoteListener(process, processes, read_ahead(calls, architecture))
+    return RemoteListener(process, processes, ahead, spares=spares)
+
+
+def _message(kind: bytes, body: bytes) -> bytes:
+    return _HEAD.pack(len(body) + 1, kind[0]) + body
 
 
 def read_ahead(calls: Iterable[str], architecture: str) -> bytes:

@@ -13,6 +13,7 @@ from trivisor.core.errors import InvalidSpec, UnsupportedByWall
 from trivisor.core.rules import Paths, Rule, SyscallSpec
 from trivisor.vos.capture import Sink, Stdin
 from trivisor.vos.ports import FEATURES, SyscallPort
+from trivisor.vos.process import Process
 from trivisor.vos.syscalls.compile import Compiled, compile_exec
 from trivisor.vos.syscalls.policy import Handler, Policy
 from trivisor.vos.syscalls.trace import Filter, Trace
@@ -35,6 +36,8 @@ class Held:
 
     def __init__(self) -> None:
         self.policy: Policy | None = None
+        self.carriers: list[Process] = []
+        """Builtins that carry listeners over the line, while they have none (remote.py)."""
 
 
 class Syscalls:
