@@ -83,7 +83,7 @@ class Devices:
 
         `name` is free unless given; a disk bears it as its serial number. Raises InvalidSpec (a disk that leads elsewhere, or is
         attached or in use already; no free port), AlreadyExists (name), NotFound, InvalidState, Busy, UnsupportedByWall,
-        EngineError, StorageError, GuestError if the guest does not find it, which takes it away again.
+        HostLacks, EngineError, StorageError, GuestError if the guest does not find it, which takes it away again.
         """
         if not isinstance(device, Disk | Random | BlockDevice | CharDevice | UsbDevice):
             raise InvalidSpec(f"{device!r} is no device", hint="for example Disk('data.qcow2'), or an object of your BlockDevice")
@@ -192,7 +192,9 @@ class Devices:
                     with suppress(FileError):
                         if files.read(f"{folder}/{found.name}/{attribute}", max_size=128).strip() == name.encode():
                             path = f"{folder}/{found.name}" if folder == _USB else f"/dev/{found.name}"
-                            return path if files.exists(path) else None
+                            # An NVMe drive has two names, of which one has no node.
+                            if files.exists(path):
+                                return path
         return None
 
     def _free(self, device: Disk | Random | BlockDevice | CharDevice | UsbDevice) -> str:

@@ -13,7 +13,7 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 from trivisor.core.devices import Device, Disk, Served
-from trivisor.core.errors import EngineError, GuestError, InvalidSpec
+from trivisor.core.errors import EngineError, GuestError, HostLacks, InvalidSpec
 from trivisor.vmm.engine import Box
 from trivisor.vmm.engines.vm import kit
 from trivisor.vmm.engines.vm.qmp import Qmp
@@ -70,7 +70,7 @@ class Hotplug:
                 _plug_port(qmp, undo, name, port, _given(fd))
             elif isinstance(device, Served) and device.kind == "usb":
                 _plug_line(qmp, undo, name, _given(fd))
-                qmp.ask("device_add", _device(name, port, driver="usb-redir", chardev=PREFIX + name))
+                _redirect(qmp, name, port)
             elif isinstance(device, Disk | Served):
                 _plug_disk(qmp, undo, name, port, device, _given(fd))
             else:
@@ -169,6 +169,16 @@ def _plug_port(qmp: Qmp, undo: ExitStack, name: str, port: str, fd: int) -> None
     qmp.ask("device_add", _device(name, port, driver="virtio-serial-pci", max_ports=2))
     undo.callback(_try, qmp, "device_del", {"id": node})
     qmp.ask("device_add", {"driver": "virtserialport", "id": f"{node}.port", "bus": f"{node}.0", "nr": 1, "chardev": node, "name": name})
+
+
+def _redirect(qmp: Qmp, name: str, port: str) -> None:
+    try:
+        qmp.ask("device_add", _device(name, port, driver="usb-redir", chardev=PREFIX + name))
+    except EngineError as error:
+        if "valid device model" not in str(error):
+            raise
+        # Distributions build that part apart, and with a library of its own.
+        raise HostLacks("this QEMU cannot redirect USB", hint="apt-get install qemu-system-common libusbredirparser1") from error
 
 
 def _plug_line(qmp: Qmp, undo: ExitStack, name: str, fd: int) -> None:
