@@ -23,6 +23,8 @@ def test_rules_are_about_one_interface() -> None:
         "to: oifname trv7 lost 0.250000 drop",
         "from: iifname trv7 over 5000 drop",
     ]
+    asked = [str(rule) for rule in own.rules(Own("trv7", reach=("host", "metadata")))]
+    assert asked[:2] == ["from: iifname trv7 mark 0x74720001", "from: iifname trv7 daddr 0.0.0.0/8 mark 0x74720002"]
     assert own.rules(Own("trv7", Shape(latency=1, rate_in=5000))) == []  # queues do that
 
 

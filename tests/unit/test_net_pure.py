@@ -70,6 +70,7 @@ def test_what_a_machine_sends_to_the_host_ends_in_a_drop() -> None:
         "input: state established,related accept",
         "input: daddr 10.213.0.0/16 udp 53 accept",
         "input: daddr 10.213.0.0/16 tcp 53 accept",
+        "input: mark 0x74720001 accept",
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,18 @@ def test_the_host_and_metadata_are_denied(make: Make) -> None:
         host.settimeout(0.1)
         with pytest.raises(TimeoutError):
             host.accept()
+
+
+@pytest.mark.usefixtures("linked")
+def test_the_host_is_reached_by_a_machine_that_asked_for_it_and_by_no_other(make: Make) -> None:
+    asked, other = make(network="nat", reach="host", egress=["0.0.0.0/0"]), make(network="nat")
+    with socket.create_server(("0.0.0.0", 0)) as host:
+        threading.Thread(target=lambda: [host.accept()[0].sendall(b"hello"), host.close()], daemon=True).start()
+        (address, *_) = [own for own in own_addresses() if not own.startswith("10.213.")]
+        port = host.getsockname()[1]
+        assert tried(other, address, port).startswith("no:")
+        assert tried(asked, address, port) == "hello"
+        assert tried(asked, "169.254.169.254", 80).startswith("no:")
 
 
 @pytest.mark.usefixtures("linked")

@@ -183,6 +183,7 @@ _SPEC_OPTIONS: tuple[Callable[[Callable[..., object]], Callable[..., object]], .
     click.option("--pids", type=int, help="How many processes and threads there may be."),
     click.option("--io", multiple=True, metavar="LIMIT=N", help="read-bps, write-bps, read-iops or write-iops, such as write-bps=10M."),
     click.option("--network", metavar="none|nat|host|NAME", help="NAME: one that machines share.  [default: none; nat with -p]"),
+    click.option("--reach", multiple=True, metavar="host|metadata", help="Let it reach what is denied to all others."),
     click.option("-v", "--volume", multiple=True, metavar="SOURCE:PATH[:ro]", help="A host folder (/..., ./...) or volume, at PATH in it."),
     click.option("-p", "--publish", multiple=True, metavar="HOST:GUEST", help="Publish a TCP port on this host's loopback."),
     click.option("-e", "--env", multiple=True, metavar="KEY[=VALUE]", help="Environment of every command; KEY alone: from ours."),

@@ -6,7 +6,7 @@ import ipaddress
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import msgspec
 
@@ -117,6 +117,17 @@ class Target:
             return self.network
         first, last = self.ports
         return f"{self.network}:{first}" if first == last else f"{self.network}:{first}-{last}"
+
+
+Reach = Literal["host", "metadata"]
+
+
+def reach(wish: Any) -> tuple[str, ...]:
+    """Return what is asked for of Reach: one, or several. Raises InvalidSpec."""
+    names = [wish] if isinstance(wish, str) else wish
+    if not isinstance(names, Collection) or isinstance(names, Mapping) or not set(names) <= set(get_args(Reach)):
+        raise InvalidSpec(f"reach must be of {', '.join(get_args(Reach))}, not {wish!r}", hint='for example ["host"]')
+    return tuple(sorted(set(names)))
 
 
 def cut(wish: Any) -> tuple[str, ...]:

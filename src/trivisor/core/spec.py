@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 import msgspec
 
 from trivisor.core.errors import InvalidSpec
-from trivisor.core.network import Egress, Shape, cut, egress, shape
+from trivisor.core.network import Egress, Reach, Shape, cut, egress, reach, shape
 from trivisor.core.rules import SyscallSpec, syscalls
 from trivisor.core.units import GIB, MIB, TIB, parse_duration, parse_size
 from trivisor.core.wishes import IoLimits, Volume, cpuset, io_limits, volumes
@@ -68,6 +68,9 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """How well it is connected: rates, latency, loss (core/network.py)."""
     egress: Egress | None = None
     """What it may begin to talk to; None: all that its network lets it. Members of its named network are always of that."""
+    reach: tuple[Reach, ...] = ()
+    """What is denied to all machines that do not ask for it: "host", the host's own addresses (never its loopback); "metadata", link-local
+    and the other addresses where clouds tell a host its secrets."""
     cut: tuple[str, ...] = ()
     """Machines of its named network that it does not reach, and that do not reach it."""
     volumes: dict[str, Volume] = {}
@@ -167,6 +170,8 @@ def _check_network(spec: Spec) -> None:
         raise InvalidSpec("only a network of its own can be shaped", hint='give network="nat"')
     if spec.egress is not None and spec.network in ("none", "host"):
         raise InvalidSpec("only a network of its own has an egress policy", hint='give network="nat"; network="none" is without any')
+    if spec.reach and spec.network in ("none", "host"):
+        raise InvalidSpec("only a machine on a network of its own can be let reach the host", hint='give network="nat"')
     if spec.cut and spec.network in ("none", "host", "nat"):
         raise InvalidSpec("only machines of a named network can be cut off from each other", hint='give network="backend"')
     for other in spec.cut:
@@ -211,6 +216,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "ports": _ports,
     "shape": shape,
     "egress": egress,
+    "reach": reach,
     "cut": cut,
     "volumes": volumes,
     "syscalls": syscalls,

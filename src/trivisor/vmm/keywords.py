@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
-from trivisor.core.network import Egress, Shape
+from trivisor.core.network import Egress, Reach, Shape
 from trivisor.core.rules import Paths, Rule, SyscallSpec
 from trivisor.core.spec import Lifetime
 from trivisor.core.wishes import IoLimits, Volume
@@ -37,6 +37,7 @@ class Keywords(TypedDict, total=False):
     ports: dict[int, int] | None
     shape: Shape | Mapping[str, Any] | None
     egress: Egress | Mapping[str, Any] | Sequence[str] | None
+    reach: Reach | Sequence[Reach] | None
     cut: Sequence[str] | None
     volumes: Mapping[str, Volume | str | os.PathLike[str] | Mapping[str, Any]] | None
     env: dict[str, str] | None

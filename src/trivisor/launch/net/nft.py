@@ -24,6 +24,7 @@ _NESTED = 0x8000
 _HOOKS = {"prerouting": 0, "input": 1, "forward": 2, "output": 3, "postrouting": 4}
 _META = {"iifname": 6, "oifname": 7, "nfproto": 15, "l4proto": 16}
 _EQUAL, _UNEQUAL, _LESS, _AT_MOST, _AT_LEAST = 0, 1, 2, 3, 5
+_MARK = 3
 _CODES = {"drop": 0, "accept": 1}
 _REGISTER = 1
 _NETWORK_HEADER, _TRANSPORT_HEADER = 1, 2
@@ -63,7 +64,7 @@ def _chain(chain: Chain) -> bytes:
 
 
 def _rule(rule: Rule) -> bytes:
-    parts = [*(part for match in rule.matches for part in _match(match)), _verdict(rule.verdict)]
+    parts = [*(part for match in rule.matches for part in _match(match)), *_verdict(rule.verdict)]
     return text(2, rule.chain) + attribute(4 | _NESTED, b"".join(attribute(1 | _NESTED, part) for part in parts))
 
 
@@ -126,14 +127,17 @@ def _compare(data: bytes, how: int = _EQUAL) -> bytes:
     return _expression("cmp", _number(1, _REGISTER) + _number(2, how) + attribute(3 | _NESTED, _value(data)))
 
 
-def _verdict(verdict: str) -> bytes:
+def _verdict(verdict: str) -> tuple[bytes, ...]:
     word, _, rest = verdict.partition(" ")
     if word == "log":  # GROUP PREFIX
         group, _, prefix = rest.partition(" ")
         said = attribute(1, struct.pack(">H", int(group))) + text(2, prefix) + _number(3, _LOGGED) + attribute(4, struct.pack(">H", 1))
-        return _expression("log", said)
+        return (_expression("log", said),)
+    if word == "mark":
+        register = _expression("immediate", _number(1, _REGISTER) + attribute(2 | _NESTED, _value(struct.pack("=I", int(rest, 0)))))
+        return register, _expression("meta", _number(2, _MARK) + _number(3, _REGISTER))
     code = attribute(2 | _NESTED, _number(1, _CODES[word]))
-    return _expression("immediate", _number(1, 0) + attribute(2 | _NESTED, code))
+    return (_expression("immediate", _number(1, 0) + attribute(2 | _NESTED, code)),)
 
 
 def _expression(name: str, data: bytes) -> bytes:

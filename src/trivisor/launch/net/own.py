@@ -18,13 +18,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from trivisor.core.errors import EngineError, HostLacks
-from trivisor.core.network import DNS, Egress, Shape, Target
+from trivisor.core.network import DNS, Egress, Reach, Shape, Target
 from trivisor.core.paths import Home
 from trivisor.core.spec import Spec
 from trivisor.launch.net import netlink, networks, nft
 from trivisor.launch.net.netlink import Netlink
 from trivisor.launch.net.pool import PREFIX
-from trivisor.launch.net.rules import Chain, Rule
+from trivisor.launch.net.rules import ASKED_HOST, ASKED_METADATA, DENIED, Chain, Rule
 
 MEMBERS = 24
 """Bits of the addresses that a named network's members share (pool.subnet)."""
@@ -50,6 +50,7 @@ class Own:
     cut: tuple[str, ...] = ()
     """Addresses of those it is cut off from."""
     egress: Egress | None = None
+    reach: tuple[Reach, ...] = ()
     resolvers: tuple[str, ...] = ()
     """Whom it asks for names."""
     members: str = ""
@@ -64,7 +65,9 @@ def group(interface: str) -> int:
 def rules(own: Own, *, logged: bool = True) -> list[Rule]:
     """Return the rules of one machine."""
     out, into = ("iifname", own.interface), ("oifname", own.interface)
-    made = []
+    made = [Rule("from", (out,), f"mark {ASKED_HOST}")] if "host" in own.reach else []
+    if "metadata" in own.reach:
+        made += [Rule("from", (out, ("daddr", denied)), f"mark {ASKED_METADATA}") for denied in DENIED]
     for address in own.cut:
         made += [Rule("from", (out, ("daddr", address)), "drop"), Rule("to", (into, ("saddr", address)), "drop")]
     if own.shape.loss:
@@ -116,7 +119,7 @@ def of(home: Home, spec: Spec, interface: str, address: str, resolvers: Sequence
     """Return what is to hold for a machine, as things are now."""
     members = str(ipaddress.IPv4Network((address, MEMBERS), strict=False)) if networks.named(spec.network) else ""
     cut = tuple(addresses(home, spec))
-    return Own(interface, spec.shape or Shape(), cut, spec.egress, tuple(resolvers), members)
+    return Own(interface, spec.shape or Shape(), cut, spec.egress, spec.reach, tuple(resolvers), members)
 
 
 def addresses(home: Home, spec: Spec) -> list[str]:

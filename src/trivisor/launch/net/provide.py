@@ -68,8 +68,9 @@ def check(spec: Spec) -> None:
         return
     if networks.named(spec.network):
         raise HostLacks(f"{why}, and a named network is made of them", hint='run as root, or use network="nat"')
-    if spec.shape or spec.egress is not None:
-        raise HostLacks(f"{why}, and no other network is shaped or has a policy", hint="run as root, or leave out shape and egress")
+    if spec.shape or spec.egress is not None or spec.reach:
+        hint = "run as root, or leave out shape, egress and reach"
+        raise HostLacks(f"{why}, and no other is shaped, has a policy or reaches the host", hint=hint)
     passt.check()
 
 
@@ -121,7 +122,7 @@ def provide(
             networks.join(home, spec.network, spec.name, link.block.address)
         block = link.block
         dns = tuple(servers) if direct else (block.gateway,)
-        if spec.shape or spec.cut or spec.egress is not None:
+        if spec.shape or spec.cut or spec.reach or spec.egress is not None:
             own.apply(rules, machine, own.of(home, spec, block.interface, block.address, dns))
         address = ("address", INSIDE, block.address, str(block.length), block.gateway)
         yield Net(

@@ -3,10 +3,10 @@
 Every rule begins at our own interfaces: traffic of the host that has nothing to do with machines meets two comparisons and
 nothing else. From a machine:
 
-to the host itself     dropped, whichever of its addresses is meant; but for answers to what the host began, and the
-                       questions for names that its own relay takes
+to the host itself     dropped, whichever of its addresses is meant, unless it was asked for; but for answers to what the host began,
+                       and the questions for names that its own relay takes
 to other machines      dropped, unless both are on one named network
-to metadata services   and everything else that is no address of a common host: dropped
+to metadata services   (unless asked for) and everything else that is no address of a common host: dropped
 to the rest            allowed, under the host's address
 
 From elsewhere to a machine nothing but answers is let through: a published port is a socket of the host (relay.py).
@@ -22,7 +22,7 @@ from trivisor.launch.net.pool import PREFIX
 
 TABLE = "trivisor"
 NETWORKS = "networks"
-VERSION = 1
+VERSION = 2
 """Counted up when the rules change: a table of another version is made anew."""
 
 Match = tuple[str, str]
@@ -32,7 +32,7 @@ Match = tuple[str, str]
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule of `chain`. `verdict` is accept, drop, masquerade, or "jump CHAIN"."""
+    """One rule of `chain`. `verdict` is accept, drop, masquerade, or "jump CHAIN", or "mark NUMBER", which goes on."""
 
     chain: str
     matches: tuple[Match, ...]
@@ -54,6 +54,8 @@ class Chain:
 
 OURS = f"{PREFIX}*"
 NOT_OURS = f"!{PREFIX}*"
+ASKED_HOST, ASKED_METADATA = "0x74720001", "0x74720002"
+"""Marks that a machine's own table puts on its packets, where it asked for what the rest is denied (own.py)."""
 DENIED = (
     "0.0.0.0/8",
     "127.0.0.0/8",
@@ -88,6 +90,7 @@ def rules(pool: str, *, guarded: Sequence[str]) -> list[Rule]:
         Rule("input", (answers,), "accept"),
         Rule("input", (("daddr", pool), ("udp", "53")), "accept"),
         Rule("input", (("daddr", pool), ("tcp", "53")), "accept"),
+        Rule("input", (("mark", ASKED_HOST),), "accept"),
         Rule("input", (), "drop"),
         Rule("forward", (ours,), "jump out"),
         Rule("forward", (("oifname", OURS), answers), "accept"),
@@ -98,6 +101,7 @@ def rules(pool: str, *, guarded: Sequence[str]) -> list[Rule]:
         Rule("out", (answers,), "accept"),
         Rule("out", (("daddr", pool),), f"jump {NETWORKS}"),
         Rule("out", (("daddr", pool),), "drop"),
+        Rule("out", (("mark", ASKED_METADATA),), "accept"),
         *(Rule("out", (("daddr", denied),), "drop") for denied in DENIED),
         Rule("out", (), "accept"),
         Rule("source", (("nfproto", "ipv4"), ("saddr", pool), ("oifname", NOT_OURS)), "masquerade"),

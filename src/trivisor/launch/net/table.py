@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ _INET = 1
 _REGISTER = 1
 _VERDICT_REGISTER = 0
 _NETWORK_HEADER, _TRANSPORT_HEADER = 1, 2
-_META = {"iifname": 6, "oifname": 7, "nfproto": 15, "l4proto": 16}
+_META = {"mark": 3, "iifname": 6, "oifname": 7, "nfproto": 15, "l4proto": 16}
 _CT_STATE = 0
 _EQUAL, _UNEQUAL = 0, 1
 _CODES = {"drop": 0, "accept": 1, "jump": -3}
@@ -96,6 +97,9 @@ def _match(match: Match) -> Iterator[Expression]:
         mask = bits.to_bytes(4, "little")
         yield _expression("bitwise", sreg=_REGISTER, dreg=_REGISTER, len=4, mask=_value(mask), xor=_value(bytes(4)))
         yield _compare(bytes(4), unlike=True)
+    elif what == "mark":
+        yield _expression("meta", key=_META[what], dreg=_REGISTER)
+        yield _compare(int(value, 0).to_bytes(4, sys.byteorder))
     elif what == "nfproto":
         yield _expression("meta", key=_META[what], dreg=_REGISTER)
         yield _compare(bytes([_FAMILIES[value]]))
