@@ -4,10 +4,10 @@
 "$root/scripts/lint.sh"
 say "guest: unit tests under ASan and UBSan"
 make -C guest --no-print-directory test
-say "guest: fuzzers, ${FUZZ_SECONDS:-20} s each"
+say "guest: fuzzers, ${FUZZ_SECONDS:-5} s each"
 # libFuzzer talks a lot; only what it says of a finding is of interest.
 mkdir -p build
-make -C guest --no-print-directory fuzz FUZZ_SECONDS="${FUZZ_SECONDS:-20}" >build/fuzz.log 2>&1 || { tail -60 build/fuzz.log >&2 && exit 1; }
+make -C guest --no-print-directory fuzz FUZZ_SECONDS="${FUZZ_SECONDS:-5}" >build/fuzz.log 2>&1 || { tail -60 build/fuzz.log >&2 && exit 1; }
 say "test suite"
 PATH=$venv/bin:$PATH
 export PATH

@@ -56,7 +56,7 @@ with server.accept()[0] as client:
         data = client.recv(min(size, 1 << 20))
         digest.update(data)
         size -= len(data)
-    client.sendall(digest.digest() * (1 << 15))
+    client.sendall(digest.digest() * (1 << 13))
 """
 FORGE = Path(__file__).with_name("walls") / "forge_frame.py"
 
@@ -170,14 +170,14 @@ class RootlessTests:
         def life(vmm: VMM) -> None:
             machine = vmm.create("debian", wall=self.wall, network="nat", ports={port: 80})
             machine.start()
-            data = random.Random(1).randbytes(1 << 20)
+            data = random.Random(1).randbytes(1 << 18)
             with machine.spawn(["python3", "-c", ECHO]) as server, socket.socket() as client:
                 assert server.stdout.readline(timeout=BOUND) == b"up\n"
                 client.settimeout(BOUND)
                 client.connect(("127.0.0.1", port))
                 client.sendall(len(data).to_bytes(8, "big") + data)
                 got = b"".join(iter(lambda: client.recv(1 << 20), b""))
-            assert got == hashlib.sha256(data).digest() * (1 << 15)
+            assert got == hashlib.sha256(data).digest() * (1 << 13)
 
         user.does(life)
 

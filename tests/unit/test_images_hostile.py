@@ -273,7 +273,7 @@ def archives(draw: st.DrawFn) -> bytes:
 
 
 @pytest.mark.fuzz
-@settings(max_examples=1500, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=500, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.one_of(archives(), archives().map(lambda data: gzip.compress(data, 1)), st.binary(max_size=2000)))
 def test_fuzz_the_reader(tmp_path: Path, data: bytes) -> None:
     try:

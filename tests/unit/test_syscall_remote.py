@@ -156,6 +156,61 @@ def test_a_socket_is_carried(guest: Guest, listener: RemoteListener) -> None:
         assert ours.recv(100) == b""
 
 
+@pytest.fixture
+def giving(guest: Guest, listener: RemoteListener) -> Any:
+    """Ours, theirs, and the channel that a call is being given; ours had something to say, and nothing more, before that."""
+    ours, theirs = socket.socketpair()
+    ours.sendall(b"said before")
+    ours.shutdown(socket.SHUT_WR)
+    failures: list[OSError] = []
+
+    def give() -> None:
+        try:
+            listener.give(NOTE, theirs.fileno(), 9, True, send=False)
+        except OSError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=give)
+    thread.start()
+    kind, body = guest.hear()
+    assert kind == b"F"
+    guest.ours.settimeout(0.2)
+    with pytest.raises(TimeoutError):  # the machine knows of no channel yet: what it hears of one would be lost
+        guest.hear()
+    guest.ours.settimeout(5)
+    yield ours, theirs, body[:4], thread, failures
+    thread.join()
+    ours.close()
+    theirs.close()
+
+
+def test_a_channel_is_made_before_it_carries(guest: Guest, giving: Any) -> None:
+    ours, theirs, channel, thread, _ = giving
+    # What the program says at once is not lost, either, though we hear of it with the reply.
+    guest.ours.sendall(message(b"R", channel + struct.pack("<ii", 0, 9)) + message(b"s", channel + b"at once") + message(b"e", channel))
+    thread.join()
+    theirs.close()
+    assert guest.hear() == (b"s", channel + b"said before")
+    assert guest.hear() == (b"e", channel)
+    ours.settimeout(5)
+    assert ours.recv(100) == b"at once"
+    assert ours.recv(100) == b""
+
+
+def test_what_could_not_be_given_is_left_as_it_was(guest: Guest, giving: Any) -> None:
+    ours, theirs, channel, thread, failures = giving
+    guest.ours.sendall(message(b"R", channel + struct.pack("<i", errno.EMFILE)) + message(b"e", channel) + message(b"e", channel))
+    thread.join()
+    assert [error.errno for error in failures] == [errno.EMFILE]
+    theirs.settimeout(5)
+    assert theirs.recv(100) == b"said before"
+    theirs.sendall(b"still open")
+    assert ours.recv(100) == b"still open"
+    guest.ours.settimeout(0.2)
+    with pytest.raises(TimeoutError):
+        guest.hear()
+
+
 def test_not_attached(guest: Guest) -> None:
     guest.ours.shutdown(socket.SHUT_WR)
     with pytest.raises(GuestError, match="No such file"):

@@ -23,6 +23,7 @@ from trivisor.core.state import State, check
 from trivisor.core.undo import Undo
 from trivisor.images.catalog import Image
 from trivisor.launch import keeper
+from trivisor.launch.net import provide
 from trivisor.vmm import devices, limits, locks, reconcile, shares
 from trivisor.vmm.context import Context, pin_owner
 from trivisor.vmm.engine import Progress
@@ -78,6 +79,7 @@ def start(context: Context, machine: str, progress: Progress) -> Row:
         undo.add("sockets", lambda: reconcile.clear_sockets(box.dir))
         undo.add("keeper", lambda: keeper.kill(box.dir))
         facts = engine.start(box, undo, progress)
+        provide.settle(row.spec)
         devices.restore(context, row)
         life: dict[str, Any] = {"started": time.time(), "ended": None, "status": None, "reason": "", "facts": facts, "oom_kills": 0}
         done = context.records.update(row.id, state=State.RUNNING, boot_id=process.boot_id(), event=("started", ""), **life, **_IDLE)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import time
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +26,7 @@ from trivisor.launch.plan import Op, Plan
 
 ADDRESS, PREFIX, GATEWAY, DNS = "10.0.2.15", "24", "10.0.2.2", "10.0.2.3"
 PASST_FD = 3
+_PATIENCE = 10.0
 _DENIED = 64
 """As many addresses as the fence takes (fence.h)."""
 
@@ -47,6 +49,18 @@ def free(ports: Mapping[int, int], machine: str) -> None:
                 raise EngineError(
                     f"host port {host} on 127.0.0.1 {why}", machine=machine, hint="publish another port, or end what listens there"
                 ) from error
+
+
+def listening(ports: Mapping[int, int], machine: str) -> None:
+    """Return when all these host ports are listened at: passt begins beside the machine, which may be the sooner. Raises EngineError."""
+    wanted = {f"0100007F:{port:04X}" for port in ports}
+    deadline = time.monotonic() + _PATIENCE
+    while wanted:
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        wanted -= {row[1] for row in rows if row[3] == "0A"}
+        if wanted and time.monotonic() > deadline:
+            raise EngineError("passt does not listen on the published ports", machine=machine, hint="see the machine's log")
+        time.sleep(0.002 if wanted else 0)  # the kernel tells nobody
 
 
 def plan(passt: str, ports: Mapping[int, int], fd: int, log: int, *, uplink: bool = False) -> Plan:

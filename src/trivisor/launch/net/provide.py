@@ -152,6 +152,12 @@ def _unprivileged(machine: str, spec: Spec, log: int | None) -> Iterator[Net]:
         )
 
 
+def settle(spec: Spec) -> None:
+    """Return when what `provide` made serves, of a machine that has answered. Raises EngineError."""
+    if spec.ports and possible():
+        passt.listening(spec.ports, spec.name)
+
+
 @contextlib.contextmanager
 def bare() -> Iterator[Net]:
     """Make a tap that leads nowhere."""

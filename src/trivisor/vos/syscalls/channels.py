@@ -2,6 +2,9 @@
 
 One thread serves all of one listener's channels. What a program writes is kept for our reader up to MAX_UNREAD; a
 program that writes on regardless loses the channel. Towards the program at most WINDOW bytes are under way: it says what it took.
+
+A channel is added before the machine is asked to make its other end, as the program may write there at once. Ours may hold data already
+then: nothing is read of it before the channel is begun, which is when the machine has said that it knows it.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ class _Channel:
         self.out: deque[bytes] = deque()
         self.unread = 0
         self.room = WINDOW
+        self.begun = False
+        """The machine knows the channel."""
         self.ending = False
         """The program has nothing more to say ..."""
         self.shut = False
@@ -49,7 +54,7 @@ class Channels:
         self._closed = False
 
     def add(self, number: int, fd: int) -> None:
-        """Join `fd`, which is taken over, to channel `number`. Raises OSError if there are too many."""
+        """Join `fd`, which is taken over, to channel `number`, which is still to begin. Raises OSError if there are too many."""
         with self._lock:
             if self._closed or len(self._channels) >= MAX_CHANNELS:
                 os.close(fd)
@@ -59,6 +64,23 @@ class Channels:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._serve, name="channels", daemon=True)
                 self._thread.start()
+        self._ring()
+
+    def begin(self, number: int) -> None:
+        """The machine has made the channel: from here on it is carried what ours says."""
+        with self._lock:
+            channel = self._channels.get(number)
+            if channel is not None:
+                channel.begun = True
+        self._ring()
+
+    def abandon(self, number: int) -> None:
+        """The machine has not made the channel: let go of it. What ours holds is left there."""
+        with self._lock:
+            channel = self._channels.get(number)
+            if channel is not None:
+                channel.out.clear()
+                channel.ending = channel.gone = True
         self._ring()
 
     def write(self, number: int, data: bytes) -> None:
@@ -112,7 +134,7 @@ class Channels:
                 now = dict(self._channels)
             by_fd = {channel.fd: number for number, channel in now.items()}
             for channel in now.values():
-                if channel.room or channel.out:  # else a hang-up, which cannot be masked, would keep us busy
+                if channel.begun and (channel.room or channel.out):  # else a hang-up, which cannot be masked, would keep us busy
                     wanted = select.POLLIN if channel.room and not channel.at_end else 0
                     poll.register(channel.fd, wanted | (select.POLLOUT if channel.out else 0))
             for fd, events in poll.poll():
@@ -158,7 +180,7 @@ class Channels:
 
     def _settle(self, number: int, channel: _Channel) -> None:
         """Tell ours that the program has ended, and let go of what both have."""
-        if channel.out or not (channel.ending or channel.gone):
+        if channel.out or not (channel.gone or (channel.begun and channel.ending)):
             return
         if channel.gone or (channel.shut and channel.at_end):
             self._drop(number)

@@ -199,10 +199,12 @@ class RemoteListener:
                 channel = self._number()
                 self._channels.add(channel, os.dup(source))
                 try:
-                    return int.from_bytes(self._ask(b"F", head, channel)[:4], "little", signed=True)
+                    made = int.from_bytes(self._ask(b"F", head, channel)[:4], "little", signed=True)
                 except BaseException:
-                    self._channels.end(channel)
+                    self._channels.abandon(channel)
                     raise
+                self._channels.begin(channel)
+                return made
             if len(content) > MAX_MESSAGE - 64:
                 raise OSError(errno.EFBIG, f"{len(content)} bytes are more than a machine can be given at once")
             return int.from_bytes(self._ask(b"f", head + content)[:4], "little", signed=True)
