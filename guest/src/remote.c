@@ -189,6 +189,15 @@ static bool to_program(struct channel *c) {
     return remote_send(&w);
 }
 
+/* What programs wrote before they ended, and no more: whoever else has the other end may write on. */
+static void last_words(struct channel *c) {
+    int waiting = 0;
+    if (ioctl(c->fd, FIONREAD, &waiting) < 0)
+        return;
+    for (int turns = waiting / READ + 1; turns > 0 && !c->read_all && from_program(c); turns--) {
+    }
+}
+
 void remote_close(struct channel *c) {
     close(c->fd);
     bytes_clear(&c->out);
@@ -282,8 +291,10 @@ static int turn(struct remote *m, bool *ended) {
 /* Let go of the listener. */
 static void let_go(struct remote *m) {
     for (int i = 0; i < REMOTE_CHANNELS; i++)
-        if (m->channels[i].fd >= 0)
+        if (m->channels[i].fd >= 0) {
+            last_words(&m->channels[i]);
             remote_close(&m->channels[i]);
+        }
     for (size_t i = 0; i < REMOTE_OPENS; i++)
         m->opens[i].used = false;
     if (m->listener >= 0)

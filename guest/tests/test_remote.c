@@ -245,6 +245,53 @@ static void again(void) {
     close(from);
 }
 
+static size_t *said; /* shared */
+
+/* Writes until neither we nor the builtin, whose messages nobody reads, hold any more. */
+static int speak(void) {
+    static const char text[32768];
+    int fd = (int)syscall(SYS_getppid), room = 212992;
+    struct pollfd p = {.fd = fd, .events = POLLOUT};
+    CHECK(fd >= 0 && setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &room, sizeof room) == 0);
+    while (poll(&p, 1, 300) == 1) {
+        ssize_t n = send(fd, text, sizeof text, MSG_DONTWAIT);
+        CHECK(n > 0 || errno == EAGAIN);
+        *said += n > 0 ? (size_t)n : 0;
+    }
+    return 6;
+}
+
+/* What a program wrote before it ended is carried, however late it is taken. */
+static void last_words(void) {
+    const int calls[] = {SYS_getppid, 0};
+    char text[256];
+    struct reader r;
+    size_t heard = 0;
+    said = mmap(NULL, sizeof *said, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    new_token();
+    snprintf(text, sizeof text, "token %s\nhandler %d", token, SYS_getppid);
+    pid_t pid = program(text, calls, speak);
+    start_builtin(token);
+    CHECK(next(&r) == 'o');
+    struct writer w = start_message('t');
+    write_u32(&w, 0);
+    tell(&w);
+    struct seccomp_notif call = next_call(&r);
+    bytes_for(12, &call, 'F', "");
+    CHECK(result(12, &r) == 0 && result_of(pid) == 6);
+    char kind;
+    while ((kind = next(&r)) == 's') {
+        CHECK(read_u32(&r) == 12);
+        heard += r.left;
+    }
+    CHECK(kind == 'e' || kind == 'x');
+    CHECK(heard == *said && heard > 2 * 65536);
+    close(to);
+    CHECK(result_of(builtin) == 0);
+    close(from);
+    munmap(said, sizeof *said);
+}
+
 static int wait_here(void) { return syscall(SYS_getppid) < 0 ? errno : 0; }
 
 /* What the host says wrongly ends the builtin, and what it held is refused. */
@@ -286,6 +333,7 @@ int main(void) {
     begin(false);
     conversation();
     again();
+    last_words();
     malformed();
     end();
     puts("test_remote: ok");

@@ -197,6 +197,22 @@ def test_a_channel_is_made_before_it_carries(guest: Guest, giving: Any) -> None:
     assert ours.recv(100) == b""
 
 
+def test_what_was_written_before_the_end_is_delivered(guest: Guest, listener: RemoteListener, giving: Any) -> None:
+    """More than a socket holds, to one who reads only later."""
+    ours, theirs, channel, thread, _ = giving
+    said = os.urandom(1 << 20)
+    pieces = [message(b"s", channel + said[at : at + 65536]) for at in range(0, len(said), 65536)]
+    guest.ours.sendall(message(b"R", channel + struct.pack("<ii", 0, 9)) + b"".join(pieces) + message(b"x", bytes(4)))
+    thread.join()
+    theirs.close()
+    listener._reader.join()
+    ours.settimeout(5)
+    got = b""
+    while part := ours.recv(65536):
+        got += part
+    assert got == said
+
+
 def test_what_could_not_be_given_is_left_as_it_was(guest: Guest, giving: Any) -> None:
     ours, theirs, channel, thread, failures = giving
     guest.ours.sendall(message(b"R", channel + struct.pack("<i", errno.EMFILE)) + message(b"e", channel) + message(b"e", channel))

@@ -20,6 +20,8 @@ from collections.abc import Callable
 MAX_UNREAD = 4 << 20
 MAX_CHANNELS = 256
 WINDOW = 256 << 10
+_LINGER = 60.0
+"""Seconds that our reader may take nothing of what programs wrote before they ended."""
 _PIECE = 32 << 10
 
 
@@ -146,12 +148,35 @@ class Channels:
                 self._step(number, now[number], events)
             for number, channel in now.items():
                 self._settle(number, channel)
-        with self._lock:
-            numbers = list(self._channels)
-        for number in numbers:
-            self._drop(number)
+        self._serve_last()
         bell, self._bell = self._bell, -1
         os.close(bell)
+
+    def _serve_last(self) -> None:
+        """Nothing comes or goes any more; what did come is still delivered."""
+        while True:
+            with self._lock:
+                now = dict(self._channels)
+            poll = select.poll()
+            by_fd = {channel.fd: channel for channel in now.values() if channel.out}
+            for number, channel in now.items():
+                if channel.out:
+                    poll.register(channel.fd, select.POLLOUT)
+                else:
+                    self._drop(number)
+            if not by_fd:
+                return
+            ready = poll.poll(_LINGER * 1000)
+            for fd, _ in ready:
+                try:
+                    self._deliver(by_fd[fd])
+                except BlockingIOError:
+                    continue
+                except OSError:  # nobody reads it
+                    by_fd[fd].out.clear()
+            if not ready:
+                for channel in by_fd.values():
+                    channel.out.clear()
 
     def _step(self, number: int, channel: _Channel, events: int) -> None:
         try:
