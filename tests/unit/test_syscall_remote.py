@@ -205,7 +205,7 @@ def test_what_was_written_before_the_end_is_delivered(guest: Guest, listener: Re
     guest.ours.sendall(message(b"R", channel + struct.pack("<ii", 0, 9)) + b"".join(pieces) + message(b"x", bytes(4)))
     thread.join()
     theirs.close()
-    listener._reader.join()
+    listener._carrier.join()
     ours.settimeout(5)
     got = b""
     while part := ours.recv(65536):
@@ -254,8 +254,8 @@ def test_garbage_ends_it(parts: list[bytes]) -> None:
                     note = listener.receive()
                     if note is not None:
                         listener.answer(note, 0, 1, 0)
-            listener._reader.join(5)
-            assert not listener._reader.is_alive()
+            listener._carrier._reader.join(5)
+            assert not listener._carrier._reader.is_alive()
             with pytest.raises(GuestGone):
                 for _ in range(20):
                     listener.receive()

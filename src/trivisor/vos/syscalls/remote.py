@@ -5,8 +5,6 @@ A round trip is what costs here, so the guest is told what to read ahead: the st
 handled calls point to come with the notification, and answers wait for nothing. All that comes is hostile: a malformed message
 ends the listener.
 
-To fork a builtin is what an attach takes longest for, so one that has carried a listener to its end waits for the next (Spares).
-
 One thread takes what comes apart. It wakes the serving thread by two eventfds, one for calls and one for what was handed back, so
 that Supervisor polls this listener as it polls a kernel's.
 """
@@ -15,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import os
 import stat
 import struct
@@ -23,40 +20,23 @@ import threading
 from collections import deque
 from collections.abc import Iterable
 
-from trivisor.core.errors import BadArgument, CallGone, GuestError, GuestGone, GuestProtocolError, WaitTimeout
+from trivisor.core.errors import BadArgument, CallGone, GuestError, GuestGone, GuestProtocolError
 from trivisor.vos import wire
 from trivisor.vos.process import Process
 from trivisor.vos.processes import Processes
 from trivisor.vos.syscalls import decode
 from trivisor.vos.syscalls.behalf import Wish
+from trivisor.vos.syscalls.carrier import MAX_MESSAGE, REPLY_TIMEOUT, Carrier, Spares
 from trivisor.vos.syscalls.channels import Channels
 from trivisor.vos.syscalls.listener import ARGS, ID, NOTIFICATION, PID, Notification, Returned
 from trivisor.vos.syscalls.table import names, signature
 
-REPLY_TIMEOUT = 10.0
-MAX_MESSAGE = 1 << 20
 _MAX_WAITING = 1 << 16
 """Calls that the guest may have waiting here; it has no more threads."""
 _ATTACH_TIMEOUT = 8.0
-_SEND_TIMEOUT = 5.0
 _AHEAD = 4096
 _READ = 256 << 10
-_HEAD = struct.Struct("<IB")
 _SETFD, _SEND = 2, 1
-
-
-Spares = list[Process]
-"""Builtins of one machine that wait for a token. Appended to and popped from without a lock."""
-MAX_SPARES = 4
-
-
-class _Reply:
-    """What one request waits for."""
-
-    def __init__(self) -> None:
-        self.came = threading.Event()
-        self.errno = errno.EIO
-        self.data = b""
 
 
 class RemoteListener:
@@ -68,29 +48,19 @@ class RemoteListener:
         One that rested is given `token`. `spares` gets it when it rests again.
         """
         self.machine = processes.machine
-        self._spares = spares
-        self._rests: int | None = None
-        """The errno that the builtin rests with, once it does."""
         self.held: set[int] = set()
-        self._process = process
         self._processes = processes
-        self._sending = threading.Lock()
-        self._numbers = itertools.count(1)
-        self._replies: dict[int, _Reply] = {}
         self._wishes: dict[int, Wish] = {}
         self._calls: deque[Notification] = deque()
         self._back: deque[Returned] = deque()
         self._ahead: dict[int, dict[int, bytes]] = {}
-        self._over = False
         self._attached = threading.Event()
         self._bells = (os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK | os.EFD_SEMAPHORE), os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         self._channels = Channels(self._channel_data, self._channel_end)
-        self._reader = threading.Thread(target=self._read_all, name=f"calls from {self.machine}", daemon=True)
-        self._reader.start()
-        with contextlib.suppress(GuestGone):  # it refused already: said below
-            self._send(b"t", ahead, _message(b"a", token) if token else b"")
+        self._carrier = Carrier(process, self.machine, self._message, self._end, spares)
+        self._carrier.start(token, ahead)
         self._attached.wait(_ATTACH_TIMEOUT)
-        if not self._attached.is_set() or self._over:
+        if not self._attached.is_set() or self._carrier.over:
             raise self._refusal()
 
     # -- what Supervisor polls --------------------------------------------------------------------
@@ -108,7 +78,7 @@ class RemoteListener:
         try:
             return self._calls.popleft()
         except IndexError:
-            if self._over:
+            if self._carrier.over:
                 raise GuestGone("the machine's answerer has gone", machine=self.machine) from None
             return None
 
@@ -121,7 +91,7 @@ class RemoteListener:
 
     def valid(self, notification: Notification) -> bool:
         try:
-            self._ask(b"v", struct.pack("<Q", notification[ID]))
+            self._carrier.ask(b"v", struct.pack("<Q", notification[ID]))
         except (OSError, GuestError):
             return False
         return True
@@ -136,7 +106,7 @@ class RemoteListener:
         while size:
             piece = min(size, _READ)
             try:
-                part = self._ask(b"r", self._who(notification) + struct.pack("<QI", address, piece))
+                part = self._carrier.ask(b"r", self._who(notification) + struct.pack("<QI", address, piece))
             except OSError as error:
                 if parts:
                     break
@@ -163,7 +133,7 @@ class RemoteListener:
         for at in range(0, len(data), _READ):
             part = data[at : at + _READ]
             try:
-                self._ask(b"w", self._who(notification) + struct.pack("<Q", address + at) + part)
+                self._carrier.ask(b"w", self._who(notification) + struct.pack("<Q", address + at) + part)
             except OSError as error:
                 raise self._memory_error(error, address) from error
 
@@ -179,10 +149,10 @@ class RemoteListener:
 
     def answer(self, notification: Notification, value: int, error: int, flags: int) -> bool:
         self._ahead.pop(notification[ID], None)
-        if self._over:
+        if self._carrier.over:
             return False
         try:
-            self._send(b"d", struct.pack("<QqiI", notification[ID], value, -error, flags))
+            self._carrier.send(b"d", struct.pack("<QqiI", notification[ID], value, -error, flags))
         except GuestError:
             return False
         return True
@@ -196,10 +166,10 @@ class RemoteListener:
         try:
             if content is None:
                 assert isinstance(source, int)
-                channel = self._number()
+                channel = self._carrier.number()
                 self._channels.add(channel, os.dup(source))
                 try:
-                    made = int.from_bytes(self._ask(b"F", head, channel)[:4], "little", signed=True)
+                    made = int.from_bytes(self._carrier.ask(b"F", head, channel)[:4], "little", signed=True)
                 except BaseException:
                     self._channels.abandon(channel)
                     raise
@@ -207,87 +177,37 @@ class RemoteListener:
                 return made
             if len(content) > MAX_MESSAGE - 64:
                 raise OSError(errno.EFBIG, f"{len(content)} bytes are more than a machine can be given at once")
-            return int.from_bytes(self._ask(b"f", head + content)[:4], "little", signed=True)
+            return int.from_bytes(self._carrier.ask(b"f", head + content)[:4], "little", signed=True)
         except FileNotFoundError as error:
             raise CallGone("the program has gone", machine=self.machine) from error
 
     def hand_off(self, notification: Notification, back: bool) -> None:
-        self._send(b"h", bytes([back]) + NOTIFICATION.pack(*notification))
+        self._carrier.send(b"h", bytes([back]) + NOTIFICATION.pack(*notification))
 
     def behalf(self, wish: Wish) -> None:
         self.held.add(wish.notification[ID])
-        number = self._number()
+        number = self._carrier.number()
         self._wishes[number] = wish
         try:
-            self._send({"P": b"p", "M": b"m", "N": b"N"}[wish.what], struct.pack("<I", number) + wish.body)
+            self._carrier.send({"P": b"p", "M": b"m", "N": b"N"}[wish.what], struct.pack("<I", number) + wish.body)
         except BaseException:
             self._wishes.pop(number, None)
             self.held.discard(wish.notification[ID])
             raise
 
     def close(self) -> None:
-        over, self._over = self._over, True
         self._channels.close()
-        if self._rests is not None:
-            self._spare()
-            return
-        if not over and not self._process.stdin.closed:
-            with contextlib.suppress(GuestError, OSError):
-                self._process.stdin.close()
-        with contextlib.suppress(GuestError):
-            self._process.close()
-        self._end_reader()
-
-    def _spare(self) -> None:
-        """Leave the builtin to the next listener."""
-        self._end_reader()
-        with self._sending:  # nothing of ours is on its way any more
-            spares, self._spares = self._spares, None
-        if spares is not None and len(spares) < MAX_SPARES:
-            spares.append(self._process)
-        elif spares is not None:
-            self._process.stdin.close()
-
-    def _end_reader(self) -> None:
-        if self._reader is not threading.current_thread():
-            self._reader.join(REPLY_TIMEOUT)
+        self._carrier.close()
         bells, self._bells = self._bells, (-1, -1)
         for bell in bells:
             if bell >= 0:
                 os.close(bell)
 
-    # -- inside: what goes ------------------------------------------------------------------------
-
-    def _number(self) -> int:
-        return next(self._numbers) & 0xFFFFFFFF
+    # -- inside -----------------------------------------------------------------------------------
 
     @staticmethod
     def _who(notification: Notification) -> bytes:
         return struct.pack("<QI", notification[ID], notification[PID])
-
-    def _send(self, kind: bytes, body: bytes, before: bytes = b"") -> None:
-        message = before + _message(kind, body)
-        with self._sending:
-            if self._over:
-                raise GuestGone("the machine's answerer has gone", machine=self.machine)
-            try:
-                self._process.stdin.write(message, _SEND_TIMEOUT)
-            except (BrokenPipeError, WaitTimeout, ValueError) as error:
-                raise GuestGone("the machine's answerer has gone", machine=self.machine) from error
-
-    def _ask(self, kind: bytes, body: bytes, number: int | None = None) -> bytes:
-        """Send a request and wait for its reply. Raises OSError with its errno."""
-        number = self._number() if number is None else number
-        reply = self._replies[number] = _Reply()
-        try:
-            self._send(kind, struct.pack("<I", number) + body)
-            if not reply.came.wait(REPLY_TIMEOUT):
-                raise OSError(errno.ETIMEDOUT, "the machine's answerer does not answer")
-        finally:
-            self._replies.pop(number, None)
-        if reply.errno:
-            raise OSError(reply.errno, os.strerror(reply.errno))
-        return reply.data
 
     def _known(self, notification: Notification, address: int) -> bytes | None:
         """Return what came with the call of what is at `address`."""
@@ -307,37 +227,12 @@ class RemoteListener:
 
     # -- inside: what comes -----------------------------------------------------------------------
 
-    def _read_all(self) -> None:
-        buffer = bytearray()
-        try:
-            while part := self._process.stdout.read(_READ):
-                buffer += part
-                at = 0
-                while len(buffer) - at >= 4:
-                    size = int.from_bytes(buffer[at : at + 4], "little")
-                    if not 1 <= size <= MAX_MESSAGE:
-                        raise GuestProtocolError(f"a message of {size} bytes from the answerer", machine=self.machine)
-                    if len(buffer) - at - 4 < size:
-                        break
-                    self._message(buffer[at + 4], bytes(buffer[at + 5 : at + 4 + size]))
-                    at += 4 + size
-                del buffer[:at]
-                if self._rests is not None:
-                    if buffer:
-                        self._rests = None
-                        raise GuestProtocolError("a message from an answerer that rests", machine=self.machine)
-                    break
-        except (GuestError, ValueError, struct.error, OSError):
-            pass  # it is over, whatever it was: all calls fail closed in the machine
-        finally:
-            self._end()
-
     def _message(self, kind: int, body: bytes) -> None:
         if kind == ord("n"):
             self._notified(body)
         elif kind == ord("R"):
             number, code = struct.unpack_from("<Ii", body)
-            self._replied(number, abs(code), body[8:])
+            self._replied(number, abs(code))
         elif kind in (ord("a"), ord("b")):
             came = Returned(struct.unpack("<Q", body)[0], kind == ord("a"))
             if came.answered:
@@ -352,8 +247,6 @@ class RemoteListener:
             self._channels.end(int.from_bytes(body[:4], "little"))
         elif kind == ord("o"):
             self._attached.set()
-        elif kind == ord("x") and self._rests is None:
-            self._rests = abs(struct.unpack("<i", body)[0])
         else:
             raise GuestProtocolError(f"a message of kind {kind} from the answerer", machine=self.machine)
 
@@ -374,42 +267,30 @@ class RemoteListener:
         self._calls.append(notification)
         os.eventfd_write(self._bells[0], 1)
 
-    def _replied(self, number: int, code: int, data: bytes) -> None:
+    def _replied(self, number: int, code: int) -> None:
         wish = self._wishes.pop(number, None)
-        if wish is not None:
+        if wish is not None:  # else it came too late
             self.held.discard(wish.notification[ID])
             self._ahead.pop(wish.notification[ID], None)
             if code or wish.what != "P":
                 self.answer(wish.notification, 0, code, 0)
-            return
-        reply = self._replies.get(number)
-        if reply is not None:
-            reply.errno, reply.data = code, data
-            reply.came.set()
 
     def _end(self) -> None:
-        self._over = True
         self._attached.set()
-        for reply in list(self._replies.values()):
-            reply.came.set()
         self._channels.close()
         with contextlib.suppress(OSError):  # closed meanwhile
             os.eventfd_write(self._bells[0], 1)
 
     def _channel_data(self, channel: int, data: bytes) -> None:
         with contextlib.suppress(GuestError):
-            self._send(b"s", struct.pack("<I", channel) + data)
+            self._carrier.send(b"s", struct.pack("<I", channel) + data)
 
     def _channel_end(self, channel: int) -> None:
         with contextlib.suppress(GuestError):
-            self._send(b"e", struct.pack("<I", channel))
+            self._carrier.send(b"e", struct.pack("<I", channel))
 
     def _refusal(self) -> GuestError:
-        code = self._rests
-        if code is None:
-            with contextlib.suppress(GuestError):
-                self._process.wait(0.5 if self._over else 0.0)
-            code = self._process.poll()
+        code = self._carrier.status()
         self.close()
         if code is None:
             return GuestError("the program's calls cannot be answered: the machine does not attach us", machine=self.machine)
@@ -437,10 +318,6 @@ def dial(processes: Processes, token: bytes, calls: Iterable[str], architecture:
             # It was killed in there: so it knows nothing of the token.
     process = processes.builtin(["answer", token.hex()], stdin=True)
     return RemoteListener(process, processes, ahead, spares=spares)
-
-
-def _message(kind: bytes, body: bytes) -> bytes:
-    return _HEAD.pack(len(body) + 1, kind[0]) + body
 
 
 def read_ahead(calls: Iterable[str], architecture: str) -> bytes:
