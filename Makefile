@@ -16,7 +16,8 @@ bench:  ## every bench, into one table
 	@scripts/in-venv.sh python -m scripts.bench
 
 soak:  ## lives without end for SECONDS_OF_SOAK (default 600), looking for what is left over
-	@scripts/setup.sh demo
+	@scripts/setup.sh test
+	@scripts/in-venv.sh python -m pytest -q -m soak
 	@scripts/in-venv.sh python -m scripts.soak
 
 fuzz:  ## the guest's fuzzers, FUZZ_SECONDS each (default 300)

@@ -199,7 +199,8 @@ int guest_contained(int line, int answer, const struct sock_fprog *filter, bool 
 /* PID 1 that calls its keeper was configured by who started it. What it was given beyond that, its commands get. */
 static int called_begin(void) {
     for (char **pair = environ; *pair; pair++) {
-        int error = env_set(*pair);
+        /* runsc gives a home where none is said: "HOME=" keeps it from that, and every user has the home of passwd. */
+        int error = strcmp(*pair, "HOME=") ? env_set(*pair) : 0;
         if (error) {
             errno = error;
             return -1;

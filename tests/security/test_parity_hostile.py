@@ -101,7 +101,8 @@ def test_lies(wall_home: VmHome, wall: Wall, make: Make, liar: Path, install: In
     with VMM(wall_home.root) as vmm:
         machine = vmm.create("debian", wall=wall, name="liar")
         try:
-            for mode in MODES:
+            # What listens to them is the same keeper and line behind each wall.
+            for mode in MODES if wall == "vm" else MODES[::3]:
                 lie(machine, mode, honest)
         finally:
             machine.delete(force=True)
@@ -112,9 +113,8 @@ def lie(machine: Machine, mode: str, honest: Machine) -> None:
     assert machine.exec(["echo", "honest"], timeout=BOUND).text == "honest\n"
     folder = Path(machine.info()["folder"])
     keeper = int((folder / "keeper").read_text().split()[0])
-    for _ in range(2):
-        said = outcome(machine, mode)
-        assert said != "answered" or mode in ("wrong end", "short end"), mode
+    said = outcome(machine, mode)
+    assert said != "answered" or mode in ("wrong end", "short end"), mode
     if machine.state is State.RUNNING:
         status = Path(f"/proc/{keeper}/status").read_text()
         resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))

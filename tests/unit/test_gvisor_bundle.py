@@ -137,7 +137,7 @@ def test_who_it_is_lies_over_its_root_and_no_other() -> None:
     assert texts["/etc/resolv.conf"] == ("0644", "nameserver 10.0.0.1\n")
     assert set(texts) == {"/etc/hostname", "/etc/hosts", "/etc/machine-id", "/etc/resolv.conf"}
     env = bundle.config(hostname="web", memory=0, env={"A": "b=c", "PATH": "/x"})["process"]["env"]
-    assert env == ["PATH=/x", "A=b=c"]
+    assert env == ["PATH=/x", "HOME=", "A=b=c"]
 
 
 def test_volumes_are_shown_with_their_ids() -> None:

@@ -18,7 +18,7 @@ from trivisor.vos.line import Line
 from trivisor.vos.processes import Processes
 from trivisor.vos.wire import Type
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", "15"))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", "6"))
 STAT = struct.pack("<IQIIQ", 0o100644, 5, 0, 0, 0) + wire.string("")
 TREE = b"d" + wire.string("") + bytes(20) + b"f" + wire.string("name") + bytes(20) + struct.pack("<Q", 4) + b"four" + b"e"
 

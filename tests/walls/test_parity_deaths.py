@@ -283,7 +283,7 @@ def test_an_engine_that_hangs(make: Make) -> None:
     assert machine.files.read_text("/root/file") == "kept\n"
 
 
-@pytest.mark.walls("vm", "container")
+@pytest.mark.walls("container")
 @pytest.mark.usefixtures("impatient")
 def test_a_keeper_that_hangs(make: Make) -> None:
     machine = make()

@@ -170,7 +170,7 @@ def test_ttl(make: Make) -> None:
     assert machine.exec(["true"]).ok
 
 
-@pytest.mark.walls("vm", "container")  # the keeper's own clock, and its ten seconds of grace
+@pytest.mark.walls("container")  # the keeper's own clock, and its ten seconds of grace
 def test_ttl_of_a_paused_machine(make: Make) -> None:
     """A frozen guest cannot power itself off: it is switched off when its grace is over, not before its time and not never."""
     machine = make(ttl=1)

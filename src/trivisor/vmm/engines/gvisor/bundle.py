@@ -58,7 +58,7 @@ def config(
         "root": {"path": root},
         "process": {
             "args": list(argv),
-            "env": [f"{key}={value}" for key, value in ({"PATH": _PATH} | dict(env or {})).items()],
+            "env": [f"{key}={value}" for key, value in ({"PATH": _PATH, "HOME": ""} | dict(env or {})).items()],
             "cwd": "/",
             "user": {"uid": 0, "gid": 0},
             "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), caps),
