@@ -67,6 +67,7 @@ __all__ = [
     "InvalidState",
     "Machine",
     "NotFound",
+    "OverBudget",
     "Policy",
     "Spec",
     "State",

@@ -7,10 +7,12 @@
     │   ├── NotFound             no such machine, image, file or process
     │   ├── AlreadyExists        the name is taken
     │   ├── Busy                 another operation holds the machine
+    │   ├── RecipeError          a Containerfile says what no build can do; the error names the line
     │   └── UnsupportedByWall    this wall cannot; the error names the walls that can
     ├── HostError                the host, or a program on it, failed
     │   ├── EngineError          a program failed: command, exit status, last output
     │   ├── HostLacks            something is not installed or not permitted here
+    │   ├── OverBudget           the home's memory budget has no room; the error names who holds what
     │   ├── StorageError         the disk is full, the home is read-only, a file is damaged
     │   └── ImageError           an image that cannot be read or is not safe to unpack
     └── GuestError               what runs in the machine failed or misbehaved
@@ -55,6 +57,8 @@ class InvalidSpec(CallerError, ValueError):
     """A value that no machine can have."""
 
 
+_NAMED = 5
+"""Holders of memory that an error names."""
 _ON_A_MACHINE = {
     "exec": "run a command in",
     "spawn": "run a command in",
@@ -104,6 +108,15 @@ class Busy(CallerError):
         )
 
 
+class RecipeError(CallerError):
+    """The Containerfile `file` says at `line` (from 1) what no build can do."""
+
+    def __init__(self, file: str, line: int, message: str, *, hint: str = "") -> None:
+        self.file = file
+        self.line = line
+        super().__init__(f"{file}:{line}: {message}", hint=hint)
+
+
 class UnsupportedByWall(CallerError):
     """`wall` cannot do `what`; `walls` lists those that can."""
 
@@ -140,6 +153,21 @@ class EngineError(HostError):
 
 class HostLacks(HostError):
     """Something that is needed is not installed or not permitted; `hint` is the remedy."""
+
+
+class OverBudget(HostError):
+    """The home's memory budget has no room for `wanted` bytes: `lacking` are missing. `holders` are (name, bytes), the largest first."""
+
+    def __init__(self, budget: int, wanted: int, holders: Sequence[tuple[str, int]], lacking: int) -> None:
+        self.budget = budget
+        self.wanted = wanted
+        self.holders = tuple(holders)
+        self.lacking = lacking
+        named = ", ".join(f"{name} {size >> 20}M" for name, size in self.holders[:_NAMED])
+        more = f" and {len(self.holders) - _NAMED} more" if len(self.holders) > _NAMED else ""
+        message = f"{wanted >> 20}M do not fit into the home's memory budget of {budget >> 20}M"
+        hint = "stop or pause one of them, or raise the budget" if holders else "raise the budget, or ask for less"
+        super().__init__(f"{message}: held by {named}{more}" if holders else message, hint=hint)
 
 
 class StorageError(HostError):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
 
-from trivisor.launch.cgroup_place import Place
+from trivisor.launch.cgroup_place import Place, write
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,20 @@ def read(place: Place) -> MemoryUse:
         major_faults=stat.get("total_pgmajfault", 0),
         pressure=None,
     )
+
+
+def reclaim(place: Place, size: int) -> int:
+    """Have the kernel take back `size` bytes of what a group holds: files that it read, and where there is swap the rest; return how many
+    it took. Version 1 takes all that it can, whatever `size` is."""
+    before = _used(place)
+    # EAGAIN, EBUSY: less than was asked for. A kernel before 5.19 has no memory.reclaim.
+    with contextlib.suppress(OSError):
+        write(place.path / ("memory.reclaim" if place.unified else "memory.force_empty"), str(size) if place.unified else "0")
+    return max(0, before - _used(place))
+
+
+def _used(place: Place) -> int:
+    return place.number("memory.current" if place.unified else "memory.usage_in_bytes")
 
 
 def waited(text: str) -> float | None:

@@ -197,6 +197,11 @@ class Cgroup:
         for name in reversed(names) if growing else names:
             self._limit(limits, name, home)
 
+    def reclaim(self, size: int) -> int:
+        """Have the kernel take back up to `size` bytes from it; return how many it took. 0 where memory is not counted."""
+        place = self._of("memory")
+        return cgroup_memory.reclaim(place, size) if place is not None else 0
+
     def counters(self) -> Counters:
         """Return how often limits were met."""
         memory, pids = self._of("memory"), self._of("pids")

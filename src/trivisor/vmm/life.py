@@ -24,7 +24,7 @@ from trivisor.core.undo import Undo
 from trivisor.images.catalog import Image
 from trivisor.launch import keeper
 from trivisor.launch.net import provide
-from trivisor.vmm import devices, limits, locks, reconcile, shares
+from trivisor.vmm import budget, devices, limits, locks, reconcile, shares
 from trivisor.vmm.context import Context, pin_owner
 from trivisor.vmm.engine import Progress
 from trivisor.vmm.records import Row
@@ -72,7 +72,8 @@ def start(context: Context, machine: str, progress: Progress) -> Row:
         if row.spec.wall != "vm":
             context.images.tree(row.digest, progress)
         shares.prepare(context.home, row.spec.volumes)
-        undo.add("record", lambda: context.records.update(row.id, state=row.state, **_IDLE))
+        undo.add("record", lambda: context.records.update(row.id, state=row.state, granted=0, **_IDLE))
+        budget.admit(context, row.id, row.spec.memory)
         _clear(context, row)
         limits.clear(context, row)
         undo.add("cgroup", lambda: limits.clear(context, row))
@@ -91,11 +92,12 @@ def pause(context: Context, machine: str) -> Row:
     """Freeze the machine: when this returns no guest instruction runs."""
     with operation(context, machine, "pause") as row:
         context.engine(row.spec.wall, row.name).pause(context.box(row))
-        return context.records.update(row.id, state=State.PAUSED, event=("paused", ""), **_IDLE) or row
+        return context.records.update(row.id, state=State.PAUSED, granted=0, event=("paused", ""), **_IDLE) or row
 
 
 def resume(context: Context, machine: str) -> Row:
     with operation(context, machine, "resume") as row:
+        budget.admit(context, row.id, row.spec.memory)
         context.engine(row.spec.wall, row.name).resume(context.box(row))
         return context.records.update(row.id, state=State.RUNNING, event=("resumed", ""), **_IDLE) or row
 

@@ -103,7 +103,7 @@ class Machine:
     def start(self, *, progress: Progress | None = None) -> None:
         """Run it, and return when its guest answers. `progress` is told what takes time.
 
-        Raises InvalidState, Busy, HostLacks, EngineError (with the end of the engine's output), StorageError.
+        Raises InvalidState, Busy, HostLacks, OverBudget, EngineError (with the end of the engine's output), StorageError.
         """
         network.started(self._context, life.start(self._context, self.id, progress or (lambda _: None)))
         self.devices.settle()
@@ -113,7 +113,7 @@ class Machine:
         life.pause(self._context, self.id)
 
     def resume(self) -> None:
-        """Let it go on. Raises InvalidState, Busy, EngineError."""
+        """Let it go on. Raises InvalidState, Busy, OverBudget, EngineError."""
         life.resume(self._context, self.id)
 
     def stop(self, timeout: float = 10.0) -> None:

@@ -21,6 +21,7 @@ from trivisor.core.spec import HOST_IMAGE, WALLS, Spec, Wall
 from trivisor.images.catalog import Images
 from trivisor.vmm import life, limits, names, reconcile, shares
 from trivisor.vmm import sweep as sweeping
+from trivisor.vmm.budget import MemoryBudget, possible
 from trivisor.vmm.choice import choose
 from trivisor.vmm.context import Context
 from trivisor.vmm.engine import Engine, Progress, WallReport
@@ -44,10 +45,13 @@ class VMM:
     """The virtual machine manager of the home at `home` (default: `$TRIVISOR_HOME`, else the XDG data folder).
 
     Opening it removes what a crash left. Thread-safe, and usable after a fork. `engines` replaces the
-    walls' engines. Raises StorageError for a home that cannot be used.
+    walls' engines. `memory_budget` ("8G") is kept in the home, as `vmm.budget.set` does. Raises StorageError for a home that cannot be
+    used.
     """
 
-    def __init__(self, home: Path | str | None = None, *, engines: Iterable[Engine] | None = None) -> None:
+    def __init__(
+        self, home: Path | str | None = None, *, memory_budget: int | str | None = None, engines: Iterable[Engine] | None = None
+    ) -> None:
         place = Home(Path(home).absolute() if home is not None else default_home())
         place.open()
         chosen: list[Engine] = list(engines) if engines is not None else [VmEngine(place), GvisorEngine(place), ContainerEngine(place)]
@@ -58,6 +62,8 @@ class VMM:
             images=Images(place, noted=lambda image: records.note("image-imported", f"{image.name} from {image.source}")),
             engines={engine.wall: engine for engine in chosen},
         )
+        if memory_budget is not None:
+            self.budget.set(memory_budget)
         sweeping.sweep(self._context)
 
     @property
@@ -69,6 +75,11 @@ class VMM:
         return self._context.images
 
     @property
+    def budget(self) -> MemoryBudget:
+        """The memory that the machines of the home may have together."""
+        return MemoryBudget(self._context)
+
+    @property
     def volumes(self) -> Volumes:
         """The named volumes of the home."""
         return Volumes(self._context.home, self._context.records.rows)
@@ -78,7 +89,7 @@ class VMM:
 
         `syscalls` may be a Policy: its rules and paths are the machine's, its handlers answer the commands that this process starts.
 
-        Raises InvalidSpec, NotFound (image), AlreadyExists (name), UnsupportedByWall, HostLacks, StorageError.
+        Raises InvalidSpec, NotFound (image), AlreadyExists (name), UnsupportedByWall, HostLacks, OverBudget, StorageError.
         """
         chosen = self._wall(wall)
         spec: dict[str, Any] = {**keywords}
@@ -87,6 +98,7 @@ class VMM:
             raise UnsupportedByWall("run on the host's own root", chosen, [wall for wall in self._context.engines if wall != "vm"])
         found = self._context.images.get(image)
         self._context.engine(chosen).check(wishes)
+        possible(self._context, wishes.memory)
         handlers = self._handlers(wishes, spec.get("syscalls"))
         if wishes.volumes:
             spec["volumes"] = shares.settle(self._context.home, wishes.volumes)

@@ -15,7 +15,7 @@ from trivisor.core.spec import checked
 from trivisor.core.state import State
 from trivisor.core.units import parse_size
 from trivisor.launch.cgroups import Cgroup, Limits
-from trivisor.vmm import life, locks, reconcile
+from trivisor.vmm import budget, life, locks, reconcile
 from trivisor.vmm.context import Context
 from trivisor.vmm.records import Row
 from trivisor.vos.files import Files
@@ -70,14 +70,16 @@ def stats(context: Context, row: Row, files: Callable[[], Files]) -> MemoryStats
 
 
 def limit(context: Context, machine: str, wish: int | str) -> None:
-    """Change what a machine may have: now, if it runs, and from its next start on. Raises InvalidSpec, UnsupportedByWall, HostLacks."""
+    """Change what a machine may have: now, if it runs, and from its next start on. Raises InvalidSpec, UnsupportedByWall, HostLacks,
+    OverBudget."""
     size = parse_size(wish, "memory")
     with life.operation(context, machine, "limit") as row:
         asked = (*(name for name in row.spec.asked if name != "memory"), "memory")
         spec = checked(msgspec.structs.replace(row.spec, memory=size, asked=asked))
         context.engine(spec.wall, row.name).check(spec)
         if row.state in reconcile.LIVE:
-            _enforce(context, msgspec.structs.replace(row, spec=spec))
+            with budget.changing(context, row, size):
+                _enforce(context, msgspec.structs.replace(row, spec=spec))
         context.records.update(row.id, spec=spec, event=("limit", f"memory is {size} bytes, was {row.spec.memory}"), **_IDLE)
 
 

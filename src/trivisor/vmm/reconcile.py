@@ -100,6 +100,7 @@ def ended(context: Context, row: Row) -> Row | None:
         ended=verdict.time or time.time(),
         operation="",
         operator=None,
+        granted=0,
     )
 
 
@@ -202,7 +203,8 @@ def _recover(context: Context, row: Row) -> Row | None:
         networks.leave(context.home, row.spec.network, row.name)
     elif keeper.alive(folder):
         state = standing(context, row)
-    return _put_right(context, row, ("swept", f"{row.operation} was cut short"), state=state, operation="", operator=None)
+    granted = row.granted if state is State.RUNNING else 0
+    return _put_right(context, row, ("swept", f"{row.operation} was cut short"), state=state, operation="", operator=None, granted=granted)
 
 
 def _settle_without_folder(context: Context, row: Row) -> Row | None:
@@ -220,7 +222,7 @@ def _settle_without_folder(context: Context, row: Row) -> Row | None:
                 return settle_held(context, fresh.id)
         except (Busy, locks.FolderGone):
             return context.records.row(fresh.id)
-    lost: dict[str, Any] = {"state": State.FAILED, "reason": "its folder is gone", "operation": "", "operator": None}
+    lost: dict[str, Any] = {"state": State.FAILED, "reason": "its folder is gone", "operation": "", "operator": None, "granted": 0}
     return _put_right(context, fresh, ("failed", "its folder is gone"), **lost)
 
 

@@ -20,7 +20,7 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,10 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             name TEXT NOT NULL, detail TEXT NOT NULL) STRICT""",
     ),
     ("ALTER TABLE machines ADD COLUMN oom_kills INTEGER NOT NULL DEFAULT 0",),
+    (
+        "ALTER TABLE machines ADD COLUMN granted INTEGER NOT NULL DEFAULT 0",
+        "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
+    ),
 )
 
 
@@ -79,6 +83,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """What the engine said of its last start."""
     oom_kills: int = 0
     """Processes that the host's kernel killed in its current or last life, because its memory limit was met."""
+    granted: int = 0
+    """Bytes that it holds of the home's memory budget (vmm/budget.py); 0 while it is paused or does not run, or if it began without one."""
 
 
 _COLUMNS = Row.__struct_fields__
@@ -171,6 +177,25 @@ class Records:
                 _add_event(connection, "oom", machine, known[1], detail)
             found = connection.execute(f"{_SELECT} WHERE id = ?", (machine,)).fetchone()
             return _row(found) if found else None
+
+    def grant(self, machine: str, decide: Callable[[list[Row]], int]) -> None:
+        """Write down what `decide` grants a machine, with no other record changing between its look at all of them and that."""
+        with self._writing() as connection:
+            granted = decide([_row(values) for values in connection.execute(_SELECT)])
+            connection.execute("UPDATE machines SET granted = ? WHERE id = ?", (granted, machine))
+
+    def setting(self, name: str) -> str | None:
+        """Return a setting of the home, None if it has no such."""
+        with self._connected() as connection:
+            found = connection.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
+            return str(found[0]) if found else None
+
+    def set_setting(self, name: str, value: str | None) -> None:
+        """Change a setting, for all processes; None takes it away."""
+        with self._writing(durable=True) as connection:
+            connection.execute("DELETE FROM settings WHERE name = ?", (name,))
+            if value is not None:
+                connection.execute("INSERT INTO settings (name, value) VALUES (?, ?)", (name, value))
 
     def remove(self, row: Row, event: tuple[str, str] | None = None) -> None:
         """Strike a machine out. That it is gone already is no error."""
