@@ -1,0 +1,1 @@
+"""Virtualised applications: built, deployed and managed on machines."""
