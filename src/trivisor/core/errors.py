@@ -14,6 +14,7 @@
     │   ├── HostLacks            something is not installed or not permitted here
     │   ├── OverBudget           the home's memory budget has no room; the error names who holds what
     │   ├── StorageError         the disk is full, the home is read-only, a file is damaged
+    │   ├── RegistryError        a registry, or the way to it, failed: its status
     │   └── ImageError           an image that cannot be read or is not safe to unpack
     └── GuestError               what runs in the machine failed or misbehaved
         ├── ExecTimeout          a command outlived its timeout and was killed
@@ -172,6 +173,15 @@ class OverBudget(HostError):
 
 class StorageError(HostError):
     """The disk is full, the home is read-only, or a stored file is damaged."""
+
+
+class RegistryError(HostError):
+    """A registry, or the network on the way to it, failed. `status` is its HTTP status, 0 if it gave none; `transient`: later it may not."""
+
+    def __init__(self, message: str, *, status: int = 0, hint: str = "", transient: bool = False) -> None:
+        self.status = status
+        self.transient = transient
+        super().__init__(message, hint=hint)
 
 
 class ImageError(HostError):
