@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import socket
 import struct
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from usb_support import HELLO, attached, bulk
 
 from trivisor.core.errors import InvalidSpec, InvalidState
 from trivisor.vos.devices import Endpoint, Interface, Keyboard, Mouse, Setup, Stall, Tablet, UsbDevice
 from trivisor.vos.devices import usbredir as wire
 from trivisor.vos.devices.serving import ProtocolError
 from trivisor.vos.devices.usbredir import Session, Status, Type
-
-HELLO = struct.pack("<III", 0, 68, 0) + b"engine".ljust(64, b"\0") + struct.pack("<I", 1 << 4 | 1 << 5 | 1 << 6)
-
-
-def control(kind: int, request: int, value: int = 0, length: int = 0, data: bytes = b"", *, number: int = 1) -> bytes:
-    endpoint = kind & 0x80
-    return wire.packet(Type.CONTROL, number, wire.CONTROL.pack(endpoint, request, kind, 0, value, 0, length), data)
-
-
-def bulk(endpoint: int, length: int, data: bytes = b"", *, number: int = 1) -> bytes:
-    return wire.packet(Type.BULK, number, wire.BULK.pack(endpoint, 0, length & 0xFFFF, 0, length >> 16), data)
 
 
 class Thing(UsbDevice):
@@ -57,50 +44,6 @@ class Thing(UsbDevice):
 
     def reset(self) -> None:
         self.resets += 1
-
-
-class Engine:
-    """The other end, which has met the device."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.socket = sock
-        sock.settimeout(10)
-        assert self.take(80)[:4] == bytes(4)
-        sock.sendall(HELLO)
-        assert [self.packet()[0] for _ in range(3)] == [Type.INTERFACE_INFO, Type.EP_INFO, Type.DEVICE_CONNECT]
-
-    def take(self, size: int) -> bytes:
-        data = b""
-        while len(data) < size:
-            piece = self.socket.recv(size - len(data))
-            if not piece:
-                raise EOFError
-            data += piece
-        return data
-
-    def packet(self) -> tuple[int, int, bytes]:
-        kind, length, number = struct.unpack("<IIQ", self.take(16))
-        return kind, number, self.take(length)
-
-    def control(self, kind: int, request: int, value: int = 0, length: int = 255) -> tuple[int, bytes]:
-        self.socket.sendall(control(kind, request, value, length))
-        _, _, body = self.packet()
-        return body[3], body[10:]
-
-    def bulk(self, endpoint: int, length: int, data: bytes = b"") -> tuple[int, bytes]:
-        self.socket.sendall(bulk(endpoint, length, data))
-        _, _, body = self.packet()
-        return body[1], body[10:]
-
-
-@contextmanager
-def attached(device: UsbDevice) -> Iterator[Engine]:
-    ours, theirs = socket.socketpair()
-    server = device.serve(ours, "name")
-    with theirs:
-        yield Engine(theirs)
-    server.close()
-    assert not server.open
 
 
 def test_enumeration() -> None:

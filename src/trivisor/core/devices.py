@@ -70,6 +70,8 @@ class Served:
     kind: Literal["block", "char", "usb"]
     """block: an NBD server's other end. char: a stream of bytes. usb: the host's side of a redirected USB device."""
     readonly: bool = False
+    disk: bool = False
+    """Of usb: the guest finds a disk in it."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from trivisor.vos.devices.block import BlockDevice
 from trivisor.vos.devices.char import CharDevice
 from trivisor.vos.devices.input import Keyboard, Mouse, Tablet
 from trivisor.vos.devices.service import Attached, Devices
+from trivisor.vos.devices.storage import UsbStorage
 from trivisor.vos.devices.usb import Endpoint, Interface, Setup, UsbDevice
 from trivisor.vos.devices.usbredir import Stall
 
@@ -25,4 +26,5 @@ __all__ = [
     "Stall",
     "Tablet",
     "UsbDevice",
+    "UsbStorage",
 ]

@@ -61,12 +61,7 @@ class BlockDevice:
 
     def _answer(self, request: Request) -> bytes:
         if request.command is Command.READ:
-            data = self.read(request.offset, request.length)
-            if not isinstance(data, bytes | bytearray | memoryview) or memoryview(data).nbytes != request.length:
-                raise ValueError(
-                    f"read({request.offset}, {request.length}) returned {type(data).__name__} that is not {request.length} bytes"
-                )
-            return reply(request.cookie, 0, bytes(data))
+            return reply(request.cookie, 0, exactly(self.read(request.offset, request.length), request.offset, request.length))
         if request.command is Command.WRITE:
             self.write(request.offset, request.data)
             if request.fua:
@@ -76,3 +71,10 @@ class BlockDevice:
         else:
             self.flush()
         return reply(request.cookie)
+
+
+def exactly(data: object, offset: int, length: int) -> bytes:
+    """Return what `read(offset, length)` returned. Raises ValueError for what is no such range."""
+    if not isinstance(data, bytes | bytearray | memoryview) or memoryview(data).nbytes != length:
+        raise ValueError(f"read({offset}, {length}) returned {type(data).__name__} that is not {length} bytes")
+    return bytes(data)

@@ -204,6 +204,8 @@ class Devices:
 
 
 def _place(device: Device) -> str:
+    if isinstance(device, Served):
+        return "usb-storage" if device.disk else device.kind
     if not isinstance(device, Disk):
         return kind_of(device)
     return "usb-storage" if device.bus == "usb" else device.bus

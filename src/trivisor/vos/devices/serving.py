@@ -64,7 +64,8 @@ class Session(Protocol[R_co]):
 
 
 class Server(Generic[R]):
-    """Serves one connection by `answer` until either end closes. `failed` is told what a function raised."""
+    """Serves one connection by `answer` until either end closes. `failed` is told what a function raised; `late` says what
+    one is answered with that took too long."""
 
     def __init__(
         self,
@@ -73,12 +74,14 @@ class Server(Generic[R]):
         answer: Callable[[R], bytes],
         timeout: float,
         failed: Callable[[BaseException], None],
+        late: Callable[[R, BaseException], bytes] | None = None,
     ) -> None:
         self._socket = sock
         self._session = session
         self._answer = answer
         self._timeout = timeout
         self._failed = failed
+        self._late = late or (lambda request, error: request.failed(error))
         self._queue: queue.SimpleQueue[R | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._sending = threading.Lock()
@@ -174,7 +177,7 @@ class Server(Generic[R]):
         for _, request in late:
             error = TimeoutError(f"{request.what} took over {self._timeout:g} s")
             self._failed(error)
-            self._send(request.failed(error))
+            self._send(self._late(request, error))
         if hire:
             self._hire()
         elif late:

@@ -26,6 +26,8 @@ from trivisor.vos.devices.usbredir import NO_ENDPOINT, Packet, Session, Stall, S
 KEPT = 16
 MAX_QUEUED = 16 << 20
 """Bytes that `send` keeps for a guest that does not read."""
+MAX_READS = 256
+"""Reads of an endpoint that wait for data."""
 _KINDS = {"bulk": 2, "interrupt": 3}
 _SPEEDS = {"full": 1, "high": 2}
 
@@ -102,6 +104,23 @@ class UsbDevice:
             raise InvalidState("", "not attached", "send to the guest", ["attached"])
         self._line.send(endpoint, data)
 
+    def take_back(self, endpoint: int) -> None:
+        """Forget what is queued for an IN endpoint and has not been read."""
+        if self._line is not None:
+            self._line.take_back(endpoint)
+
+    def halt(self, endpoint: int) -> None:
+        """Refuse every transfer at an endpoint until the guest clears the halt (USB 2.0, 9.4.5), or resets the device."""
+        if self._line is not None:
+            self._line.halt(endpoint)
+
+    def late(self, endpoint: int) -> bool:
+        """Learn that `received` has taken too long for what the guest sent to `endpoint`: that transfer fails, unless this returns True.
+
+        Called while `received` still runs, which may not be waited for.
+        """
+        return False
+
     def served(self) -> Served:
         """Return what the machine is told about it."""
         return Served("usb")
@@ -123,10 +142,11 @@ class _Line:
         self._queues: dict[int, deque[bytes]] = {}
         self._waiting: dict[int, deque[Packet]] = {}
         self._receiving: set[int] = set()
+        self._halted: set[int] = set()
         self._configuration = 1
         self._number = 0
         announce = _info(device) + packet(Type.DEVICE_CONNECT, 0, _connect(device))
-        self.server = Server(sock, Session(announce), self._answer, device.timeout, self._failed)
+        self.server = Server(sock, Session(announce), self._answer, device.timeout, self._failed, self._late)
 
     def send(self, endpoint: int, data: bytes) -> None:
         kind = next((one.kind for face in self._device.interfaces for one in face.endpoints if one.address == endpoint), None)
@@ -139,6 +159,20 @@ class _Line:
             queued.append(bytes(data))
             out = self._match(endpoint)
         self.server.push(out)
+
+    def take_back(self, endpoint: int) -> None:
+        with self._lock:
+            self._queues.pop(endpoint, None)
+
+    def halt(self, endpoint: int) -> None:
+        with self._lock:
+            self._halted.add(endpoint)
+            out = b"".join(asked.answer(Status.STALL) for asked in self._waiting.pop(endpoint, ()))
+        self.server.push(out)
+
+    def _late(self, asked: Packet, error: BaseException) -> bytes:
+        outward = asked.kind in (Type.BULK, Type.INTERRUPT) and not asked.endpoint & 0x80
+        return asked.answer(Status.SUCCESS) if outward and self._device.late(asked.endpoint) else asked.failed(error)
 
     def _failed(self, error: BaseException) -> None:
         if not isinstance(error, Stall):
@@ -163,12 +197,7 @@ class _Line:
         if asked.kind is Type.CONTROL:
             return self._control(asked)
         if asked.kind in (Type.BULK, Type.INTERRUPT):
-            if not asked.endpoint & 0x80:
-                self._device.received(asked.endpoint, asked.data)
-                return asked.answer(Status.SUCCESS)
-            with self._lock:
-                self._waiting.setdefault(asked.endpoint, deque()).append(asked)
-                return self._match(asked.endpoint)
+            return self._transfer(asked)
         if asked.kind is Type.CANCEL:
             return self._cancel(asked.number)
         if asked.kind is Type.RESET:
@@ -176,9 +205,23 @@ class _Line:
                 self._queues.clear()
                 self._waiting.clear()
                 self._receiving.clear()
+                self._halted.clear()
             self._device.reset()
             return b""
         return self._state(asked)
+
+    def _transfer(self, asked: Packet) -> bytes:
+        with self._lock:
+            if asked.endpoint in self._halted:
+                return asked.answer(Status.STALL)
+            if asked.endpoint & 0x80:
+                waiting = self._waiting.setdefault(asked.endpoint, deque())
+                if len(waiting) >= MAX_READS:
+                    return asked.answer(Status.IO_ERROR)
+                waiting.append(asked)
+                return self._match(asked.endpoint)
+        self._device.received(asked.endpoint, asked.data)
+        return asked.answer(Status.SUCCESS)
 
     def _state(self, asked: Packet) -> bytes:
         """Configurations, settings, and which interrupts are wanted."""
@@ -207,18 +250,21 @@ class _Line:
 
     def _control(self, asked: Packet) -> bytes:
         _, request, kind, _, value, index, length = usbredir.CONTROL.unpack(asked.head)
-        standard = self._standard(kind, request, value)
+        standard = self._standard(kind, request, value, index & 0xFF)
         data = self._device.control(Setup(kind, request, value, index, length), asked.data) if standard is None else standard
         if not isinstance(data, bytes | bytearray):
             raise TypeError(f"control returned {type(data).__name__}, not bytes")
         return asked.answer(Status.SUCCESS, bytes(data[:length]))
 
-    def _standard(self, kind: int, request: int, value: int) -> bytes | None:
+    def _standard(self, kind: int, request: int, value: int, endpoint: int) -> bytes | None:
         """Return the answer to a standard request that is the same for every device, None for others."""
         if kind == 0x80 and request == 6:
             return descriptor(self._device, value >> 8, value & 0xFF)
         if kind in (0x80, 0x81, 0x82) and request == 0:
-            return bytes(2)
+            return bytes([kind == 0x82 and endpoint in self._halted, 0])
+        if kind == 0x02 and value == 0 and request in (1, 3):
+            with self._lock:
+                (self._halted.discard if request == 1 else self._halted.add)(endpoint)
         return b"" if kind in (0x00, 0x01, 0x02) and request in (1, 3) else None
 
 
