@@ -131,11 +131,14 @@ class _Reader:
 
     def instruction(self, escape: str) -> Instruction | None:
         """Read the next instruction, and here-documents behind it; None at the end."""
-        self._skip()
-        if self._at >= len(self._lines):
-            return None
-        line = self._at + 1
-        found = _instruction(self._name, line, self._logical(escape), escape)
+        text, line = "", 0
+        while not text:  # an escape alone on its line is one, too
+            self._skip()
+            if self._at >= len(self._lines):
+                return None
+            line = self._at + 1
+            text = self._logical(escape)
+        found = _instruction(self._name, line, text, escape)
         if found.name not in _HEREDOCS or found.words is not None or "<<" not in found.text:
             return found
         return replace(found, heredocs=tuple(self._heredoc(line, *opening) for opening in _openings(found, self._name, escape)))
