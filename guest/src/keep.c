@@ -24,7 +24,7 @@
 enum { REAP_MS = 5000, MAX_FD = 65535, DRAIN_READS = 256, TRIM_BYTES = 128 * 1024 };
 
 static struct keeper keeper = {
-    .line = {.fd = -1}, .listener = {.fd = -1}, .signals = {.fd = -1}, .owner = {.fd = -1}, .ready = {.fd = -1},
+    .line = {.fd = -1}, .listener = {.fd = -1}, .signals = {.fd = -1}, .owner = {.fd = -1}, .oom = {.fd = -1}, .ready = {.fd = -1},
     .dialled = {.fd = -1}, .intake = {.fd = -1}, .answer_listen = {.fd = -1}, .answer_log = -1,
     .folder = -1, .alive = -1, .init_log = {.file = -1},
     .ttl = INT64_MAX, .idle = INT64_MAX, .grace = 10000, .kill_at = INT64_MAX, .sync_at = INT64_MAX, .lose_at = INT64_MAX,
@@ -98,7 +98,7 @@ static bool take(struct keeper *k, const struct op *op) {
         {"folder", &k->folder, NULL},  {"alive", &k->alive, NULL},    {"listen", &k->listener.fd, NULL},
         {"line", &k->line.fd, NULL},   {"ready", &k->ready.fd, NULL}, {"owner", &k->owner.fd, NULL},
         {"ttl", NULL, &k->ttl},        {"idle", NULL, &k->idle},      {"grace", NULL, &k->grace},
-        {"line-listen", &k->dialled.fd, NULL}, {"answer", &k->intake.fd, NULL}, {"answer-listen", &k->answer_listen.fd, NULL},
+        {"line-listen", &k->dialled.fd, NULL}, {"answer", &k->intake.fd, NULL}, {"answer-listen", &k->answer_listen.fd, NULL}, {"oom", &k->oom.fd, NULL},
     };
     if (!strcmp(op->words[0], "log"))
         return take_log(k, op);
@@ -162,7 +162,7 @@ static void detach(void) {
 static void close_others(const struct keeper *k) {
     int mine[KEEP_LOGS * 2 + 16], n = 0;
     const int fixed[] = {k->folder, k->alive, k->listener.fd, k->line.fd, k->ready.fd, k->owner.fd, k->dialled.fd,
-                         k->init_log.file, k->intake.fd, k->answer_listen.fd};
+                         k->init_log.file, k->intake.fd, k->answer_listen.fd, k->oom.fd};
     for (size_t i = 0; i < sizeof fixed / sizeof *fixed; i++)
         mine[n++] = fixed[i];
     for (size_t i = 0; i < k->log_count; i++) {
@@ -238,10 +238,11 @@ static void signal_event(struct watch *w, uint32_t events) {
     reap(&keeper);
 }
 
-static void owner_event(struct watch *w, uint32_t events) {
+/* What the machine does not outlive: its owner, or the end of its memory. */
+static void gone_event(struct watch *w, uint32_t events) {
     (void)events;
     loop_close(w);
-    keep_kill(&keeper, "owner");
+    keep_kill(&keeper, w == &keeper.oom ? "out of memory" : "owner");
 }
 
 /* Nobody reads what we report any more: whoever was starting the machine died before it was one. */
@@ -263,13 +264,15 @@ static bool open_loop(struct keeper *k) {
     if (loop_open() < 0 || (k->signals.fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK)) < 0)
         return false;
     k->signals.on = signal_event;
-    k->owner.on = owner_event;
+    k->owner.on = k->oom.on = gone_event;
     k->ready.on = ready_event;
     set_nonblocking(k->line.fd >= 0 ? k->line.fd : k->dialled.fd);
     set_nonblocking(k->listener.fd);
     loop_add(&k->signals, EPOLLIN);
     if (k->owner.fd >= 0)
         loop_add(&k->owner, EPOLLIN);
+    if (k->oom.fd >= 0)
+        loop_add(&k->oom, EPOLLIN);
     if (k->ready.fd >= 0)
         loop_add(&k->ready, 0);
     for (size_t i = 0; i < k->log_count; i++) {

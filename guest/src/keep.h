@@ -42,6 +42,7 @@ struct process {
 struct keeper {
     struct mux mux;
     struct watch line, listener, signals, owner, ready;
+    struct watch oom;     /* an eventfd: the machine's memory has run out; fd -1: nobody wants to know */
     struct watch dialled; /* the socket that the guest calls to make the line, again when it has ended; fd -1: the line was given */
     bool line_readable, line_writable, listener_ready, dialled_ready;
     int folder, alive;

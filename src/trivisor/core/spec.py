@@ -59,6 +59,8 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """vm wall: "micro", "full", or the path of a bzImage or vmlinux."""
     ram: Literal["private", "shared"] = "private"
     """vm wall: "shared" lets this process map the machine's memory (vos/memory); a start then copies the ice."""
+    oom: Literal["kill", "stop"] = "kill"
+    """When its memory runs out: "kill" one program, the one that the kernel picks, or "stop" it as a whole (state failed)."""
     network: str = "none"
     """ "none", "nat", "host" (container: the host's own), or the name of a network of the home, which is made with its
     first machine: like nat, and its machines reach each other as NAME and NAME.trivisor."""

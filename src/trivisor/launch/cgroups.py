@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,10 +25,10 @@ from typing import Self
 
 from trivisor.core.errors import EngineError, HostLacks
 from trivisor.core.paths import Home
-from trivisor.launch import cgroup_freeze, cgroup_memory
+from trivisor.launch import cgroup_freeze, cgroup_make, cgroup_memory, cgroup_oom
 from trivisor.launch import cgroup_layout as layouts
 from trivisor.launch.cgroup_layout import Hierarchy, Layout
-from trivisor.launch.cgroup_limits import CONTROLLER, Limits, Setting, settings
+from trivisor.launch.cgroup_limits import CONTROLLER, Limits, settings
 from trivisor.launch.cgroup_memory import MemoryUse
 from trivisor.launch.cgroup_place import Place, await_event, folders, kill_each, remove_tree, write
 
@@ -36,7 +36,6 @@ __all__ = ["Cgroup", "Counters", "Limits", "Usage", "limits_possible", "names", 
 
 TIMEOUT = 10.0
 """Seconds that a group may take to freeze, to empty, or to be removed."""
-_TRIES = 100
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Cgroup:
         group = cls(places, lacks)
         try:
             for found, place in zip((found for found, _ in used), places, strict=True):
-                _make(found, place)
+                cgroup_make.make(found, place)
             for name in wanted:
                 if fault := group._limit(limits, name, home):
                     group.lacks += (fault,)
@@ -197,10 +196,36 @@ class Cgroup:
         for name in reversed(names) if growing else names:
             self._limit(limits, name, home)
 
+    def limit_cpus(self, limits: Limits, home: Home) -> bool:
+        """Change the share of the host's processors, if it has one that can be; say whether. Raises HostLacks for what the kernel refuses."""
+        return self._of(CONTROLLER["cpus"]) is not None and not self._limit(limits, "cpus", home)
+
     def reclaim(self, size: int) -> int:
         """Have the kernel take back up to `size` bytes from it; return how many it took. 0 where memory is not counted."""
         place = self._of("memory")
         return cgroup_memory.reclaim(place, size) if place is not None else 0
+
+    @contextlib.contextmanager
+    def ending(self, wanted: bool) -> Iterator[int | None]:
+        """If it is `wanted`, have all in it end when one program is killed for want of memory; give what tells the keeper of it, if it must
+        be told. Raises HostLacks."""
+        place = self._of("memory") if wanted else None
+        if wanted and place is None:
+            raise HostLacks('oom="stop" cannot be had on this host', hint=layouts.layout().remedies.get("memory", ""))
+        try:
+            told = cgroup_oom.end_with_one(place) if place is not None else None
+        except OSError as error:
+            raise HostLacks(f"this kernel does not tell when memory runs out: {error.strerror}", hint='leave out oom="stop"') from error
+        try:
+            yield told
+        finally:
+            if told is not None:
+                os.close(told)
+
+    def victims(self, count: int) -> tuple[str, ...]:
+        """Return the names of the last `count` programs that were killed for want of memory, as far as they are known."""
+        place = self._of("memory")
+        return cgroup_oom.victims(place, count) if place is not None else ()
 
     def counters(self) -> Counters:
         """Return how often limits were met."""
@@ -258,7 +283,7 @@ class Cgroup:
         try:
             assert place is not None
             for setting in settings(limits, name, unified=place.unified, disk=home.root):
-                _apply(place, setting)
+                cgroup_make.apply(place, setting)
         except HostLacks as error:
             if name in limits.asked:
                 raise
@@ -328,62 +353,6 @@ def _wanted(limits: Limits, layout: Layout) -> tuple[list[str], list[str]]:
 def _needed(layout: Layout, found: Hierarchy, controllers: set[str]) -> bool:
     """Of two hierarchies with the same controller, the first one is used."""
     return any(layout.of(name) is found for name in found.controllers & controllers)
-
-
-def _make(found: Hierarchy, place: Place) -> None:
-    """Make the group and the one of its home. Other processes remove the latter when they find it empty."""
-    for _ in range(_TRIES):
-        try:
-            place.path.parent.mkdir(exist_ok=True)
-            if not found.unified and "cpuset" in place.controllers:
-                _inherit(found.base, place.path.parent)
-            place.path.mkdir(exist_ok=True)
-            if not found.unified and "cpuset" in place.controllers:
-                _inherit(place.path.parent, place.path)
-            for name in sorted(place.controllers - {"freezer"}) if found.unified else ():
-                for group in (found.base, place.path.parent):
-                    _enable(group, name)
-            return
-        except (FileNotFoundError, FileExistsError):  # the latter: it was there, and is gone again
-            continue
-        except OSError as error:
-            raise HostLacks(f"the group {place.path} cannot be made: {error.strerror}", hint="see `trivisor doctor`") from error
-    raise HostLacks(f"the group {place.path} was removed {_TRIES} times as it was made", hint="start again")
-
-
-def _enable(group: Path, controller: str) -> None:
-    """Give the groups below `group` a controller, if it can be."""
-    if controller not in (group / "cgroup.subtree_control").read_text().split():
-        # EBUSY: processes live in it. That the limit's file is not there is what tells, when it is written.
-        with contextlib.suppress(OSError):
-            write(group / "cgroup.subtree_control", f"+{controller}")
-
-
-def _inherit(above: Path, group: Path) -> None:
-    """Give a v1 cpuset, born empty, what the one above has: nobody may join an empty one."""
-    for file in ("cpuset.cpus", "cpuset.mems"):
-        if not (group / file).read_text().strip():
-            write(group / file, (above / file).read_text().strip())
-
-
-def _apply(place: Place, setting: Setting) -> None:
-    file = place.path / setting.file
-    try:
-        write(file, setting.value)
-    except FileNotFoundError:
-        above = place.path.parent.parent
-        busy = place.unified and (above / "cgroup.procs").exists() and (above / "cgroup.procs").read_text().strip()
-        why = f"processes live in {above}, so it cannot share out its controllers" if busy else f"the kernel has no {setting.file}"
-        hint = "move them into a group below it (cgroups(7), no internal processes)" if busy else "use a kernel that is built with it"
-        raise HostLacks(f"{setting.limit} cannot be limited on this host: {why}", hint=hint) from None
-    except OSError as error:
-        why = f"the kernel refuses {setting.value!r} for {setting.file}: {error.strerror}"
-        hint = f"the host has the processors {_online()}" if setting.limit == "cpuset" else ""
-        raise HostLacks(f"{setting.limit} cannot be limited so on this host: {why}", hint=hint) from error
-
-
-def _online() -> str:
-    return Path("/sys/devices/system/cpu/online").read_text().strip()
 
 
 def _file(home: Home, machine: str) -> Path:

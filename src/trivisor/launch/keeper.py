@@ -224,6 +224,7 @@ def spawn(
     wait: float = 60.0,
     begin: Callable[[], object] | None = None,
     answer: int | None = None,
+    oom: int | None = None,
 ) -> Kept:
     """Start the keeper of the machine in this folder, with its processes, and return when the guest has answered.
 
@@ -231,8 +232,8 @@ def spawn(
     to the pipe that it is read from, `fds` are all descriptors that the plans name; the caller closes its own copies
     afterwards. `owner` is the pid whose end ends the machine. `ttl`, `idle`, `grace` and `wait` are seconds. `begin` is
     called when the engine runs, before the guest can have answered: to let it go on from a frozen state. `answer` is the
-    answerer's end of the pair by which PID 1 hands over what it is to answer (SOCK_SEQPACKET); without it there is none. Raises Busy if
-    the machine is alive, StorageError if its folder cannot be written, and EngineError, with the end of the engine's
+    answerer's end of the pair by which PID 1 hands over what it is to answer (SOCK_SEQPACKET); without it there is none. `oom` is an
+    eventfd that tells of the end of the machine's memory, which is then its own. Raises Busy if the machine is alive, StorageError if its folder cannot be written, and EngineError, with the end of the engine's
     log, if it does not come up: nothing runs then.
     """
     log_start = _log_size(machine)
@@ -241,6 +242,7 @@ def spawn(
             with contextlib.ExitStack() as given:
                 ready, fixed = _start(given, machine, ("line-listen" if dialled else "line", line_fd), owner, answer)
                 ours.callback(os.close, ready)
+                fixed |= {"oom": oom} if oom is not None else {}
                 plan = encode(_plan(processes, fixed, logs, log_cap, {"ttl": ttl, "idle": idle, "grace": grace}))
                 starting = _run_keeper(ours, plan, [*fixed.values(), *logs.values(), *fds])
         except OSError as error:

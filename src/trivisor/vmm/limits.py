@@ -1,10 +1,16 @@
 """A machine's control groups as its record sees them: kills for want of memory are written down, ends take the groups away.
 
 No process of ours waits for the kernel to kill one: who asks for a machine, for events, or finds it ended compares the
-kernel's count with the record's. So a kill is written down once, by whoever sees it first, whenever that is.
+kernel's count with the record's. So a kill is written down once, by whoever sees it first, whenever that is. (With oom="stop" the machine's
+end is the kernel's or the keeper's doing, at once.)
+
+What the kernel of a virtual machine kills it says on the console, in whose log it is counted: to be believed as far as the guest is.
 """
 
 from __future__ import annotations
+
+import re
+import time
 
 from trivisor.core.errors import HostError
 from trivisor.core.state import State
@@ -13,14 +19,42 @@ from trivisor.launch.cgroups import Cgroup
 from trivisor.vmm.context import Context
 from trivisor.vmm.records import Row
 
+_CONSOLE_WAIT = 1.0
+_LOG_MAX = 8 << 20
+_KILLED = re.compile(r"[Oo]ut of memory: Killed process \d{1,10} \((.{1,15})\) total-vm:")
+"""__oom_kill_process() in mm/oom_kill.c."""
+
 
 def note(context: Context, row: Row) -> Row:
     """Write down what the kernel killed in the machine since the record was last compared; return the record as it is now."""
     group = Cgroup.find(context.home, row.id)
     killed = group.counters().oom_kills if group is not None else 0
-    if killed <= row.oom_kills:
+    said = _said(context, row) if row.spec.wall == "vm" else []
+    if max(killed, len(said)) <= row.oom_kills:
         return row
-    return context.records.count_oom(row.id, killed) or row
+    whom = group.victims if group is not None and killed >= len(said) else lambda count: said[-count:]
+    return context.records.count_oom(row.id, max(killed, len(said)), whom) or row
+
+
+def await_console(context: Context, row: Row, killed: int) -> None:
+    """Write down what a guest says that its kernel killed: with names, if its console's word for it comes within a second."""
+    deadline = time.monotonic() + _CONSOLE_WAIT
+    # The keeper reads the console, and tells nobody when.
+    while note(context, row).oom_kills < killed:
+        if time.monotonic() > deadline:
+            context.records.count_oom(row.id, killed, lambda _: ())
+            return
+        time.sleep(0.01)
+
+
+def _said(context: Context, row: Row) -> list[str]:
+    """Return the names of what a guest's kernel killed, as its console says."""
+    try:
+        with context.folder(row).log("serial").open("rb") as log:
+            said = log.read(_LOG_MAX).decode("ascii", "replace")
+    except OSError:
+        return []
+    return ["".join(letter if letter.isprintable() else "?" for letter in name) for name in _KILLED.findall(said)]
 
 
 def note_all(context: Context) -> None:
@@ -35,13 +69,17 @@ def clear(context: Context, row: Row) -> None:
     cgroups.remove(context.home, row.id)
 
 
-def close(context: Context, row: Row) -> None:
-    """Write down what the kernel killed, and take the groups away. What cannot be taken away now is tried again at the next start."""
+def close(context: Context, row: Row) -> bool:
+    """Write down what the kernel killed, and take the groups away; say whether it killed anything in this life.
+
+    What cannot be taken away now is tried again at the next start."""
+    killed = row.oom_kills > 0
     try:
-        note(context, row)
+        killed = note(context, row).oom_kills > 0
         clear(context, row)
     except HostError as error:
         context.records.note("swept", f"cgroup of {row.name}: left as it is: {error}")
+    return killed
 
 
 def killable(context: Context, row: Row) -> None:

@@ -289,7 +289,13 @@ class Machine:
             return False
 
     def _processes(self, verb: str) -> Processes:
-        return Processes(self._line_for(verb), self.name, self._first.spec.env, self.syscalls)
+        return Processes(
+            self._line_for(verb),
+            self.name,
+            self._first.spec.env,
+            self.syscalls,
+            lambda: memory.starved(self._context, self.id, lambda: self.files),
+        )
 
     def _trace(self, *args: Any, **named: Any) -> Trace:
         return self._processes("exec").trace(*args, **named)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -10,12 +11,12 @@ from typing import Any
 
 import msgspec
 
-from trivisor.core.errors import FileError, HostLacks, InvalidSpec, UnsupportedByWall
+from trivisor.core.errors import FileError, HostLacks, InvalidSpec, TrivisorError, UnsupportedByWall
 from trivisor.core.spec import checked
 from trivisor.core.state import State
 from trivisor.core.units import parse_size
 from trivisor.launch.cgroups import Cgroup, Limits
-from trivisor.vmm import budget, life, locks, reconcile
+from trivisor.vmm import budget, life, limits, locks, reconcile
 from trivisor.vmm.context import Context
 from trivisor.vmm.records import Row
 from trivisor.vos.files import Files
@@ -67,6 +68,24 @@ def stats(context: Context, row: Row, files: Callable[[], Files]) -> MemoryStats
         private=taken.private,
         shared=taken.shared,
     )
+
+
+def starved(context: Context, machine: str, files: Callable[[], Files]) -> bool:
+    """Say whether the kernel killed something in a machine for want of memory that its record does not know of; then it does."""
+    row = context.records.row(machine)
+    if row is None:
+        return False
+    if limits.note(context, row).oom_kills > row.oom_kills:
+        return True
+    if row.spec.wall != "vm":
+        return False
+    with suppress(TrivisorError):
+        said = files().read(_FIGURES["vmstat"], 0, _FIGURES_MAX).decode("ascii", "replace")
+        found = re.search(r"^oom_kill (\d{1,9})$", said, re.MULTILINE)
+        if found is not None and int(found[1]) > row.oom_kills:
+            limits.await_console(context, row, int(found[1]))
+            return True
+    return False
 
 
 def limit(context: Context, machine: str, wish: int | str) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
+import signal
 import stat
 import time
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from trivisor.vmm.records import Row
 _BY_HAND = "remove it by hand, then delete again"
 LIVE = (State.RUNNING, State.PAUSED)
 _PANIC = b"Kernel panic"
+_OOM = "out of memory"
+"""Also the keeper's word for it."""
 _TAIL = 64 << 10
 
 
@@ -86,9 +89,9 @@ def ended(context: Context, row: Row) -> Row | None:
     """Write down how a machine's last life ended, and end the operation that asked for it."""
     folder = context.folder(row)
     rebooted = bool(row.boot_id) and row.boot_id != process.boot_id()
-    verdict = judge(keeper.ended(folder), rebooted=rebooted, panic=_panic(folder))
+    killed = limits.close(context, row)
+    verdict = judge(keeper.ended(folder), rebooted=rebooted, panic=_panic(folder), killed=killed)
     clear_sockets(folder)
-    limits.close(context, row)
     networks.leave(context.home, row.spec.network, row.name)
     return _put_right(
         context,
@@ -122,13 +125,15 @@ class Verdict:
     time: float | None = None
 
 
-def judge(ending: keeper.Exit | None, *, rebooted: bool, panic: str) -> Verdict:
-    """Decide between stopped and failed, and give the reason in words."""
+def judge(ending: keeper.Exit | None, *, rebooted: bool, panic: str, killed: bool = False) -> Verdict:
+    """Decide between stopped and failed, and give the reason in words. `killed`: the kernel killed something in it for want of memory."""
     if ending is None:
         return Verdict(State.FAILED, None, "the host rebooted" if rebooted else "its keeper was killed")
     at = ending.ended
     if ending.bye is not None:
         return Verdict(State.STOPPED, ending.bye, ending.reason or "the guest powered off", at)
+    if ending.reason == _OOM or (killed and not ending.reason and (ending.how, ending.value) == ("signaled", signal.SIGKILL)):
+        return Verdict(State.FAILED, None, _OOM, at)
     if ending.reason:
         return Verdict(State.STOPPED, None, ending.reason, at)
     if panic:

@@ -167,13 +167,14 @@ class Records:
                 _add_event(connection, event[0], row.id, row.name, event[1])
             return row
 
-    def count_oom(self, machine: str, killed: int) -> Row | None:
+    def count_oom(self, machine: str, killed: int, whom: Callable[[int], Sequence[str]]) -> Row | None:
         """Raise the count of kills for want of memory, with an event, unless somebody else did; return the row, None if it is gone."""
         with self._writing() as connection:
             known = connection.execute("SELECT oom_kills, name FROM machines WHERE id = ?", (machine,)).fetchone()
             if known is not None and known[0] < killed:
                 connection.execute("UPDATE machines SET oom_kills = ? WHERE id = ?", (killed, machine))
-                detail = f"out of memory: the kernel killed {_processes(killed - known[0])}"
+                names = ", ".join(whom(killed - known[0]))
+                detail = f"out of memory: the kernel killed {_processes(killed - known[0])}{': ' if names else ''}{names}"
                 _add_event(connection, "oom", machine, known[1], detail)
             found = connection.execute(f"{_SELECT} WHERE id = ?", (machine,)).fetchone()
             return _row(found) if found else None

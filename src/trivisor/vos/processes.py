@@ -7,6 +7,7 @@ was stopped and started again, or a line that failed, needs nothing from the cal
 from __future__ import annotations
 
 import re
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ class ExecResult:
     system_seconds: float
     peak_memory: int
     truncated: bool = False
+    out_of_memory: bool = False
+    """It was killed (SIGKILL), and the machine's memory ran out: the kernel killed something in it that nobody had yet asked about."""
 
     @property
     def ok(self) -> bool:
@@ -72,12 +75,19 @@ class ExecResult:
 
 
 class Processes:
-    """Runs commands in one machine. Thread-safe. `env` lies under the env of each command."""
+    """Runs commands in one machine. Thread-safe. `env` lies under the env of each command; `starved` says of a machine in which
+    one was killed whether its memory ran out."""
 
     def __init__(
-        self, line_of: Callable[[], Line], machine: str, env: Mapping[str, str] | None = None, syscalls: Syscalls | None = None
+        self,
+        line_of: Callable[[], Line],
+        machine: str,
+        env: Mapping[str, str] | None = None,
+        syscalls: Syscalls | None = None,
+        starved: Callable[[], bool] | None = None,
     ) -> None:
         self.machine = machine
+        self._starved = starved
         self._syscalls = syscalls
         self._line_of = line_of
         self._env = dict(env or {})
@@ -253,6 +263,7 @@ class Processes:
     def _result(self, words: tuple[str, ...], command: Command, capture: Capture, duration: float) -> ExecResult:
         exited = command.exited
         assert exited is not None
+        killed = signal.SIGKILL in (exited.signal, exited.exit_code - 128)
         return ExecResult(
             argv=words,
             exit_code=exited.exit_code,
@@ -264,6 +275,7 @@ class Processes:
             system_seconds=exited.system_seconds,
             peak_memory=exited.peak_memory,
             truncated=capture.truncated,
+            out_of_memory=killed and self._starved is not None and self._starved(),
         )
 
 
@@ -288,5 +300,6 @@ def _stdin_flag(stdin: Stdin) -> int:
 def _failure(result: ExecResult) -> str:
     last = result.error_text.strip().splitlines()[-1:]
     how = f"killed by signal {result.signal}" if result.signal else f"exit status {result.exit_code}"
+    how += ": out of memory" if result.out_of_memory else ""
     words = re.sub(r"\s+", " ", " ".join(result.argv))
     return f"{words[:80]}: {how}" + (f": {last[0][:200]}" if last else "")

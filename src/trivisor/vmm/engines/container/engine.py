@@ -72,12 +72,13 @@ class ContainerEngine:
         begun = time.monotonic()
         with ExitStack() as stack:
             group = stack.enter_context(Cgroup.create(box.home, box.id, Limits.of(box.spec)))
+            oom = stack.enter_context(group.ending(box.spec.oom == "stop"))
             said, log = os.pipe2(os.O_CLOEXEC)
             stack.callback(os.close, said)
             stack.callback(os.close, log)
             net = stack.enter_context(provide.provide(box.home, box.dir, box.id, box.slot, box.spec, "veth", undo, log=log))
             undo.add("container", lambda: keeper.kill(box.dir))
-            self._run(box, shape, group, net, said, log)
+            self._run(box, shape, group, net, said, log, oom)
         took = f"{(time.monotonic() - begun) * 1000:.0f} ms"
         lacks = [*shape.lacks, *group.lacks, *host.lacks()]
         return {"start": took, "ids": str(shape), **net.facts, **({"lacks": "; ".join(lacks)} if lacks else {})}
@@ -104,7 +105,7 @@ class ContainerEngine:
     def sweep(self, home: Home, machines: set[str]) -> list[str]:
         return []
 
-    def _run(self, box: Box, shape: Shape, group: Cgroup, net: Net, said: int, log: int) -> None:
+    def _run(self, box: Box, shape: Shape, group: Cgroup, net: Net, said: int, log: int, oom: int | None) -> None:
         with ExitStack() as stack:
             ours, theirs = socket.socketpair()
             stack.enter_context(ours)
@@ -125,6 +126,7 @@ class ContainerEngine:
                 idle=box.spec.idle,
                 wait=_WAIT,
                 answer=intake.fileno(),
+                oom=oom,
             )
 
 

@@ -77,6 +77,7 @@ class GvisorEngine:
         begun = time.monotonic()
         with ExitStack() as stack:
             group = stack.enter_context(Cgroup.create(box.home, box.id, Limits.of(box.spec)))
+            oom = stack.enter_context(group.ending(box.spec.oom == "stop"))
             said, log = os.pipe2(os.O_CLOEXEC)
             stack.callback(os.close, said)
             stack.callback(os.close, log)
@@ -95,6 +96,7 @@ class GvisorEngine:
                 ttl=box.spec.ttl,
                 idle=box.spec.idle,
                 wait=_WAIT,
+                oom=oom,
             )
         took = f"{(time.monotonic() - begun) * 1000:.0f} ms"
         # Without a freezer runsc pauses it.

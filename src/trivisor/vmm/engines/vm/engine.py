@@ -32,8 +32,10 @@ from trivisor.vmm.engines.vm.making import Image
 from trivisor.vmm.engines.vm.qmp import Qmp, StateRefused
 from trivisor.vmm.engines.vm.runner import Ram, Setup, Work
 from trivisor.vos import guest
+from trivisor.vos.files import Files
 from trivisor.vos.line import Line
 from trivisor.vos.ports import FEATURES, MemoryPort, SyscallPort
+from trivisor.vos.processes import Processes
 
 _STEPS = 60.0
 _FEATURES = {"pause": True, "disk": True, "own_kernel": True, "ice": True}
@@ -220,6 +222,8 @@ class VmEngine:
                 [*_first(), *mount, *sharing.steps(box.spec, setup.shape.shares, setup.kit.shares), *_steps(box, setup.net)],
                 timeout=_STEPS,
             )
+            if box.spec.oom == "stop":
+                Files(Processes(lambda: line, box.spec.name)).write("/proc/sys/vm/panic_on_oom", b"1\n")
         finally:
             line.close()
 

@@ -1,0 +1,53 @@
+"""What becomes of a machine whose memory runs out, and what is said of it, behind each wall."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from wall_fixtures import Make
+
+from trivisor import VMM, ExecFailed, GuestGone, Machine, State
+from trivisor.core.events import Event
+from trivisor.launch import cgroup_layout
+
+BOUND = 120.0
+HOG = ["python3", "-c", "a = []\nwhile True: a.append(b'x' * (1 << 20))"]
+
+
+@pytest.fixture(autouse=True)
+def needs_a_memory_controller(wall: str) -> None:
+    if wall != "vm" and cgroup_layout.layout().of("memory") is None:
+        pytest.skip(f"needs the memory controller: {cgroup_layout.layout()}")
+
+
+def ooms(vmm: VMM, machine: Machine) -> list[Event]:
+    return [event for event in vmm.events() if event.machine == machine.id and event.kind == "oom"]
+
+
+@pytest.mark.walls("vm", "container")
+def test_a_killed_program_is_known_to_be_killed_for_memory(make: Make, wall_vmm: VMM) -> None:
+    machine = make(memory="128M")
+    beside = machine.spawn(["sleep", "1000"])
+    with pytest.raises(ExecFailed, match="out of memory") as caught:
+        machine.exec(HOG, timeout=BOUND, check=True)
+    result = caught.value.result
+    assert result.out_of_memory and result.exit_code == 137  # type: ignore[attr-defined]
+    assert not machine.exec("kill -9 $$").out_of_memory
+    assert beside.poll() is None and machine.info()["oom_kills"] == 1
+    said = ooms(wall_vmm, machine)
+    if machine.wall == "vm" or os.access("/dev/kmsg", os.R_OK):
+        assert [event.detail for event in said] == ["out of memory: the kernel killed a process in it: python3"]
+    assert len(said) == 1
+    beside.kill()
+
+
+def test_a_machine_is_stopped_as_a_whole(make: Make, wall_vmm: VMM) -> None:
+    machine = make(memory="128M", oom="stop")
+    with pytest.raises(GuestGone):
+        machine.exec(HOG, timeout=BOUND)
+    machine.wait(BOUND)
+    assert machine.state is State.FAILED
+    assert "ut of memory" in machine.info()["reason"]
+    machine.start()
+    assert machine.exec(["echo", "again"]).text == "again\n"
