@@ -90,11 +90,27 @@ class Store:
                 os.close(sink)
             return self._place(aside, digest, owner, expected, links)
 
-    def adopt(self, path: Path, owner: str, *, expected: str = "", links: Iterable[str] = ()) -> str:
-        """Like `add`, for a file made in a workspace: it is moved, not copied."""
-        with translated(path), path.open("rb") as file:
-            digest = _copy(file, None)
-        return self._place(path, digest, owner, expected, links)
+    def adopt(self, path: Path, owner: str, *, expected: str = "", known: str = "", links: Iterable[str] = ()) -> str:
+        """Like `add`, for a file made in a workspace: it is moved, not copied.
+
+        `known` is its digest where its maker counted it while writing; then it is not read again.
+        """
+        if not known:
+            with translated(path), path.open("rb") as file:
+                known = _copy(file, None)
+        return self._place(path, known, owner, expected, links)
+
+    def hold(self, digest: str, owner: str) -> bool:
+        """Pin `digest` for `owner` if it is there, and tell whether it is: what is asked for before it is fetched again."""
+        try:
+            self.pin(digest, owner, durable=False)
+        except NotFound:
+            return False
+        return True
+
+    def place(self, path: Path, digest: str, owner: str, *, links: Iterable[str] = ()) -> str:
+        """Like `adopt`, for a file whose maker hashed it as it was written: it is not read again."""
+        return self._place(path, digest, owner, "", links)
 
     def path(self, digest: str) -> Path:
         """Return where the blob is. Raises NotFound if it is not there."""
@@ -112,6 +128,18 @@ class Store:
     def exists(self, digest: str) -> bool:
         """Tell whether the blob is there."""
         return self.locate(digest).exists()
+
+    def damage(self, digest: str) -> str:
+        """Read the blob and say what is wrong with it, "" if nothing."""
+        path = self.locate(digest)
+        try:
+            with path.open("rb") as file:
+                found = _copy(file, None)
+        except FileNotFoundError:
+            return f"the blob {digest} is gone"
+        except OSError as error:
+            return f"the blob {digest} cannot be read: {error.strerror}"
+        return "" if found == digest else f"the blob {digest} is damaged: what is in {path} is {found}"
 
     # Who needs what
 
@@ -162,6 +190,11 @@ class Store:
             if owners and not others:
                 raise CallerError(f"{name} is used by {', '.join(owners)}", hint="delete what uses it first")
             index.execute("DELETE FROM refs WHERE name = ?", (name,))
+
+    def reached(self) -> set[str]:
+        """Return the digests that a pin, a ref or a lease needs, with all that those link to."""
+        with self._transaction() as index:
+            return self._reached(index)
 
     def close(self) -> None:
         """Let go of the index; it is opened again when needed."""
