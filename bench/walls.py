@@ -229,7 +229,7 @@ def rows(quick: bool) -> list[Row]:
     vmm = VMM()
     reports = {report.wall: report for report in vmm.walls()}
     _life(vmm)  # unpacks the image's root
-    tree = vmm.images.tree(vmm.images.get(IMAGE).digest, lambda _: None)
+    tree = vmm.images.lowers(vmm.images.get(IMAGE).digest)[0]
     platform = (reports["gvisor"].details.get("platform") or "ptrace").split()[0]
     found: list[Row] = []
     with peers(tree, _runsc(), platform) as others:

@@ -68,7 +68,7 @@ class VmHome(TestHome):
 
 def _copy(source: str, target: str) -> None:
     """Link what is never written in place, so that a home of gigabytes is copied at once."""
-    if "/blobs/" in source or "/ice/" in source or "/kits/" in source:
+    if "/blobs/" in source or "/roots/" in source or "/ice/" in source or "/kits/" in source:
         with suppress(OSError):
             os.link(source, target)
             return

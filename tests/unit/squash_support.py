@@ -24,9 +24,14 @@ def imported(folder: Path, data: bytes, limits: Limits = DEFAULT) -> Image:
     return Images(make_home(folder)).import_(archive, "x", limits=limits)
 
 
+def squashfs(image: Image) -> Path:
+    """Return the image's root, made if it is not there; its home is told by where that lies."""
+    return Images(Home(image.rootfs.parents[3])).rootfs(image.digest)
+
+
 def listing(image: Image | Path) -> dict[str, str]:
     """Return path -> "mode uid/gid size date [-> target]" of all but the root."""
-    rootfs = image if isinstance(image, Path) else image.rootfs
+    rootfs = image if isinstance(image, Path) else squashfs(image)
     done = subprocess.run(["unsquashfs", "-lln", rootfs], capture_output=True, check=True, env={**os.environ, "TZ": "UTC"})
     found = {}
     for line in done.stdout.decode(errors="surrogateescape").splitlines():
@@ -37,12 +42,12 @@ def listing(image: Image | Path) -> dict[str, str]:
 
 
 def contents(image: Image, path: str) -> bytes:
-    return subprocess.run(["unsquashfs", "-cat", image.rootfs, path], capture_output=True, check=True).stdout
+    return subprocess.run(["unsquashfs", "-cat", squashfs(image), path], capture_output=True, check=True).stdout
 
 
 def extracted(image: Image, target: Path) -> Path:
     """Unpack as whoever runs the tests: owners and some attributes need root."""
-    subprocess.run(["unsquashfs", "-q", "-n", "-d", target, image.rootfs], capture_output=True, check=os.geteuid() == 0)
+    subprocess.run(["unsquashfs", "-q", "-n", "-d", target, squashfs(image)], capture_output=True, check=os.geteuid() == 0)
     return target
 
 

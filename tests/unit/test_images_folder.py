@@ -115,7 +115,8 @@ def test_names(tmp_path: Path) -> None:
     assert "trivisor images bootstrap" in caught.value.hint
     image = imported(tmp_path, file("a") + END)
     assert image.name == "x:latest" and images.get("x") == images.get("x:latest") == image
-    assert images.rootfs(image.digest) == image.rootfs and image.size == image.rootfs.stat().st_size
+    assert images.rootfs(image.digest) == image.rootfs and image.rootfs.exists()
+    assert image.size == images.layers(image.digest)[0].size == images.store.path(image.layers[0].digest).stat().st_size
     with pytest.raises(NotFound) as caught:
         images.get("y")
     assert "x:latest" in caught.value.hint
@@ -134,12 +135,13 @@ def test_removal_and_pins(tmp_path: Path) -> None:
         images.remove("x")
     assert caught.value.hint
     images.import_(tmp_path / "archive", "y")  # the same root has two names now: one may go
+    root = images.rootfs(image.digest)
     images.remove("x")
-    assert image.rootfs.exists()
+    assert images.store.exists(image.digest) and root.exists()
     images.unpin("web")
     images.unpin("web")
     images.remove("y:latest")
-    assert not image.rootfs.exists() and images.list() == []
+    assert not root.exists() and images.list() == [] and not blobs(images)
     with pytest.raises(NotFound):
         images.pin(image, "web")
     with pytest.raises(NotFound):
@@ -152,17 +154,27 @@ def test_a_name_that_moves_keeps_the_root_of_its_machines(tmp_path: Path) -> Non
     images.pin(old, "web")
     middle = imported(tmp_path, file("a", b"middle") + END)
     new = imported(tmp_path, file("a", b"new") + END)
-    assert old.rootfs.exists() and not middle.rootfs.exists() and images.get("x") == new
+    there = images.store.exists
+    assert there(old.digest) and there(old.layers[0].digest) and not there(middle.digest) and images.get("x") == new
     images.unpin("web")
-    assert images.collect() > 0 and not old.rootfs.exists() and new.rootfs.exists()
+    assert images.collect() > 0 and not there(old.digest) and len(blobs(images)) == 3
 
 
-def test_a_damaged_root_is_noticed_and_put_right(tmp_path: Path) -> None:
+def blobs(images: Images) -> list[Path]:
+    return list((images.store.root / "blobs/sha256").iterdir())
+
+
+def test_a_damaged_layer_is_noticed_and_put_right(tmp_path: Path) -> None:
     image = imported(tmp_path, file("a") + END)
-    image.rootfs.chmod(0o600)
-    os.truncate(image.rootfs, 100)
+    images = Images(make_home(tmp_path))
+    assert images.check() == []
+    blob = images.store.path(image.layers[0].digest)
+    blob.chmod(0o600)
+    os.truncate(blob, 100)
     with pytest.raises(StorageError, match="damaged"):
         Images(make_home(tmp_path)).get("x")
+    (said,) = images.check()
+    assert "x:latest" in said and image.layers[0].digest in said
     assert imported(tmp_path, file("a") + END).digest == image.digest
     assert Images(make_home(tmp_path)).get("x").size == image.size
 
@@ -192,4 +204,4 @@ def test_two_processes_import_the_same_name(tmp_path: Path) -> None:
         worker.join()
     image = Images(make_home(tmp_path)).get("x")
     assert contents(image, "a") in (b"0", b"1", b"2")
-    assert left(make_home(tmp_path)) == [] and len(list(image.rootfs.parent.iterdir())) == 1
+    assert left(make_home(tmp_path)) == [] and len(blobs(Images(make_home(tmp_path)))) == 3

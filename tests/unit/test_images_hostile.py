@@ -14,7 +14,7 @@ import pytest
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from squash_support import contents, imported, left, listing, make_home
+from squash_support import contents, imported, left, listing, make_home, squashfs
 from tar_maker import END, block, file, folder, gnu_long, hardlink, number, padded, pax, record, symlink
 
 from trivisor.core.errors import ImageError, NotFound
@@ -188,7 +188,7 @@ def test_char_0_0_hides_and_is_no_node(tmp_path: Path) -> None:
 def test_shell_words_and_options_as_names(tmp_path: Path) -> None:
     names = ["-comp", "--", "-", "$(touch x)", "`id`", "a b", "*", "\\", "\\n", '"', "'", "%s", "\x1b[2J", "..."]
     image = imported(tmp_path, b"".join(file(name, name.encode()) for name in names) + END)
-    subprocess.run(["unsquashfs", "-q", "-n", "-d", tmp_path / "out", image.rootfs], check=True, capture_output=True)
+    subprocess.run(["unsquashfs", "-q", "-n", "-d", tmp_path / "out", squashfs(image)], check=True, capture_output=True)
     assert {name: (tmp_path / "out" / name).read_bytes() for name in names} == {name: name.encode() for name in names}
 
 

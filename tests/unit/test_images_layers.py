@@ -59,11 +59,21 @@ CONFIG = {
 }
 
 
+PACKINGS = {b"\x1f\x8b": gzip.decompress, b"\x28\xb5\x2f\xfd": zstandard.decompress}
+
+
+def with_diffs(config: dict[str, Any], layers: list[bytes]) -> bytes:
+    """The config of an image of these layers."""
+    plain = [next((unpack(one) for magic, unpack in PACKINGS.items() if one.startswith(magic)), one) for one in layers]
+    diffs = [f"sha256:{hashlib.sha256(one).hexdigest()}" for one in plain]
+    return json.dumps({**config, "rootfs": {"type": "layers", "diff_ids": diffs}}).encode()
+
+
 def saved(layers: list[bytes], tags: list[str] | None = None, config: dict[str, Any] = CONFIG) -> bytes:
     """What `docker save` of an old Docker writes."""
     manifest = [{"Config": "c.json", "RepoTags": tags, "Layers": [f"{n}/layer.tar" for n in range(len(layers))]}]
     data = b"".join(folder(f"{n}/") + file(f"{n}/layer.tar", layer) for n, layer in enumerate(layers))
-    return data + file("c.json", json.dumps(config).encode()) + file("manifest.json", json.dumps(manifest).encode()) + END
+    return data + file("c.json", with_diffs(config, layers)) + file("manifest.json", json.dumps(manifest).encode()) + END
 
 
 def blob(data: bytes, media: str) -> tuple[bytes, dict[str, Any]]:
@@ -74,7 +84,7 @@ def blob(data: bytes, media: str) -> tuple[bytes, dict[str, Any]]:
 def layout(layers: list[bytes], *, nested: bool = True, config: dict[str, Any] = CONFIG) -> bytes:
     """An OCI layout, its manifest in an index with another platform's."""
     packed = [blob(layer, "application/vnd.oci.image.layer.v1.tar") for layer in layers]
-    config_blob = blob(json.dumps(config).encode(), "application/vnd.oci.image.config.v1+json")
+    config_blob = blob(with_diffs(config, layers), "application/vnd.oci.image.config.v1+json")
     manifest = {"schemaVersion": 2, "config": config_blob[1], "layers": [one[1] for one in packed]}
     parts = [*packed, config_blob, blob(json.dumps(manifest).encode(), "application/vnd.oci.image.manifest.v1+json")]
     if nested:
@@ -94,7 +104,9 @@ def check_two(image: Any) -> None:
     assert contents(image, "usr/lib/old") == b"replaced" and contents(image, "usr/lib/hard") == b"old"
     assert found["lib"].endswith(" -> usr/lib")
     assert not [name for name in found if ".wh." in name]
-    assert image.config == {"env": {"PATH": "/bin", "A": "b=c"}, "cmd": ["sh"], "user": "1000:1000", "workdir": "/srv"}
+    config = image.config
+    assert config.env == {"PATH": "/bin", "A": "b=c"} and config.cmd == ["sh"] and config.entrypoint == []
+    assert config.user == "1000:1000" and config.workdir == "/srv" and config.labels == {"x": "y"}
 
 
 @pytest.mark.parametrize("pack", ["plain", "gzip", "layers-gzip", "layers-zstd"])
@@ -129,14 +141,16 @@ def test_layers_that_are_links_to_others(tmp_path: Path) -> None:
     """Old Dockers write a layer that two images share once, and a link to it."""
     manifest = [{"Config": "c.json", "RepoTags": None, "Layers": ["one/layer.tar", "two/layer.tar"]}]
     data = folder("one") + file("one/layer.tar", BASE) + folder("two") + symlink("two/layer.tar", "../one/layer.tar")
-    data += file("c.json", json.dumps(CONFIG).encode()) + file("manifest.json", json.dumps(manifest).encode()) + END
+    data += file("c.json", with_diffs(CONFIG, [BASE, BASE])) + file("manifest.json", json.dumps(manifest).encode()) + END
     assert contents(imported(tmp_path, data), "etc/a") == b"base a"
 
 
 def test_one_of_several_images_by_name(tmp_path: Path) -> None:
-    manifest = [{"Config": "c.json", "RepoTags": [name], "Layers": [layer]} for name, layer in (("x:latest", "1.tar"), ("y:2", "2.tar"))]
-    data = file("1.tar", BASE) + file("2.tar", file("only-y") + END)
-    data += file("c.json", json.dumps(CONFIG).encode()) + file("manifest.json", json.dumps(manifest).encode()) + END
+    layers = {"1": BASE, "2": file("only-y") + END}
+    named = (("x:latest", "1"), ("y:2", "2"))
+    manifest = [{"Config": f"{n}.json", "RepoTags": [name], "Layers": [f"{n}.tar"]} for name, n in named]
+    data = b"".join(file(f"{n}.tar", layer) + file(f"{n}.json", with_diffs(CONFIG, [layer])) for n, layer in layers.items())
+    data += file("manifest.json", json.dumps(manifest).encode()) + END
     assert "etc/a" in listing(imported(tmp_path, data))
     images = Images(make_home(tmp_path))
     assert "only-y" in listing(images.import_(tmp_path / "archive", "y:2"))

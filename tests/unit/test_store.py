@@ -52,7 +52,8 @@ def clean(store: Store, deadline: float = 10) -> None:
         assert time.monotonic() < end, list((store.root / "tmp").rglob("*"))
         time.sleep(0.02)  # the end of a process that is not our child has no event
     check(store)
-    needed = {name for name, _ in store.pins()} | {ref.digest for ref in store.refs()}
+    needed = store.reached()
+    assert {name for name, _ in store.pins()} | {ref.digest for ref in store.refs()} <= needed
     assert {f"sha256:{path.name}" for path in (store.root / "blobs/sha256").iterdir()} == needed
     with sqlite3.connect(store.root / "index.db") as index:
         assert index.execute("SELECT count(*) FROM pins WHERE owner LIKE 'lease:%'").fetchone() == (0,)

@@ -1,9 +1,9 @@
 """The images of a home: names, and what they mean.
 
-A name is a ref of the store ("image:debian:latest") whose blob is the root as squashfs. Nothing here locks:
-each import works in a workspace of its own and the name is set in one transaction, so of two imports of the
-same name at once the later one is meant from then on, and both are whole. A machine pins the digest it was
-created from, and keeps it when the name moves on.
+A name is a ref of the store ("image:debian:latest") whose blob is the manifest of an OCI image; the manifest is linked to its config
+and its layers, which lie in the store as they came, each once. Nothing here locks: what makes an image works in a workspace whose
+lease holds its blobs, and the name is set in one transaction, so of two that make the same name at once the later one is meant from
+then on, and both are whole. A machine pins the digest it was created from, and keeps it when the name moves on.
 """
 
 from __future__ import annotations
@@ -11,27 +11,33 @@ from __future__ import annotations
 import builtins
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trivisor.core.errors import InvalidSpec, NotFound, StorageError
+from trivisor.core.errors import ImageError, InvalidSpec, NotFound, StorageError
 from trivisor.core.paths import Home
-from trivisor.images import bootstrap, host
-from trivisor.images.build import Progress, build
+from trivisor.images import bootstrap, host, model
+from trivisor.images.derived import Derived, Progress
+from trivisor.images.documents import Documents, Library
+from trivisor.images.intake import Bytes, Intake
 from trivisor.images.limits import DEFAULT, Limits
+from trivisor.images.model import Descriptor, History, ImageConfig, Manifest, Platform, RootFs
 from trivisor.images.reference import normalise
-from trivisor.images.trees import Trees
 from trivisor.store.store import Ref, Store
+from trivisor.store.workspace import Workspace
 
 _PREFIX = "image:"
+_NO_CONFIG = ImageConfig("", "", RootFs("layers", []))
 
 
 @dataclass(frozen=True)
 class Image:
-    """One image. `size` is of `rootfs` (squashfs), in bytes; `created` is seconds since the epoch.
+    """One image. `digest` is its manifest's, `size` the bytes of its layers as they are stored, `created` when it came here (seconds
+    since the epoch), `layers` the lowest first, `rootfs` where the squashfs of its root is or will be.
 
-    `config` may have env (dict), entrypoint, cmd (lists), user, workdir: how the image wants to be run.
+    Images of a home made before images were OCI images have no layers; `digest` and `size` are of their squashfs.
     """
 
     name: str
@@ -40,7 +46,18 @@ class Image:
     size: int
     created: float
     source: str
-    config: dict[str, Any] = field(default_factory=dict)
+    config: ImageConfig = _NO_CONFIG
+    layers: tuple[Descriptor, ...] = ()
+    media_type: str = ""
+
+    @property
+    def platform(self) -> Platform:
+        return self.config.platform
+
+    @property
+    def history(self) -> list[History]:
+        """How it came about, the oldest step first."""
+        return self.config.history or []
 
 
 class Images:
@@ -49,22 +66,25 @@ class Images:
     def __init__(self, home: Home, *, noted: Callable[[Image], object] = lambda _: None) -> None:
         """`noted` is told of each image that is made."""
         self._store = Store(home.store)
-        self._trees = Trees(home)
+        self._library = Library(self._store)
+        self._derived = Derived(home, self._store, self._library)
         self._noted = noted
 
+    # Names
+
     def get(self, ref: str) -> Image:
-        """Return the image called `ref` (name[:tag]); "host" is the host's own root (host.py).
+        """Return the image called `ref`; "host" is the host's own root (host.py).
 
         Raises NotFound, InvalidSpec, StorageError if it is damaged.
         """
         if ref == host.NAME:
             return Image(host.NAME, host.digest(), Path("/"), 0, 0.0, "this host")
         image = self._find(ref)
-        while not _whole(image):
-            # The name may have moved on, and the old root with it, since it was looked up.
+        while damaged := self._lacking(image):
+            # The name may have moved on, and the old blobs with it, since it was looked up.
             found = self._find(ref)
             if found == image:
-                raise StorageError(f"the root of image {image.name} is damaged ({image.rootfs})", hint="import the image again")
+                raise StorageError(f"image {image.name} is damaged ({damaged})", hint="get the image again")
             image = found
         return image
 
@@ -72,41 +92,59 @@ class Images:
         """Return every image, by name."""
         return [self._image(ref) for ref in self._store.refs(_PREFIX)]
 
-    def rootfs(self, digest: str) -> Path:
-        """Return the squashfs with this digest, whatever it is called now; of the host's own root the host's. Raises NotFound."""
-        return Path("/") if digest.startswith(host.PREFIX) else self._store.path(digest)
+    def add(self, manifest: bytes, media_type: str, name: str, source: str, workspace: Workspace) -> Image:
+        """Register an image whose blobs are all in the store: the one door for what is pulled, loaded, built, committed, imported.
 
-    def tree(self, digest: str, progress: Progress = lambda _: None) -> Path:
-        """Return the unpacked root of an image, read-only and shared; made when first asked for, in a second or so.
-
-        It stays for as long as the image, and for a host's root the machines that have it. Raises NotFound, HostLacks,
-        EngineError, StorageError.
+        `name` is what it is called from now on ("": nothing; then it is there for as long as the workspace, or who pins it);
+        `source` says where it came from. Raises ImageError for what is not an image or lacks a blob, InvalidSpec, StorageError.
         """
-        return self._trees.get(digest, lambda: self._store.path(digest), progress)
+        name = name and _free(name)
+        read = model.read_manifest(manifest, media_type, name or source)
+        for blob in (read.config, *read.layers):
+            self._hold(blob, workspace, name or source)
+        model.read_config(self._store.path(read.config.digest).read_bytes(), read, name or source)
+        links = [read.config.digest, *(layer.digest for layer in read.layers)]
+        digest = self._store.add(Bytes(manifest), workspace.owner, links=links)
+        value = {"created": time.time(), "source": source, "media_type": media_type or read.media_type or model.OCI_MANIFEST}
+        if not name:
+            return self._image(Ref(_PREFIX, digest, value))
+        image = self._name(Ref(_PREFIX + name, digest, value))
+        self._noted(image)
+        return image
 
-    def tree_path(self, digest: str) -> Path:
-        """Return where `tree` puts it, without making it."""
-        return self._trees.path(digest)
+    def tag(self, ref: str, name: str) -> Image:
+        """Give the image called `ref` another name as well. Raises NotFound, InvalidSpec."""
+        image, name = self._find(ref), _free(name)
+        value = next(one.value for one in self._store.refs(_PREFIX + image.name) if one.name == _PREFIX + image.name)
+        return self._name(Ref(_PREFIX + name, image.digest, value))
 
-    def tree_lacks(self, digest: str) -> str:
-        """Say what the unpacked root lacks of the image, "" if nothing."""
-        return self._trees.lost(digest)
+    def remove(self, ref: str) -> None:
+        """Forget the name, and the image with its last name. Raises NotFound, CallerError if a machine needs it."""
+        image = self._find(ref)
+        self._store.drop_ref(_PREFIX + image.name)
+        self._clean(image.digest)
 
-    def sweep(self, needed: Callable[[], Iterable[str]]) -> builtins.list[str]:
-        """Remove unpacked roots of images that are gone, and of the host as it was but for those `needed`; say what."""
+    # Making
 
-        def all_needed() -> set[str]:
-            pinned = (digest for digest, _ in self._store.pins())
-            return {*needed(), host.digest(), *pinned, *(ref.digest for ref in self._store.refs(_PREFIX))}
+    @property
+    def store(self) -> Store:
+        """Where the blobs are."""
+        return self._store
 
-        return self._trees.keep(all_needed)
+    def workspace(self) -> AbstractContextManager[Workspace]:
+        """A folder to make an image in; blobs that are added with its `owner` stay until `add` or its end."""
+        return self._store.workspace()
 
-    def import_(self, source: Path, name: str, *, progress: Progress = lambda _: None, limits: Limits = DEFAULT) -> Image:
+    def import_(
+        self, source: Path, name: str, *, platform: Platform | None = None, progress: Progress = lambda _: None, limits: Limits = DEFAULT
+    ) -> Image:
         """Make an image of a folder, a tar (plain, gzip, zstd, bzip2, xz), a `docker save` archive or an OCI layout.
 
-        Raises ImageError for what cannot be read or is not safe, StorageError, HostLacks, InvalidSpec.
+        Raises ImageError for what cannot be read or is not safe, StorageError, InvalidSpec.
         """
-        return self._import(Path(source), _free(name), str(source), progress, limits)
+        name = _free(name)
+        with self.workspace() as work:
+            return self._take(work, Path(source), name, str(source), "import", platform, progress, limits)
 
     def bootstrap(
         self,
@@ -122,27 +160,82 @@ class Images:
         Raises HostLacks, EngineError with mmdebstrap's last output, and what `import_` raises.
         """
         name = _free(name)
-        with self._store.workspace() as work:
+        with self.workspace() as work:
             archive = work.path / "bootstrap.tar"
             bootstrap.debian(archive, suite, packages, limits, progress)
             source = f"mmdebstrap {suite} {' '.join(packages)}".strip()
-            return self._import(archive, name, source, progress, limits)
+            return self._take(work, archive, name, source, source, None, progress, limits)
 
-    def remove(self, ref: str) -> None:
-        """Forget the name, and the image with its last name. Raises NotFound, CallerError if a machine needs it."""
-        image = self._find(ref)
-        self._store.drop_ref(_PREFIX + image.name)
-        self._store.collect()
-        if not self._store.exists(image.digest):
-            self._trees.drop(image.digest)
+    # What an image is
+
+    def documents(self, digest: str) -> Documents:
+        """Return manifest (struct and bytes), config and chain of the image with this digest.
+
+        Raises NotFound, ImageError for one of a home made before images were OCI images.
+        """
+        documents = self._library.read(digest)
+        if documents is None:
+            raise ImageError(f"{digest} is no OCI image: it was made by an older Trivisor", hint="get or import the image again")
+        return documents
+
+    def manifest(self, digest: str) -> Manifest:
+        """Return its manifest. Raises what `documents` raises."""
+        return self.documents(digest).manifest
+
+    def layers(self, digest: str) -> tuple[Descriptor, ...]:
+        """Return its layers, the lowest first. Raises what `documents` raises."""
+        return tuple(self.manifest(digest).layers)
+
+    def history(self, digest: str) -> builtins.list[History]:
+        """Return how it came about, the oldest step first. Raises what `documents` raises."""
+        return self.documents(digest).config.history or []
+
+    # Roots
+
+    def key(self, digest: str) -> str:
+        """Return what names its root: the same for images that have the same layers. Raises NotFound."""
+        return self._derived.key(digest)
+
+    def rootfs(self, digest: str, progress: Progress = lambda _: None) -> Path:
+        """Return the root as squashfs; made when first asked for, in some seconds. Of the host's own root the host's.
+
+        It stays for as long as the image. Raises NotFound, ImageError, HostLacks, EngineError, StorageError.
+        """
+        return self._derived.rootfs(digest, progress)
+
+    def rootfs_path(self, digest: str) -> Path:
+        """Return where `rootfs` puts it, without making it. Raises NotFound."""
+        return self._derived.rootfs_path(digest)
+
+    def lowers(self, digest: str, progress: Progress = lambda _: None) -> tuple[Path, ...]:
+        """Return the unpacked root: folders to lay over one another, the uppermost first, read-only and shared.
+
+        Made when first asked for. They stay for as long as an image has them, and for a host's root the machines that have it.
+        Raises NotFound, ImageError, HostLacks, EngineError, StorageError.
+        """
+        return self._derived.lowers(digest, progress)
+
+    def lower_paths(self, digest: str) -> tuple[Path, ...]:
+        """Return where `lowers` puts them, without making them. Raises NotFound."""
+        return self._derived.lower_paths(digest)
+
+    def tree_lacks(self, digest: str) -> str:
+        """Say what the unpacked root lacks of the image, "" if nothing."""
+        return self._derived.lost(digest)
+
+    def sweep(self, needed: Callable[[], Iterable[str]]) -> builtins.list[str]:
+        """Remove roots of images that are gone, and of the host as it was but for those `needed`; say what."""
+        return self._derived.keep(lambda: self._needed(needed()))
+
+    # Keeping
 
     def pin(self, image: Image, owner: str, *, durable: bool = True) -> None:
-        """Keep the image's root until `owner` unpins it; without `durable` until a power cut at most. Raises NotFound if it is gone."""
+        """Keep the image until `owner` unpins it; without `durable` until a power cut at most. Raises NotFound if it is gone."""
         if not image.digest.startswith(host.PREFIX):
             self._store.pin(image.digest, owner, durable=durable)
 
     def unpin(self, owner: str) -> None:
-        """Drop the owner's pins. Roots that nobody needs any more go at the next collection."""
+        """Drop the owner's pins. Images that nobody needs any more go at the next collection."""
         self._store.unpin(owner)
 
     def close(self) -> None:
@@ -150,34 +243,102 @@ class Images:
         self._store.close()
 
     def collect(self) -> int:
-        """Remove roots that nobody needs, and what crashes left. Return the bytes freed."""
+        """Remove blobs that nobody needs, and what crashes left. Return the bytes freed."""
         return self._store.collect()
 
-    def _import(self, source: Path, name: str, origin: str, progress: Progress, limits: Limits) -> Image:
-        with self._store.workspace() as work:
-            made, config = build(source, name, work.path, limits, progress)
-            size = made.stat().st_size
-            digest = self._store.adopt(made, work.owner)
-            value = {"size": size, "created": time.time(), "source": origin, "config": config}
-            before = [ref.digest for ref in self._store.refs(_PREFIX + name) if ref.name == _PREFIX + name]
-            self._store.set_ref(_PREFIX + name, digest, value)
-        if before and before != [digest]:
-            self._store.collect()
-        image = self._image(Ref(_PREFIX + name, digest, value))
-        self._noted(image)
-        return image
+    def check(self) -> builtins.list[str]:
+        """Read every blob of every image again; return what is damaged or missing, in words. Takes as long as the disk does."""
+        names: dict[str, builtins.list[str]] = {}
+        said: dict[str, str] = {}
+        for ref in self._store.refs(_PREFIX):
+            names.setdefault(ref.digest, []).append(ref.name.removeprefix(_PREFIX))
+        for digest, called in names.items():
+            blobs = [digest]
+            try:
+                documents = Library(self._store).read(digest)
+                blobs += [blob.digest for blob in documents.blobs] if documents else []
+            except (NotFound, StorageError) as error:
+                said[digest] = f"{', '.join(called)}: {error}"
+            for blob in blobs:
+                if blob not in said and (why := self._store.damage(blob)):
+                    said[blob] = f"{', '.join(called)}: {why}"
+        return builtins.list(said.values())
+
+    # Inside
+
+    def _take(
+        self, work: Workspace, source: Path, name: str, origin: str, by: str, platform: Platform | None, progress: Progress, limits: Limits
+    ) -> Image:
+        with Intake(self._store, work, limits, progress) as intake:
+            manifest, media_type = intake.take(source, name, platform or Platform.host(), by)
+        return self.add(manifest, media_type, name, origin, work)
+
+    def _hold(self, blob: Descriptor, workspace: Workspace, what: str) -> None:
+        if not self._store.hold(blob.digest, workspace.owner):
+            raise ImageError(f"{what}: the blob {blob.digest} is not there")
+        if (found := self._store.path(blob.digest).stat().st_size) != blob.size:
+            raise ImageError(f"{what}: the blob {blob.digest} has {found} bytes, not {blob.size} as its manifest says")
+
+    def _needed(self, more: Iterable[str] = ()) -> set[str]:
+        pinned = (digest for digest, _ in self._store.pins())
+        return {*more, host.digest(), *pinned, *(ref.digest for ref in self._store.refs(_PREFIX))}
+
+    def _name(self, ref: Ref) -> Image:
+        """Let the name mean the digest from now on, and remove what it meant before if nobody needs that."""
+        before = [found.digest for found in self._store.refs(ref.name) if found.name == ref.name]
+        self._store.set_ref(ref.name, ref.digest, ref.value)
+        for digest in before:
+            if digest != ref.digest:
+                self._clean(digest)
+        return self._image(ref)
+
+    def _clean(self, digest: str) -> None:
+        """Remove what the image with this digest left nobody to need."""
+        derived = self._derived.names([digest])
+        self._store.collect()
+        if not self._store.exists(digest):
+            self._derived.drop(derived - self._derived.names(self._needed()))
 
     def _find(self, ref: str) -> Image:
         name = normalise(ref)
-        images = self.list()
-        for image in images:
-            if image.name == name:
-                return image
-        have = f"there are {', '.join(image.name for image in images[:20])}; " if images else ""
+        refs = self._store.refs(_PREFIX)
+        for found in refs:
+            if found.name == _PREFIX + name:
+                return self._image(found)
+        have = f"there are {', '.join(found.name.removeprefix(_PREFIX) for found in refs[:20])}; " if refs else ""
         raise NotFound(f"there is no image {name}", hint=have + "get one with `trivisor images bootstrap` or `trivisor images import`")
 
     def _image(self, ref: Ref) -> Image:
-        return Image(name=ref.name.removeprefix(_PREFIX), digest=ref.digest, rootfs=self._store.locate(ref.digest), **ref.value)
+        known: dict[str, Any] = {key: ref.value[key] for key in ("created", "source")}
+        name = ref.name.removeprefix(_PREFIX)
+        try:
+            documents = self._library.read(ref.digest)
+            rootfs = self._derived.rootfs_path(ref.digest)
+        except (NotFound, StorageError):
+            # It is listed, and removed, like any other; `get` says what it lacks.
+            return Image(name, ref.digest, self._store.locate(ref.digest), ref.value.get("size", 0), **known)
+        if documents is None:
+            return Image(name, ref.digest, rootfs, ref.value["size"], config=_older(ref.value["config"]), **known)
+        layers = tuple(documents.manifest.layers)
+        kind = ref.value.get("media_type", model.OCI_MANIFEST)
+        return Image(name, ref.digest, rootfs, documents.size, config=documents.config, layers=layers, media_type=kind, **known)
+
+    def _lacking(self, image: Image) -> str:
+        """Say which of its blobs is not there or was cut, "" if none."""
+        if not image.layers and not image.media_type:
+            blobs = [(image.digest, image.size)]
+        else:
+            documents = self._library.read(image.digest)
+            assert documents is not None
+            blobs = [(image.digest, len(documents.data)), *((blob.digest, blob.size) for blob in documents.blobs)]
+        for digest, size in blobs:
+            path = self._store.locate(digest)
+            try:
+                if path.stat().st_size != size:
+                    return f"{path} was cut"
+            except FileNotFoundError:
+                return f"{path} is gone"
+        return ""
 
 
 def _free(name: str) -> str:
@@ -187,8 +348,9 @@ def _free(name: str) -> str:
     return whole
 
 
-def _whole(image: Image) -> bool:
-    try:
-        return image.rootfs.stat().st_size == image.size
-    except FileNotFoundError:
-        return False
+def _older(config: dict[str, Any]) -> ImageConfig:
+    """Return the config that an older Trivisor kept with a name."""
+    env = [f"{key}={value}" for key, value in config.get("env", {}).items()] or None
+    run = model.RunConfig(env, config.get("entrypoint"), config.get("cmd"), config.get("user"), config.get("workdir"))
+    here = Platform.host()
+    return ImageConfig(here.architecture, here.os, RootFs("layers", []), run)

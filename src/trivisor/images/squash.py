@@ -1,8 +1,6 @@
 """From a tree to a squashfs: a clean tar stream into sqfstar(1), which needs no root.
 
-The stream holds nothing but what the tree holds, in an order that depends on the tree alone, so the same
-input gives the same digest: folders, links and FIFOs by name; files in the order their bytes lie in
-their source, which is therefore read once, forward; hard links last.
+The stream is tarwrite's, so the same tree gives the same bytes.
 
 sqfstar 4.5 gives the root folder its own user and the present time whatever it is told (4.6 does better),
 so the root's inode is set right in the finished file; see `_patch_root`.
@@ -16,13 +14,14 @@ import os
 import select
 import struct
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from fcntl import F_SETPIPE_SZ, fcntl
 from pathlib import Path
 
 from trivisor.core.errors import EngineError, ImageError
 from trivisor.core.process import TAIL, find
-from trivisor.images.source import Source, read
+from trivisor.images.source import Source
+from trivisor.images.tarwrite import emit
 from trivisor.images.tree import Node, Tree
 from trivisor.store.faults import from_os
 
@@ -39,7 +38,6 @@ COMPRESSION = ("-comp", "lz4", "-noI")
 NO_SEARCH = "-no-duplicates"
 STALL = 300.0
 """Seconds for which sqfstar may take no input (a slow disk), and to finish."""
-_TYPES = {"f": b"0", "h": b"1", "l": b"2", "d": b"5", "p": b"6"}
 
 
 def make(tree: Tree, sources: Sequence[Source], target: Path) -> None:
@@ -49,7 +47,7 @@ def make(tree: Tree, sources: Sequence[Source], target: Path) -> None:
     with _Sqfstar(argv, target.parent) as sqfstar:
         fed = False
         with contextlib.suppress(BrokenPipeError):  # its status and last words tell more than the pipe
-            _emit(tree, sources, sqfstar.write)
+            emit(tree, sources, sqfstar.write)
             fed = True
         status = sqfstar.finish()
     if status or not fed:
@@ -119,79 +117,6 @@ class _Sqfstar:
         words = os.read(self._out.fileno(), 65536)
         self.said = (self.said + words)[-TAIL:]
         return bool(words)
-
-
-def _emit(tree: Tree, sources: Sequence[Source], write: Callable[[bytes], None]) -> None:
-    files: list[tuple[int, int, str, Node]] = []
-    links: list[tuple[str, str, Node]] = []
-    first: dict[int, str] = {}
-    for path, node in tree.walk():
-        if node.kind != "f":
-            write(_header(path, node.kind, node, target=node.target))
-        elif (primary := first.setdefault(id(node), path)) != path:
-            links.append((path, primary, node))
-        elif node.content is None:
-            raise tree.bad(path, "has no content")
-        else:
-            files.append((node.content.source, node.content.position, path, node))
-    files.sort(key=lambda file: file[:3])
-    for number, _, path, node in files:
-        content = node.content
-        assert content is not None
-        write(_header(path, "f", node, size=content.size))
-        for data in read(sources[number], content):
-            write(data)
-        write(bytes(-content.size % 512))
-    for path, primary, node in links:
-        write(_header(path, "h", node, target=primary))
-    write(bytes(1024))
-
-
-def _header(path: str, kind: str, node: Node, *, target: str = "", size: int = 0) -> bytes:
-    name, link = path.encode("utf-8", "surrogateescape"), target.encode("utf-8", "surrogateescape")
-    records = []
-    if len(name) > 100:
-        records.append((b"path", name))
-    if len(link) > 100:
-        records.append((b"linkpath", link))
-    if kind != "h":
-        records += [(b"SCHILY.xattr." + key.encode("utf-8", "surrogateescape"), value) for key, value in node.xattrs.items()]
-    extension = b"".join(_record(key, value) for key, value in records)
-    header = _block(name, _TYPES[kind], node, link, size)
-    if not extension:
-        return header
-    return _block(b"pax", b"x", Node("f"), b"", len(extension)) + extension + bytes(-len(extension) % 512) + header
-
-
-def _record(key: bytes, value: bytes) -> bytes:
-    rest = len(key) + len(value) + 3
-    length = rest + len(str(rest))
-    length = rest + len(str(length))  # its own digits may add one
-    return b"%d %s=%s\n" % (length, key, value)
-
-
-def _block(name: bytes, kind: bytes, node: Node, link: bytes, size: int) -> bytes:
-    fields = (
-        name[:100].ljust(100, b"\0"),
-        _number(node.mode, 8),
-        _number(node.uid, 8),
-        _number(node.gid, 8),
-        _number(size, 12),
-        _number(node.mtime, 12),
-        b" " * 8,
-        kind,
-        link[:100].ljust(100, b"\0"),
-        b"ustar\x0000",
-        bytes(247),
-    )
-    block = b"".join(fields)
-    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
-
-
-def _number(value: int, width: int) -> bytes:
-    if value < 8 ** (width - 1):
-        return b"%0*o\0" % (width - 1, value)
-    return b"\x80" + value.to_bytes(width - 1, "big")
 
 
 # The root's inode (squashfs, Documentation/filesystems/squashfs.rst): -noI leaves inodes and ids unpacked.

@@ -7,6 +7,7 @@ bomb costs time only until a limit is met. What is damaged or ends early is Imag
 from __future__ import annotations
 
 import bz2
+import hashlib
 import lzma
 import os
 import zlib
@@ -20,6 +21,7 @@ from trivisor.core.units import MIB
 from trivisor.images.limits import Limits
 
 CHUNK = 256 << 10
+PIECE = 1 << 20
 MEMORY = 256 * MIB
 """What an xz stream may make us allocate (its header names any size up to 4 GiB)."""
 WINDOW = 128 * MIB
@@ -113,6 +115,50 @@ class Unpacked:
             if not data:
                 raise truncated(self.name, "the data of a file")
             size -= len(data)
+
+
+class Hashed:
+    """A stream whose digest is counted on the way. It reads in large pieces and gives small ones, which makes headers cheap."""
+
+    def __init__(self, inner: Stream, limits: Limits) -> None:
+        self.name = inner.name
+        self.position = 0
+        self._inner = inner
+        self._limit = 2 * limits.total
+        self._piece = b""
+        self._at = 0
+        self._sha = hashlib.sha256()
+
+    def read(self, size: int, /) -> bytes:
+        if self._at == len(self._piece) and not self._more():
+            return b""
+        data = self._piece[self._at : self._at + size]
+        self._at += len(data)
+        self.position += len(data)
+        return data
+
+    def skip(self, size: int) -> None:
+        while size:
+            if self._at == len(self._piece) and not self._more():
+                raise truncated(self.name, "the data of a file")
+            step = min(size, len(self._piece) - self._at)
+            self._at += step
+            self.position += step
+            size -= step
+
+    def digest(self) -> str:
+        """Read what is left, and return the digest of the whole."""
+        while self._more():
+            self.position += len(self._piece)
+            if self.position > self._limit:
+                raise ImageError(f"{self.name}: larger than the limit of {self._limit} bytes unpacked")
+        return f"sha256:{self._sha.hexdigest()}"
+
+    def _more(self) -> bool:
+        self._piece = self._inner.read(PIECE)
+        self._at = 0
+        self._sha.update(self._piece)
+        return bool(self._piece)
 
 
 def unpack(packed: Section, limits: Limits) -> Stream:

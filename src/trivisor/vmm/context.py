@@ -86,10 +86,10 @@ class Context:
             spec=msgspec.structs.replace(row.spec, volumes=folders(self.home, row.spec.volumes)),
             home=self.home,
             dir=self.folder(row),
-            rootfs=self.images.rootfs(row.digest),
-            rootfs_digest=row.digest,
+            rootfs=self.images.rootfs_path(row.digest),
+            rootfs_digest=self.images.key(row.digest),
             slot=row.slot,
-            tree=self.images.tree_path(row.digest),
+            lowers=self.images.lower_paths(row.digest),
             host_folders=host.folders(hidden=self.home.root) if row.digest.startswith(host.PREFIX) else (),
             owner=row.owner.pid if row.owner else None,
         )

@@ -29,12 +29,14 @@ class Box:
     home: Home
     dir: MachineDir
     rootfs: Path
-    """squashfs of the image's root (vm wall)."""
+    """squashfs of the image's root (vm wall); there when `start` is called."""
     rootfs_digest: str
+    """What names the root: the same for images of the same layers."""
     slot: int
     """Small number that no other machine of this home has: the source of its own host uid."""
-    tree: Path
-    """The image's root unpacked (container, gvisor); there when `start` is called. Read-only, shared by all machines of the image."""
+    lowers: tuple[Path, ...]
+    """The image's root unpacked (container, gvisor): folders to lay over one another, the uppermost first; there when `start` is called.
+    Read-only, shared by all machines of the image."""
     host_folders: tuple[Path, ...] = ()
     """With image "host": the host's folders that lie in the root at the same place, each under a writable layer of its own."""
     owner: int | None = None

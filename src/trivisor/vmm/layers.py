@@ -33,7 +33,7 @@ def layers(box: Box) -> list[Layer]:
     """Return the machine's layers: the first is of the root, the others of the host's folders in it."""
     place = box.dir.root / "layers"
     ram = box.spec.disk == "ram"
-    lowers = [(box.tree, "/"), *((folder, str(folder)) for folder in box.host_folders)]
+    lowers = [(box.lowers[0], "/"), *((folder, str(folder)) for folder in box.host_folders)]
     return [Layer(lower, box.spec.memory // 2 if ram else place / (target.strip("/") or "root"), target) for lower, target in lowers]
 
 

@@ -67,10 +67,10 @@ def create(context: Context, spec: Spec, image: Image) -> Row:
 def start(context: Context, machine: str, progress: Progress) -> Row:
     """Run the machine until its guest answers."""
     with operation(context, machine, "start") as row, Undo() as undo:
-        box = context.box(row)
         engine = context.engine(row.spec.wall, row.name)
-        if row.spec.wall != "vm":
-            context.images.tree(row.digest, progress)
+        derive = context.images.rootfs if row.spec.wall == "vm" else context.images.lowers
+        derive(row.digest, progress)
+        box = context.box(row)
         shares.prepare(context.home, row.spec.volumes)
         undo.add("record", lambda: context.records.update(row.id, state=row.state, granted=0, **_IDLE))
         budget.admit(context, row.id, row.spec.memory)

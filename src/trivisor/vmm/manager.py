@@ -103,7 +103,7 @@ class VMM:
         if wishes.volumes:
             spec["volumes"] = shares.settle(self._context.home, wishes.volumes)
         # What the image wants in the environment lies under what the caller wants.
-        spec["env"] = {**found.config.get("env", {}), **wishes.env}
+        spec["env"] = {**found.config.env, **wishes.env}
         for attempt in range(_NAME_TRIES):
             wishes = Spec.make(image=image, name=names.readable(attempt) if name is None else name, wall=chosen, **spec)
             try:

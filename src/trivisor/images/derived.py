@@ -1,0 +1,144 @@
+"""The roots of images: which there are of a digest, where they lie, and how they are made of its layers.
+
+A root's name is that of the chain of its layers, so that images that differ in name and config alone share it. An image of a home
+made before images were OCI images is its own squashfs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from trivisor.core import process
+from trivisor.core.errors import ImageError, NotFound, StorageError
+from trivisor.core.paths import Home
+from trivisor.images import host, squash
+from trivisor.images.documents import Documents, Library
+from trivisor.images.layer import apply
+from trivisor.images.limits import DEFAULT
+from trivisor.images.model import Platform, digest_of
+from trivisor.images.roots import Cache
+from trivisor.images.source import LayerSource, Source
+from trivisor.images.stream import Hashed, Section, unpack
+from trivisor.images.tree import Tree
+from trivisor.store.store import Store
+
+Progress = Callable[[str], None]
+UNPACK_TIMEOUT = 1800.0
+LOST = "without root: owners, setuid bits and file capabilities of the image are lost"
+_SQUASHFS = "root.squashfs"
+_EMPTY = digest_of(b"")
+
+
+class Derived:
+    """The roots of one home's images."""
+
+    def __init__(self, home: Home, store: Store, library: Library) -> None:
+        self._store = store
+        self._library = library
+        self._trees = Cache(home.cache / "trees", home.tmp)
+        self._roots = Cache(home.cache / "roots", home.tmp)
+
+    def key(self, digest: str) -> str:
+        """Return what names the root of the image with this digest: the same for images that have the same layers."""
+        documents = None if digest.startswith(host.PREFIX) else self._library.read(digest)
+        if documents is None:
+            return digest
+        return documents.chain[-1] if documents.chain else _EMPTY
+
+    def rootfs_path(self, digest: str) -> Path:
+        """Return where `rootfs` puts it, without making it. Raises NotFound."""
+        if digest.startswith(host.PREFIX):
+            return Path("/")
+        key = self.key(digest)
+        return self._store.path(digest) if key == digest else self._roots.path(key) / _SQUASHFS
+
+    def rootfs(self, digest: str, progress: Progress) -> Path:
+        """Return the squashfs, made if it is not there. Raises NotFound, ImageError, EngineError, HostLacks, StorageError."""
+        path = self.rootfs_path(digest)
+        documents = None if digest.startswith(host.PREFIX) else self._library.read(digest)
+        if documents is not None and not path.exists():
+            self._roots.get(self.key(digest), partial(self._make_squashfs, documents, progress))
+        return path
+
+    def lower_paths(self, digest: str) -> tuple[Path, ...]:
+        """Return where `lowers` puts them, without making them. Raises NotFound."""
+        return (self._trees.path(self.key(digest)) / "root",)
+
+    def lowers(self, digest: str, progress: Progress) -> tuple[Path, ...]:
+        """Return the unpacked root, made if it is not there: folders to lay over one another, the uppermost first.
+
+        Raises NotFound, ImageError, EngineError, HostLacks, StorageError.
+        """
+        if digest.startswith(host.PREFIX):
+            self._trees.get(digest, lambda made: host.build(made / "root"))
+        else:
+            self._trees.get(self.key(digest), partial(self._make_tree, digest, progress))
+        return self.lower_paths(digest)
+
+    def lost(self, digest: str) -> str:
+        """Say what the unpacked root lacks of the image, "" if nothing."""
+        return LOST if any((path.parent / "lost").exists() for path in self.lower_paths(digest)) else ""
+
+    def names(self, digests: Iterable[str]) -> set[str]:
+        """Return the names of all that may be derived of these images; of one that is gone or damaged nothing is known."""
+        found = set()
+        for digest in digests:
+            with contextlib.suppress(NotFound, StorageError):
+                found.add(self.key(digest))
+        return found
+
+    def drop(self, names: set[str]) -> None:
+        """Remove what has one of these names."""
+        for name in names:
+            self._trees.drop(name)
+            self._roots.drop(name)
+
+    def keep(self, needed: Callable[[], Iterable[str]]) -> list[str]:
+        """Remove what is derived of other images than those with the digests `needed`; say what."""
+
+        def names() -> set[str]:
+            return self.names(needed())
+
+        return [*self._trees.keep(names), *self._roots.keep(names)]
+
+    def _make_tree(self, digest: str, progress: Progress, made: Path) -> None:
+        squashfs = self.rootfs(digest, progress)
+        progress("unpacking the image")
+        argv = [process.find("unsquashfs", "squashfs-tools"), "-no-progress", "-quiet", "-dest", str(made / "root")]
+        if os.geteuid() != 0:
+            argv.append("-user-xattrs")  # the others are root's to give, and refused they make it fail
+        process.run([*argv, squashfs], timeout=UNPACK_TIMEOUT)
+        if os.geteuid() != 0:
+            (made / "lost").write_text(LOST + "\n")
+
+    def _make_squashfs(self, documents: Documents, progress: Progress, made: Path) -> None:
+        check_platform(documents)
+        with ExitStack() as stack:
+            tree = Tree(DEFAULT, documents.digest)
+            sources: list[Source] = []
+            for number, (layer, diff) in enumerate(zip(documents.manifest.layers, documents.config.rootfs.diff_ids, strict=True)):
+                progress(f"reading layer {number + 1} of {len(documents.manifest.layers)}")
+                file = stack.enter_context(self._store.path(layer.digest).open("rb"))
+                section = Section(file.fileno(), 0, layer.size, layer.digest)
+                plain = Hashed(unpack(section, DEFAULT), DEFAULT)
+                tree.layer = number
+                apply(tree, plain, number, DEFAULT, layered=True)
+                if plain.digest() != diff:
+                    raise ImageError(f"{layer.digest}: the layer is not what the image's config says", hint="get the image again")
+                sources.append(LayerSource(section.part(0, layer.size, layer.digest), DEFAULT))
+            tree.need()
+            progress("writing the root file system")
+            squash.make(tree, sources, made / _SQUASHFS)
+            (made / _SQUASHFS).chmod(0o444)  # a jailed engine of another uid gets this one file
+
+
+def check_platform(documents: Documents) -> None:
+    """Raise ImageError if the image cannot run on this host."""
+    here = Platform.host()
+    if not here.runs(documents.config.platform):
+        raise ImageError(f"{documents.digest}: the image is for {documents.config.platform}, not {here}")
