@@ -231,7 +231,7 @@ def engine(context: Context, row: Row) -> Hotpluggable:
     """Return the engine of a machine whose wall can be given devices. Raises UnsupportedByWall."""
     found = context.engine(row.spec.wall, row.name)
     if not isinstance(found, Hotpluggable):
-        raise UnsupportedByWall("be given devices", row.spec.wall, ["vm"], machine=row.name)
+        raise UnsupportedByWall("be given devices", row.spec.wall, ["vm", "container"], machine=row.name)
     return found
 
 

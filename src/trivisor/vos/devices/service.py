@@ -184,6 +184,8 @@ class Devices:
         if isinstance(device, Random):
             return None
         files = self._files()
+        if kind_of(device) == "char" and files.exists(f"/dev/{name}"):
+            return f"/dev/{name}"
         folder, prefix, attribute = _PLACES[_place(device)]
         # It may be on its way in or out, and its driver may not have been there before.
         with suppress(FileError):
