@@ -52,11 +52,20 @@ static bool ipv4(const char *text, struct sockaddr *out) {
     return true;
 }
 
-static int default_route(const char *interface, const char *gateway) {
+static struct sockaddr netmask(unsigned long bits) {
+    struct sockaddr_in mask = {.sin_family = AF_INET, .sin_addr.s_addr = bits ? htonl(~0U << (32 - bits)) : 0};
+    struct sockaddr out;
+    memcpy(&out, &mask, sizeof out);
+    return out;
+}
+
+int net_route(const char *interface, const char *network, const char *prefix, const char *gateway) {
     struct rtentry route = {.rt_flags = RTF_UP | RTF_GATEWAY, .rt_dev = (char *)interface};
-    route.rt_dst.sa_family = route.rt_genmask.sa_family = AF_INET;
-    if (!ipv4(gateway, &route.rt_gateway))
+    char *end;
+    unsigned long bits = strtoul(prefix, &end, 10);
+    if (!*prefix || *end || bits > 32 || !ipv4(network, &route.rt_dst) || !ipv4(gateway, &route.rt_gateway))
         return EINVAL;
+    route.rt_genmask = netmask(bits);
     int error = control(SIOCADDRT, &route);
     return error == EEXIST ? 0 : error;
 }
@@ -70,11 +79,10 @@ int net_address(const char *interface, const char *address, const char *prefix, 
     int error = control(SIOCSIFADDR, &r);
     if (error)
         return error;
-    struct sockaddr_in mask = {.sin_family = AF_INET, .sin_addr.s_addr = bits ? htonl(~0U << (32 - bits)) : 0};
-    memcpy(&r.ifr_netmask, &mask, sizeof mask);
+    r.ifr_netmask = netmask(bits);
     if ((error = control(SIOCSIFNETMASK, &r)) || (error = set_up(&r, true)) || !gateway)
         return error;
-    return default_route(interface, gateway);
+    return net_route(interface, "0.0.0.0", "0", gateway);
 }
 
 int net_mac(const char *interface, const char *address) {

@@ -63,14 +63,16 @@ int root_begin(void) {
     return 0;
 }
 
-int module_load(const char *name) {
+int module_load(const char *words) {
     char file[128];
-    if (strchr(name, '/') || snprintf(file, sizeof file, "%s.ko", name) >= (int)sizeof file)
+    int length = (int)strcspn(words, " ");
+    const char *parameters = words[length] ? words + length + 1 : "";
+    if (memchr(words, '/', (size_t)length) || snprintf(file, sizeof file, "%.*s.ko", length, words) >= (int)sizeof file)
         return EINVAL;
     int fd = modules_fd < 0 ? -1 : openat(modules_fd, file, O_RDONLY | O_CLOEXEC);
     if (fd < 0)
         return modules_fd < 0 || errno == ENOENT ? 0 : errno;
-    int error = syscall(SYS_finit_module, fd, "", 0) < 0 ? errno : 0;
+    int error = syscall(SYS_finit_module, fd, parameters, 0) < 0 ? errno : 0;
     close(fd);
     return error == EEXIST ? 0 : error;
 }

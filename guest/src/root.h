@@ -9,7 +9,7 @@ int root_begin(void);
 void modules_begin(void);
 
 /* Load one module of the initramfs. One that is not there, or is loaded, is fine. 0 or errno. */
-int module_load(const char *name);
+int module_load(const char *words);
 
 /* squashfs on `lower` under `upper` (an ext4 device, or "ram") becomes the root. 0 or errno, with root_failed. */
 int root_switch(const char *lower, const char *upper);

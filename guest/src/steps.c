@@ -124,6 +124,7 @@ static int do_seed(char **w) {
 }
 
 static int do_address(char **w) { return net_address(w[1], w[2], w[3], w[4]); }
+static int do_route(char **w) { return net_route(w[1], w[2], w[3], w[4]); }
 static int do_mac(char **w) { return net_mac(w[1], w[2]); }
 
 static int do_dns(char **w) {
@@ -224,6 +225,9 @@ static int do_share(char **w) {
     return mount(w[1], path, w[3], flags, nine ? "trans=virtio,version=9p2000.L,msize=262144" : NULL) < 0 ? errno : 0;
 }
 
+/* Programs that have files open there keep them until they close them. */
+static int do_unshare(char **w) { return umount2(w[1], MNT_DETACH | UMOUNT_NOFOLLOW) < 0 ? errno : 0; }
+
 static const struct {
     const char *name;
     size_t least, most; /* words after the name */
@@ -235,11 +239,13 @@ static const struct {
     {"flush", 1, 1, false, do_flush},
     {"root", 2, 2, false, do_root},
     {"share", 4, 4, false, do_share},
+    {"unshare", 1, 1, false, do_unshare},
     {"hostname", 1, 1, false, do_hostname},
     {"machine-id", 1, 1, false, do_machine_id},
     {"clock", 1, 1, false, do_clock},
     {"seed", 1, 1, false, do_seed},
     {"address", 3, 4, false, do_address},
+    {"route", 4, 4, false, do_route},
     {"mac", 2, 2, false, do_mac},
     {"dns", 1, 16, false, do_dns},
     {"cpus", 1, 1, false, do_cpus},

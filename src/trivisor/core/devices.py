@@ -20,6 +20,9 @@ NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?")
 SECTOR = 512
 Format = Literal["raw", "qcow2"]
 Bus = Literal["virtio", "nvme", "usb"]
+Action = Literal["reset", "poweroff", "pause", "none"]
+_NETWORK = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,8 @@ class Disk:
 class Served:
     """A device that a process of the host answers for, over a connected socket, while it lives."""
 
-    kind: Literal["block", "char", "usb"]
-    """block: an NBD server's other end. char: a stream of bytes. usb: the host's side of a redirected USB device."""
+    kind: Literal["block", "char", "usb", "serial"]
+    """block: an NBD server's other end. char, serial: a stream of bytes. usb: the host's side of a redirected USB device."""
     readonly: bool = False
     disk: bool = False
     """Of usb: the guest finds a disk in it."""
@@ -79,7 +82,80 @@ class Random:
     """A source of random numbers (virtio-rng), as QEMU's own generator gives them."""
 
 
-Device = Disk | Served | Random
+@dataclass(frozen=True)
+class SerialSocket:
+    """A serial port whose other end is a unix socket of the host's, at `path`: who connects there talks to it, one after the other.
+
+    It may be connected to before the guest uses it; what is said while nobody is connected is lost. Raises InvalidSpec.
+    """
+
+    path: str | os.PathLike[str]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", _absolute(self.path, "socket's"))
+
+
+@dataclass(frozen=True)
+class NetworkCard:
+    """A further network card, on `network`: "nat", or the name of a network. `mac` is its own unless given. Raises InvalidSpec."""
+
+    network: str = "nat"
+    mac: str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.network, str) or self.network in ("none", "host") or not _NETWORK.fullmatch(self.network):
+            raise InvalidSpec(f"a network card is on nat or a named network, not {self.network!r}")
+        if self.mac is not None:
+            mac = str(self.mac).lower().replace("-", ":")
+            if not _MAC.fullmatch(mac) or int(mac[:2], 16) & 1:
+                raise InvalidSpec(f"{self.mac!r} is no address of a network card", hint="for example 52:54:00:12:34:56")
+            object.__setattr__(self, "mac", mac)
+
+
+@dataclass(frozen=True)
+class SharedFolder:
+    """The host's folder `path`, at `target` in the guest. Raises InvalidSpec."""
+
+    path: str | os.PathLike[str]
+    target: str
+    readonly: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", _absolute(self.path, "folder's"))
+        target = self.target
+        if not isinstance(target, str) or not target.startswith("/") or "\0" in target or len(target.encode()) > 1024:
+            raise InvalidSpec(f"{target!r} is no place for a folder", hint="an absolute path in the guest")
+        if not set(target.split("/")) - {""} or {".", ".."} & set(target.split("/")):
+            raise InvalidSpec(f"{target!r} is no place for a folder", hint="below /, without . and ..")
+        object.__setattr__(self, "target", "/" + "/".join(part for part in target.split("/") if part))
+
+
+@dataclass(frozen=True)
+class Watchdog:
+    """A watchdog card (i6300ESB, /dev/watchdog0): when the guest has opened it and does not write to it in time, it fires.
+
+    `action`: reset and poweroff end the machine, pause pauses it, none does nothing; an event of kind "watchdog" comes of each.
+    Raises InvalidSpec.
+    """
+
+    action: Action = "reset"
+
+    def __post_init__(self) -> None:
+        if self.action not in ("reset", "poweroff", "pause", "none"):
+            raise InvalidSpec(f"a watchdog's action is reset, poweroff, pause or none, not {self.action!r}")
+
+
+Value = Disk | Random | SerialSocket | NetworkCard | SharedFolder | Watchdog
+"""Devices that need no process to answer for them: they are the machine's until they are detached."""
+Device = Value | Served
+KINDS: dict[str, type[Value]] = {
+    "disk": Disk,
+    "random": Random,
+    "serial": SerialSocket,
+    "network": NetworkCard,
+    "folder": SharedFolder,
+    "watchdog": Watchdog,
+}
 
 
 def check_name(name: str) -> str:
@@ -92,5 +168,17 @@ def check_name(name: str) -> str:
 
 
 def kind_of(device: Device) -> str:
-    """Return what a device is, in a word: disk, block, char, usb or random."""
-    return device.kind if isinstance(device, Served) else type(device).__name__.lower()
+    """Return what a device is, in a word: that of a Served, or of KINDS."""
+    return device.kind if isinstance(device, Served) else next(kind for kind, known in KINDS.items() if isinstance(device, known))
+
+
+def path_of(device: Device) -> str:
+    """Return which file of the host's it is made of, or ""."""
+    return str(device.path) if isinstance(device, Disk | SerialSocket | SharedFolder) else ""
+
+
+def _absolute(path: str | os.PathLike[str], whose: str) -> str:
+    found = str(Path(path).absolute())
+    if "\0" in found:
+        raise InvalidSpec(f"a {whose} path holds a NUL")
+    return found

@@ -7,33 +7,27 @@ Which of those written down are there now, the engine is asked.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-import msgspec
-
-from trivisor.core.devices import Device, Disk, Random, Served, check_name, kind_of
-from trivisor.core.errors import AlreadyExists, InvalidSpec, InvalidState, NotFound, StorageError, TrivisorError, UnsupportedByWall
-from trivisor.core.paths import MachineDir
-from trivisor.core.process import Who
+from trivisor.core.devices import Device, Disk, Served, kind_of
+from trivisor.core.errors import AlreadyExists, InvalidSpec, InvalidState, NotFound, TrivisorError, UnsupportedByWall
 from trivisor.core.state import State, check
-from trivisor.vmm import locks, reconcile
+from trivisor.vmm import locks, means, reconcile
 from trivisor.vmm.context import Context
 from trivisor.vmm.engine import Box
+from trivisor.vmm.means import Given
+from trivisor.vmm.plugged import Entry, entry, read, write
 from trivisor.vmm.records import Row
-from trivisor.vos import guest
 from trivisor.vos.devices import diskfile
 from trivisor.vos.devices.port import Held
-from trivisor.vos.line import Line
 
 _WAIT = 15.0
 """Seconds to wait for another attach or detach to end: they take a second at most, unless a guest holds on to a device."""
 MOST = 64
-_MODULES = 30.0
 
 
 class Hotplug(Protocol):
@@ -50,41 +44,14 @@ class Hotplug(Protocol):
 
     def unplug(self, name: str) -> None: ...
 
+    def place(self, name: str) -> str: ...
+
 
 @runtime_checkable
 class Hotpluggable(Protocol):
     """An engine whose machines can be given devices."""
 
     def hotplug(self, box: Box) -> Hotplug: ...
-
-
-class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One device in the file: just one of disk, served and random is there."""
-
-    disk: dict[str, Any] | None = None
-    """The fields of a Disk."""
-    served: Served | None = None
-    random: Random | None = None
-    owner: Who | None = None
-
-    @property
-    def device(self) -> Device:
-        found = Disk(**self.disk) if self.disk else self.served or self.random
-        if found is None:
-            raise InvalidSpec("a device without a kind")
-        return found
-
-    @property
-    def kept(self) -> bool:
-        """Whether the next start plugs it again."""
-        return self.served is None
-
-
-def entry(device: Device) -> Entry:
-    """Return what is written down of a device that this process attaches."""
-    if isinstance(device, Disk):
-        return Entry(disk=dataclasses.asdict(device))
-    return Entry(served=device, owner=Who.me()) if isinstance(device, Served) else Entry(random=device)
 
 
 class MachineDevices:
@@ -109,36 +76,49 @@ class MachineDevices:
             if kind_of(device) not in plug.kinds:
                 raise UnsupportedByWall(f"attach a device of kind {kind_of(device)}", row.spec.wall, machine=row.name)
             live = row.state is State.RUNNING
-            known = {key: found for key, found in self._read(row).items() if found.kept or live}
+            known = {key: found for key, found in read(self._folder(row)).items() if found.kept or live}
             if isinstance(device, Served) and not live:
                 raise InvalidState(row.name, row.state.value, "attach a device of this process to", [State.RUNNING.value])
             plug.modules(device)
             self._check_new(row, known, name, device, fd)
-            self._write(row, {**known, name: entry(device)})
+            device = means.check(self._context, row, known, device)
             if not live:
+                write(self._folder(row), {**known, name: entry(device)})
                 return
-            try:
-                _load(self._context.folder(row), row, plug.modules(device))
-                plug.plug(name, device, fd)
-            except BaseException as error:
+            with means.prepare(self._context, row, name, device, fd) as given:
+                write(self._folder(row), {**known, name: entry(device, given.link)})
                 try:
-                    self._write(row, known)
-                except TrivisorError as failure:
-                    error.add_note(f"and it could not be crossed out: {failure}")
-                raise
+                    _plug(self._context, row, plug, name, device, given)
+                except BaseException as error:
+                    try:
+                        means.forget(self._context, row, known)
+                        write(self._folder(row), known)
+                    except TrivisorError as failure:
+                        error.add_note(f"and it could not be crossed out: {failure}")
+                    raise
 
     def detach(self, name: str) -> None:
         with self._hold("detach") as row:
-            known = self._read(row)
+            known = read(self._folder(row))
             if name not in known:
                 raise NotFound(f"there is no device {name}", machine=row.name, hint=_names(known))
+            left = {key: value for key, value in known.items() if key != name}
             if row.state is State.RUNNING:
-                engine(self._context, row).hotplug(self._context.box(row)).unplug(name)
-            self._write(row, {key: value for key, value in known.items() if key != name})
+                plug = engine(self._context, row).hotplug(self._context.box(row))
+                if name in plug.plugged():
+                    means.release(self._context, row, known[name].device)
+                plug.unplug(name)
+                means.forget(self._context, row, left)
+            means.gone(known[name].device)
+            write(self._folder(row), left)
+
+    def place(self, name: str) -> str:
+        row = self._context.row(self._machine)
+        return engine(self._context, row).hotplug(self._context.box(row)).place(name)
 
     def held(self) -> dict[str, Held]:
         row = self._context.row(self._machine)
-        known = self._read(row)
+        known = read(self._folder(row))
         if not known:
             return {}
         settled = reconcile.settle(self._context, row)
@@ -181,11 +161,8 @@ class MachineDevices:
                 if same:
                     raise InvalidSpec(f"{device.path} is attached as {other} already", machine=row.name, hint="a disk is attached once")
 
-    def _read(self, row: Row) -> dict[str, Entry]:
-        return read(self._context.folder(row).root)
-
-    def _write(self, row: Row, entries: dict[str, Entry]) -> None:
-        write(self._context.folder(row).root, entries)
+    def _folder(self, row: Row) -> Path:
+        return self._context.folder(row).root
 
 
 def restore(context: Context, row: Row) -> None:
@@ -201,13 +178,17 @@ def restore(context: Context, row: Row) -> None:
     if kept != known:
         write(folder, kept)
     plug = engine(context, row).hotplug(context.box(row))
-    for name, found in kept.items():
+    for name, found in list(kept.items()):
         fd = None
         try:
             device = found.device
             fd = diskfile.open_disk(device) if isinstance(device, Disk) else None
-            _load(context.folder(row), row, plug.modules(device))
-            plug.plug(name, device, fd)
+            means.check(context, row, {key: value for key, value in kept.items() if key != name}, device)
+            with means.prepare(context, row, name, device, fd) as given:
+                kept[name] = entry(device, given.link)
+                if kept[name] != found:
+                    write(folder, kept)
+                _plug(context, row, plug, name, device, given)
         except TrivisorError as error:
             error.hint = f"{error.hint + '; ' if error.hint else ''}or detach {name}: the machine starts without it then"
             raise
@@ -216,15 +197,12 @@ def restore(context: Context, row: Row) -> None:
                 os.close(fd)
 
 
-def _load(folder: MachineDir, row: Row, modules: tuple[str, ...]) -> None:
-    """Have the guest load the drivers of what comes."""
-    if not modules:
-        return
-    line = Line.connect(folder.line, row.name)
-    try:
-        guest.configure(line, [("module", *modules)], timeout=_MODULES)
-    finally:
-        line.close()
+def _plug(context: Context, row: Row, plug: Hotplug, name: str, device: Device, given: Given) -> None:
+    """Have the guest load the drivers of what comes, give it that, and have it configured."""
+    if modules := plug.modules(device):
+        means.configure(context, row, [("module", *modules)])
+    plug.plug(name, device, given.fd)
+    means.finish(context, row, name, device, given, plug.place)
 
 
 def engine(context: Context, row: Row) -> Hotpluggable:
@@ -233,36 +211,6 @@ def engine(context: Context, row: Row) -> Hotpluggable:
     if not isinstance(found, Hotpluggable):
         raise UnsupportedByWall("be given devices", row.spec.wall, ["vm", "container"], machine=row.name)
     return found
-
-
-def read(folder: Path) -> dict[str, Entry]:
-    """Return what is written down in a machine's folder. Raises StorageError for a damaged file."""
-    path = folder / "devices.json"
-    try:
-        known = msgspec.json.decode(path.read_bytes(), type=dict[str, Entry])
-        for name, found in known.items():
-            check_name(name)
-            found.device  # noqa: B018 - raises for what is none
-        return known
-    except FileNotFoundError:
-        return {}
-    except (OSError, msgspec.DecodeError, InvalidSpec, TypeError) as error:
-        raise StorageError(f"{path} cannot be read: {error}", hint="remove it: the machine has no other devices then") from error
-
-
-def write(folder: Path, entries: dict[str, Entry]) -> None:
-    """Write them down. Raises StorageError."""
-    path, aside = folder / "devices.json", folder / ".devices.json"
-    try:
-        with aside.open("wb") as stream:
-            stream.write(msgspec.json.encode(entries))
-            stream.flush()
-            os.fsync(stream.fileno())
-        aside.rename(path)
-    except OSError as error:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise StorageError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def _names(known: dict[str, Entry]) -> str:

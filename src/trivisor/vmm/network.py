@@ -12,7 +12,7 @@ from trivisor.core.errors import InvalidSpec, NotFound, TrivisorError
 from trivisor.core.spec import Spec
 from trivisor.launch.net import control, netlink, networks, own, provide
 from trivisor.launch.net.netlink import Netlink
-from trivisor.vmm import life, reconcile
+from trivisor.vmm import life, plugged, reconcile
 from trivisor.vmm.context import Context
 from trivisor.vmm.records import Row
 from trivisor.vos.network.service import Network, Work
@@ -51,6 +51,9 @@ def change(context: Context, machine: str, work: Work) -> None:
     """Have `work` done while nobody else operates the machine."""
     with life.operation(context, machine, "network") as row:
         spec, said = work(port(context, row))
+        if spec.egress is not None and plugged.cards(context.folder(row).root):
+            hint = "detach it first: the policy would hold for one of them"
+            raise InvalidSpec("a machine with a further network card can have no egress policy", machine=row.name, hint=hint)
         row = msgspec.structs.replace(row, spec=spec)
         enforce(context, row)
         context.records.update(row.id, spec=spec, event=("network", said), **_IDLE)

@@ -28,7 +28,7 @@ from trivisor.core.paths import MachineDir
 from trivisor.core.state import State
 from trivisor.launch import ids, keeper
 from trivisor.launch.net import networks
-from trivisor.vmm import limits, locks
+from trivisor.vmm import fired, limits, locks, plugged
 from trivisor.vmm.context import Context, pin_owner
 from trivisor.vmm.records import Row
 
@@ -79,7 +79,7 @@ def erase(context: Context, row: Row, kind: str = "deleted", detail: str = "") -
     folder = context.folder(row)
     keeper.kill(folder)
     limits.clear(context, row)
-    networks.leave(context.home, row.spec.network, row.name)
+    _leave(context, row)
     remove_tree(folder.root)
     context.images.unpin(pin_owner(row.id))
     context.records.remove(row, (kind, detail))
@@ -90,9 +90,9 @@ def ended(context: Context, row: Row) -> Row | None:
     folder = context.folder(row)
     rebooted = bool(row.boot_id) and row.boot_id != process.boot_id()
     killed = limits.close(context, row)
-    verdict = judge(keeper.ended(folder), rebooted=rebooted, panic=_panic(folder), killed=killed)
+    verdict = judge(keeper.ended(folder), rebooted=rebooted, panic=_panic(folder) or fired.killed(folder, row.started), killed=killed)
     clear_sockets(folder)
-    networks.leave(context.home, row.spec.network, row.name)
+    _leave(context, row)
     return _put_right(
         context,
         row,
@@ -113,6 +113,12 @@ def _put_right(context: Context, row: Row, event: tuple[str, str], **changes: An
         return context.records.update(row.id, event=event, **changes)
     except StorageError:
         return msgspec.structs.replace(row, **changes)
+
+
+def _leave(context: Context, row: Row) -> None:
+    """Have nobody look for a machine on its networks."""
+    for network in {row.spec.network, *(link.network for link in plugged.links(context.folder(row).root))}:
+        networks.leave(context.home, network, row.name)
 
 
 @dataclass(frozen=True)
@@ -205,7 +211,7 @@ def _recover(context: Context, row: Row) -> Row | None:
         keeper.kill(folder)
         limits.close(context, row)
         clear_sockets(folder)
-        networks.leave(context.home, row.spec.network, row.name)
+        _leave(context, row)
     elif keeper.alive(folder):
         state = standing(context, row)
     granted = row.granted if state is State.RUNNING else 0

@@ -179,6 +179,17 @@ class Records:
             found = connection.execute(f"{_SELECT} WHERE id = ?", (machine,)).fetchone()
             return _row(found) if found else None
 
+    def note_once(self, kind: str, machine: str, name: str, events: Sequence[tuple[float, str]]) -> set[float]:
+        """Write down events of a machine that have times of their own, and return the times of those that were not there yet."""
+        with self._connected() as connection:
+            if not _unknown(connection, kind, machine, events):
+                return set()
+        with self._writing() as connection:
+            new = _unknown(connection, kind, machine, events)
+            for at, detail in new:
+                _add_event(connection, kind, machine, name, detail, at)
+            return {at for at, _ in new}
+
     def grant(self, machine: str, decide: Callable[[list[Row]], int]) -> None:
         """Write down what `decide` grants a machine, with no other record changing between its look at all of them and that."""
         with self._writing() as connection:
@@ -292,8 +303,16 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
         raise StorageError(f"{path} was written by a newer Trivisor", hint="upgrade this one, or set TRIVISOR_HOME to another folder")
 
 
-def _add_event(connection: sqlite3.Connection, kind: str, machine: str, name: str, detail: str) -> None:
-    values = (time.time(), kind, machine, name, detail[:1000])
+def _unknown(connection: sqlite3.Connection, kind: str, machine: str, events: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
+    """Return those of a machine's events that are not written down."""
+    known = {at for (at,) in connection.execute("SELECT time FROM events WHERE kind = ? AND machine = ?", (kind, machine))}
+    # Those from before all that is kept were there once.
+    (first,) = connection.execute("SELECT ifnull(min(time), 0) FROM events").fetchone()
+    return [(at, detail) for at, detail in events if at not in known and at >= first]
+
+
+def _add_event(connection: sqlite3.Connection, kind: str, machine: str, name: str, detail: str, at: float | None = None) -> None:
+    values = (time.time() if at is None else at, kind, machine, name, detail[:1000])
     new = connection.execute("INSERT INTO events (time, kind, machine, name, detail) VALUES (?, ?, ?, ?, ?)", values).lastrowid
     if new is not None and new % 100 == 0:
         connection.execute("DELETE FROM events WHERE id <= ?", (new - KEPT_EVENTS,))

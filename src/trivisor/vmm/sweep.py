@@ -16,7 +16,7 @@ from trivisor.core.process import Who
 from trivisor.launch import keeper
 from trivisor.launch.net import host, networks
 from trivisor.store import workspace
-from trivisor.vmm import limits, locks, reconcile
+from trivisor.vmm import limits, locks, plugged, reconcile
 from trivisor.vmm.context import Context
 from trivisor.vmm.records import Row
 
@@ -55,9 +55,9 @@ def _members(context: Context) -> dict[str, set[str]]:
     """Return the machines that run or start on each named network that a machine has."""
     found: dict[str, set[str]] = {}
     for row in context.records.rows():
-        known = found.setdefault(row.spec.network, set())
-        if row.state in reconcile.LIVE or row.operation == "start":
-            known.add(row.name)
+        live = row.state in reconcile.LIVE or row.operation == "start"
+        for network in (row.spec.network, *(link.network for link in plugged.links(context.folder(row).root))):
+            found.setdefault(network, set()).update({row.name} if live else ())
     return found
 
 

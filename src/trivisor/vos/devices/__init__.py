@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from trivisor.core.devices import Disk, Random
+from trivisor.core.devices import Disk, NetworkCard, Random, SerialSocket, SharedFolder, Watchdog
 from trivisor.vos.devices.block import BlockDevice
 from trivisor.vos.devices.char import CharDevice
 from trivisor.vos.devices.input import Keyboard, Mouse, Tablet
+from trivisor.vos.devices.serial import Serial
 from trivisor.vos.devices.service import Attached, Devices
 from trivisor.vos.devices.storage import UsbStorage
 from trivisor.vos.devices.usb import Endpoint, Interface, Setup, UsbDevice
@@ -21,10 +22,15 @@ __all__ = [
     "Interface",
     "Keyboard",
     "Mouse",
+    "NetworkCard",
     "Random",
+    "Serial",
+    "SerialSocket",
     "Setup",
+    "SharedFolder",
     "Stall",
     "Tablet",
     "UsbDevice",
     "UsbStorage",
+    "Watchdog",
 ]

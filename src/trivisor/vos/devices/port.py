@@ -43,6 +43,10 @@ class DevicePort(Protocol):
         """Pull it out and forget it. Raises NotFound, InvalidState, Busy, GuestError, EngineError."""
         ...
 
+    def place(self, name: str) -> str:
+        """Return the PCI address of the port that a device is plugged in below, "" if there is none."""
+        ...
+
     def held(self) -> Mapping[str, Held]:
         """Return all devices by name, in the order in which they were attached."""
         ...

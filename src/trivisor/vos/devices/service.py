@@ -15,9 +15,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-from trivisor.core.devices import Device, Disk, Random, Served, check_name, kind_of
-from trivisor.core.errors import FileError, GuestError, InvalidSpec, TrivisorError
-from trivisor.vos.devices import diskfile
+from trivisor.core.devices import Device, Disk, Served, SharedFolder, Value, check_name, kind_of, path_of
+from trivisor.core.errors import GuestError, InvalidSpec, TrivisorError
+from trivisor.vos.devices import diskfile, place
 from trivisor.vos.devices.block import BlockDevice
 from trivisor.vos.devices.char import CharDevice
 from trivisor.vos.devices.port import DevicePort
@@ -27,16 +27,6 @@ from trivisor.vos.files import Files
 SEEN = 10.0
 """Seconds for a guest to find a device; it takes a tenth of one."""
 _POLL = 0.01
-_USB = "/sys/bus/usb/devices"
-_PLACES = {
-    "virtio": ("/sys/block", "vd", "serial"),
-    "block": ("/sys/block", "vd", "serial"),
-    "nvme": ("/sys/block", "nvme", "device/serial"),
-    "usb-storage": ("/sys/block", "sd", "device/../../../../serial"),
-    "char": ("/sys/class/virtio-ports", "vport", "name"),
-    "usb": (_USB, "", "serial"),
-}
-"""Where the guest's kernel shows a device, how its name begins there, and the file that holds the name that it was given."""
 
 
 class Server(Protocol):
@@ -54,11 +44,11 @@ class Attached:
 
     name: str
     kind: str
-    """disk, block (made in Python), char, usb (made in Python) or random."""
+    """disk, random, serial, network, folder, watchdog; or block, char, usb: made in Python."""
     plugged: bool
     """False for what is kept for the next start."""
     path: str = ""
-    """Of a disk: its file."""
+    """Of a disk, a folder, a serial port: what it is on the host."""
     readonly: bool = False
     owner: int | None = None
     """Of a device made in Python: the process that answers for it."""
@@ -78,14 +68,14 @@ class Devices:
         """What this machine's wall can be given. Raises UnsupportedByWall if nothing."""
         return self._port.kinds
 
-    def attach(self, device: Disk | Random | BlockDevice | CharDevice | UsbDevice, name: str | None = None) -> Attached:
+    def attach(self, device: Value | BlockDevice | CharDevice | UsbDevice, name: str | None = None) -> Attached:
         """Attach a device and return when the guest has found it; to a machine that is stopped, for its next start.
 
         `name` is free unless given; a disk bears it as its serial number. Raises InvalidSpec (a disk that leads elsewhere, or is
         attached or in use already; no free port), AlreadyExists (name), NotFound, InvalidState, Busy, UnsupportedByWall,
         HostLacks, EngineError, StorageError, GuestError if the guest does not find it, which takes it away again.
         """
-        if not isinstance(device, Disk | Random | BlockDevice | CharDevice | UsbDevice):
+        if not isinstance(device, Value | BlockDevice | CharDevice | UsbDevice):
             raise InvalidSpec(f"{device!r} is no device", hint="for example Disk('data.qcow2'), or an object of your BlockDevice")
         chosen = check_name(name) if name is not None else self._free(device)
         if isinstance(device, BlockDevice | CharDevice | UsbDevice):
@@ -108,8 +98,8 @@ class Devices:
                 name,
                 kind_of(held.device),
                 held.plugged,
-                str(held.device.path) if isinstance(held.device, Disk) else "",
-                held.device.readonly if isinstance(held.device, Disk | Served) else False,
+                path_of(held.device),
+                held.device.readonly if isinstance(held.device, Disk | Served | SharedFolder) else False,
                 held.owner,
             )
             for name, held in self._port.held().items()
@@ -125,7 +115,7 @@ class Devices:
         server = self._servers.pop(name, None)
         if server is not None:
             server.close()
-        if held is not None and held.plugged and _place(held.device) in ("usb", "usb-storage"):
+        if held is not None and held.plugged and place.where(held.device) in ("usb", "usb-storage"):
             self._await_gone(name, held.device)
 
     def node(self, name: str) -> str | None:
@@ -167,7 +157,7 @@ class Devices:
 
     def _wait(self, name: str, device: Device) -> None:
         deadline = time.monotonic() + SEEN
-        while not isinstance(device, Random) and self._find(name, device) is None:
+        while place.seen(device) and self._find(name, device) is None:
             if time.monotonic() > deadline:
                 raise GuestError(f"the guest has not found {name} in {SEEN:g} s", machine=self._machine, hint="see logs(source='serial')")
             # The guest's kernel tells only its own programs.
@@ -181,33 +171,9 @@ class Devices:
                 time.sleep(_POLL)
 
     def _find(self, name: str, device: Device) -> str | None:
-        if isinstance(device, Random):
-            return None
-        files = self._files()
-        if kind_of(device) == "char" and files.exists(f"/dev/{name}"):
-            return f"/dev/{name}"
-        folder, prefix, attribute = _PLACES[_place(device)]
-        # It may be on its way in or out, and its driver may not have been there before.
-        with suppress(FileError):
-            for found in files.list(folder):
-                if found.name.startswith(prefix) and ":" not in found.name:
-                    with suppress(FileError):
-                        if files.read(f"{folder}/{found.name}/{attribute}", max_size=128).strip() == name.encode():
-                            path = f"{folder}/{found.name}" if folder == _USB else f"/dev/{found.name}"
-                            # An NVMe drive has two names, of which one has no node.
-                            if files.exists(path):
-                                return path
-        return None
+        return place.find(self._files(), name, device, self._port.place(name) if place.has_port(device) else "")
 
-    def _free(self, device: Disk | Random | BlockDevice | CharDevice | UsbDevice) -> str:
-        kind = kind_of(device if isinstance(device, Disk | Random) else device.served())
+    def _free(self, device: Value | BlockDevice | CharDevice | UsbDevice) -> str:
+        kind = kind_of(device if isinstance(device, Value) else device.served())
         taken = self._port.held()
         return next(name for number in range(1, len(taken) + 2) if (name := f"{kind}{number}") not in taken)
-
-
-def _place(device: Device) -> str:
-    if isinstance(device, Served):
-        return "usb-storage" if device.disk else device.kind
-    if not isinstance(device, Disk):
-        return kind_of(device)
-    return "usb-storage" if device.bus == "usb" else device.bus

@@ -16,12 +16,14 @@ from typing import Literal
 from trivisor.core.units import MIB
 
 PORT = "trivisor.line"
-LINE, SERIAL, QMP, NET, RAM_FD = 10, 11, 12, 13, 14
+LINE, SERIAL, QMP, NET, RAM_FD, EVENTS = 10, 11, 12, 13, 14, 15
 SHARE = 20
 """The first of the descriptors to virtiofs daemons."""
 MAX_SHARES = 7
 SPARE_PORTS = 8
 """PCIe root ports with nothing in them, for devices that come while the machine runs."""
+_UARTS = 4 + SPARE_PORTS
+"""Serial ports that the guest has room for: those at the addresses that a PC has, of which one is there, and one in each spare port."""
 DUMMY = 1 << 40
 """Size of the dummy disks that a blank ice is bound to: no real disk may be larger."""
 
@@ -109,6 +111,8 @@ def command(
     argv += ["-object", _memory(shape, memory, places), "-no-reboot", "-global", "migration.send-configuration=off"]
     # The line and the console are connected sockets; only QMP listens, on a socket that was bound before.
     argv += ["-chardev", f"socket,id=qmp,fd={QMP},server=on,wait=off", "-mon", "chardev=qmp,mode=control"]
+    # A second monitor, to which nothing is said but that it may talk: what happens goes to the keeper's log.
+    argv += ["-chardev", f"socket,id=events,fd={EVENTS}", "-mon", "chardev=events,mode=control"]
     argv += ["-chardev", f"socket,id=serial,fd={SERIAL}", "-serial", "chardev:serial"]
     argv += ["-chardev", f"socket,id=line,fd={LINE}", "-device", "virtio-serial-pci,id=ports,max_ports=2,addr=0x3"]
     argv += ["-device", f"virtserialport,bus=ports.0,nr=1,chardev=line,name={PORT}"]
@@ -141,7 +145,7 @@ def append(shape: Shape) -> str:
     exec pays for its libraries anew: 27 ms against 7 for /bin/true, and private memory grows. There norandmaps makes them fixed;
     a guest can have them back (kernel.randomize_va_space).
     """
-    words = "console=ttyS0 quiet panic=-1 8250.nr_uarts=1 random.trust_cpu=on cryptomgr.notests rcupdate.rcu_expedited=1 audit=0"
+    words = f"console=ttyS0 quiet panic=-1 8250.nr_uarts={_UARTS} random.trust_cpu=on cryptomgr.notests rcupdate.rcu_expedited=1 audit=0"
     if shape.accel == "tcg":
         words += " tsc=reliable no_timer_check lpj=4000000 mitigations=off"
         if shape.cpus == 1:

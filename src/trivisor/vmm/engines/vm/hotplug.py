@@ -12,10 +12,11 @@ from __future__ import annotations
 from contextlib import ExitStack, suppress
 from typing import Any
 
-from trivisor.core.devices import Device, Disk, Served
+from trivisor.core.devices import Device, Disk, NetworkCard, Random, SerialSocket, Served, SharedFolder, Watchdog, kind_of
 from trivisor.core.errors import EngineError, GuestError, HostLacks, InvalidSpec
+from trivisor.launch.net import provide
 from trivisor.vmm.engine import Box
-from trivisor.vmm.engines.vm import kit
+from trivisor.vmm.engines.vm import kit, modules, sharing
 from trivisor.vmm.engines.vm.qmp import Qmp
 
 PREFIX = "hot-"
@@ -26,29 +27,47 @@ _WRITE = {"write-cache": "on", "werror": "report", "rerror": "report", "num-queu
 class Hotplug:
     """The devices of one running machine."""
 
-    kinds = frozenset({"disk", "block", "char", "usb", "random"})
+    kinds = frozenset({"disk", "block", "char", "usb", "random", "serial", "network", "folder", "watchdog"})
 
     def __init__(self, box: Box) -> None:
         self._box = box
 
     def modules(self, device: Device) -> tuple[str, ...]:
         """Return the modules that the guest must load for `device`, in their order. Raises InvalidSpec if its kernel has none for it."""
-        bus = device.bus if isinstance(device, Disk) else "usb" if isinstance(device, Served) and device.kind == "usb" else "virtio"
+        driver = device.bus if isinstance(device, Disk) else kind_of(device)
         name = self._box.spec.kernel
         found = kit.have(self._box.home, name)
-        if bus == "virtio" or found is None:
+        if found is None:
             return ()
-        driver = {"usb": "usbcore", "nvme": "nvme"}[bus]
+        if driver == "folder":
+            spec = self._box.spec
+            volumes = sharing.shares(spec)
+            if spec.ram != "shared" and (volumes is None or volumes.kind != "virtiofs"):
+                hint = 'make the machine with ram="shared", or with the folder as a volume'
+                raise InvalidSpec("a folder's daemon must see the machine's memory", machine=spec.name, hint=hint)
+            return found.shares
+        if driver not in modules.DEVICES:
+            return ()
         if name in kit.FLAVOURS and driver not in found.devices:
             raise InvalidSpec(
-                f"the {name} kernel has no driver for {bus}", machine=self._box.spec.name, hint='make the machine with kernel="full"'
+                f"the {name} kernel has no driver for {driver}", machine=self._box.spec.name, hint='make the machine with kernel="full"'
             )
-        return found.devices
+        parameters = modules.PARAMETERS
+        return tuple(f"{known} {parameters[known]}" if known in parameters else known for known in found.devices.get(driver, ()))
 
     def plugged(self) -> set[str]:
         """Return the names of the devices that QEMU has. Raises EngineError."""
         with self._qmp() as qmp:
             return _plugged(qmp)
+
+    def place(self, name: str) -> str:
+        """Return where the guest finds a device that is plugged: the address of its PCI port, "" if it has none. Raises EngineError."""
+        with self._qmp() as qmp:
+            for bus in qmp.ask("query-pci"):
+                for port in bus["devices"]:
+                    if any(device["qdev_id"] == PREFIX + name for device in port.get("pci_bridge", {}).get("devices", ())):
+                        return f"0000:00:{port['slot']:02x}.{port['function']}"
+        return ""
 
     def plug(self, name: str, device: Device, fd: int | None) -> None:
         """Plug `device`; `fd` is its file or socket, the caller's to close. Raises InvalidSpec, EngineError."""
@@ -71,13 +90,37 @@ class Hotplug:
             elif isinstance(device, Served) and device.kind == "usb":
                 _plug_line(qmp, undo, name, _given(fd))
                 _redirect(qmp, name, port)
+            elif isinstance(device, SerialSocket) or kind_of(device) == "serial":
+                _plug_line(qmp, undo, name, _given(fd), listening=isinstance(device, SerialSocket))
+                qmp.ask("device_add", _device(name, port, driver="pci-serial", chardev=PREFIX + name))
             elif isinstance(device, Disk | Served):
                 _plug_disk(qmp, undo, name, port, device, _given(fd))
-            else:
+            elif isinstance(device, Random):
                 qmp.ask("object-add", {"qom-type": "rng-builtin", "id": f"{PREFIX}{name}-source"})
                 undo.callback(_try, qmp, "object-del", {"id": f"{PREFIX}{name}-source"})
                 qmp.ask("device_add", _device(name, port, driver="virtio-rng-pci", rng=f"{PREFIX}{name}-source"))
+            else:
+                self._plug_other(qmp, undo, name, port, device, fd)
             undo.pop_all()
+
+    def _plug_other(
+        self, qmp: Qmp, undo: ExitStack, name: str, port: str, device: NetworkCard | SharedFolder | Watchdog, fd: int | None
+    ) -> None:
+        node = PREFIX + name
+        undo.callback(_clear, qmp, name)
+        if isinstance(device, NetworkCard):
+            qmp.ask("getfd", {"fdname": node}, fd=_given(fd))
+            qmp.ask("netdev_add", {"type": "tap", "id": node, "fd": node})
+            mac = device.mac or provide.mac(f"{self._box.id} {name}")
+            qmp.ask("device_add", _device(name, port, driver="virtio-net-pci", netdev=node, mac=mac, romfile=""))
+        elif isinstance(device, SharedFolder):
+            with ExitStack() as stack:
+                daemon = sharing.serve(stack, self._box.dir, f"folder-{name}", str(device.path), readonly=device.readonly)
+                _plug_line(qmp, undo, name, daemon)
+            qmp.ask("device_add", _device(name, port, driver="vhost-user-fs-pci", chardev=node, tag=node))
+        else:
+            qmp.ask("watchdog-set-action", {"action": device.action})
+            qmp.ask("device_add", _device(name, port, driver="i6300esb"))
 
     def unplug(self, name: str) -> None:
         """Have the guest let go of a device and take it away. Raises EngineError, GuestError if the guest keeps it."""
@@ -181,12 +224,15 @@ def _redirect(qmp: Qmp, name: str, port: str) -> None:
         raise HostLacks("this QEMU cannot redirect USB", hint="apt-get install qemu-system-common libusbredirparser1") from error
 
 
-def _plug_line(qmp: Qmp, undo: ExitStack, name: str, fd: int) -> None:
-    """The socket behind a device, as a chardev."""
+def _plug_line(qmp: Qmp, undo: ExitStack, name: str, fd: int, *, listening: bool = False) -> None:
+    """The socket behind a device, as a chardev; a `listening` one takes one caller after the other."""
     node = PREFIX + name
     undo.callback(_clear, qmp, name)
     qmp.ask("getfd", {"fdname": node}, fd=fd)
-    backend = {"type": "socket", "data": {"addr": {"type": "fd", "data": {"str": node}}, "server": False}}
+    backend = {
+        "type": "socket",
+        "data": {"addr": {"type": "fd", "data": {"str": node}}, "server": listening, **({"wait": False} if listening else {})},
+    }
     qmp.ask("chardev-add", {"id": node, "backend": backend})
 
 
@@ -208,6 +254,8 @@ def _clear(qmp: Qmp, name: str) -> None:
     for part in (f"{node}-limits", f"{node}-source"):
         if part in objects:
             qmp.ask("object-del", {"id": part})
+    # Which of these there are QEMU does not tell.
+    _try(qmp, "netdev_del", {"id": node})
     if node in {entry["label"] for entry in qmp.ask("query-chardev")}:
         qmp.ask("chardev-remove", {"id": node})
 

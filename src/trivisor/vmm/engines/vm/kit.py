@@ -15,8 +15,8 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -28,7 +28,7 @@ from trivisor.vmm.engine import Progress
 from trivisor.vmm.engines.vm import files, initramfs, kernel, modules
 
 FLAVOURS = {"micro": "linux-image-cloud-amd64", "full": "linux-image-amd64"}
-_FORMAT = 5
+_FORMAT = 6
 _FETCH = 900.0
 
 
@@ -40,7 +40,7 @@ class _Facts(msgspec.Struct, frozen=True):
     modules: list[str]
     digest: str
     shares: list[str]
-    devices: list[str]
+    devices: dict[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Kit:
     modules: tuple[str, ...]
     shares: tuple[str, ...] = ()
     """Modules for shared folders, in the order in which they load; not loaded at boot."""
-    devices: tuple[str, ...] = ()
-    """The same for devices that a machine may be given: those that virtio does not drive."""
+    devices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The same for each kind of device that a machine may be given and virtio does not drive, if the kernel has them."""
 
     @property
     def kernel(self) -> Path:
@@ -71,7 +71,8 @@ class Kit:
         path = self.folder / f"initramfs-{digest[:16]}"
         if not path.exists():
             aside = self.folder / f".initramfs-{os.getpid()}-{os.urandom(4).hex()}"
-            loaded, more = self._read(self.modules), self._read([*self.shares, *self.devices])
+            later = dict.fromkeys(name for names in self.devices.values() for name in names)
+            loaded, more = self._read(self.modules), self._read([*self.shares, *later])
             try:
                 aside.write_bytes(initramfs.build(tvinit.read_bytes(), loaded, more))
                 aside.chmod(0o644)
@@ -166,7 +167,8 @@ def _load(folder: Path) -> Kit | None:
         return None
     if facts.format != _FORMAT:
         return None
-    return Kit(folder, facts.release, facts.origin, facts.digest, tuple(facts.modules), tuple(facts.shares), tuple(facts.devices))
+    devices = {kind: tuple(names) for kind, names in facts.devices.items()}
+    return Kit(folder, facts.release, facts.origin, facts.digest, tuple(facts.modules), tuple(facts.shares), devices)
 
 
 def _make_flavour(work: Path, folder: Path, name: str, progress: Progress) -> None:
@@ -190,7 +192,8 @@ def _make(work: Path, folder: Path, image: Path, trees: Sequence[Path], origin: 
     found = [tree / parsed.release for tree in trees if (tree / parsed.release).is_dir()]
     loaded = modules.load_order(found[0]) if found else []
     shares = modules.load_order(found[0], modules.WANTED + modules.SHARES)[len(loaded) :] if found else []
-    devices = _devices(found[0], loaded + shares) if found else []
+    devices = _devices(found[0], loaded + shares) if found else {}
+    later = {name: content for order in devices.values() for name, content in order}
     digest = hashlib.sha256(parsed.image)
     made = work / "kit"
     (made / "modules").mkdir(parents=True, mode=0o755)
@@ -200,21 +203,26 @@ def _make(work: Path, folder: Path, image: Path, trees: Sequence[Path], origin: 
     for name, content in loaded:
         (made / "modules" / f"{name}.ko").write_bytes(content)
         digest.update(name.encode() + b"\0" + content)
-    for name, content in shares + devices:
+    for name, content in [*shares, *later.items()]:
         (made / "modules" / f"{name}.ko").write_bytes(content)
         digest.update(b"later " + name.encode() + b"\0" + content)
     names = [name for name, _ in loaded]
-    facts = _Facts(_FORMAT, parsed.release, origin, parsed.pvh, names, digest.hexdigest(), _names(shares), _names(devices))
+    drivers = {kind: _names(order) for kind, order in devices.items()}
+    facts = _Facts(_FORMAT, parsed.release, origin, parsed.pvh, names, digest.hexdigest(), _names(shares), drivers)
     (made / "kit.json").write_bytes(msgspec.json.encode(facts))
     made.chmod(0o755)
     files.settle(made, folder)
 
 
-def _devices(tree: Path, others: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
-    """Return the drivers of devices that may come, if the kernel has one that something can be plugged into."""
+def _devices(tree: Path, others: list[tuple[str, bytes]]) -> dict[str, list[tuple[str, bytes]]]:
+    """Return the drivers of each kind of device that may come, of those that the kernel has the first one of."""
     known = {name for name, _ in others}
-    found = [one for one in modules.load_order(tree, modules.WANTED + modules.DEVICES) if one[0] not in known]
-    return found if {"xhci_hcd", "nvme"} & {name for name, _ in found} else []
+    found = {}
+    for kind, wanted in modules.DEVICES.items():
+        order = [one for one in modules.load_order(tree, modules.WANTED + wanted) if one[0] not in known]
+        if wanted[0] in {name for name, _ in order}:
+            found[kind] = order
+    return found
 
 
 def _names(read: Sequence[tuple[str, bytes]]) -> list[str]:

@@ -22,9 +22,17 @@ NETWORK = ("virtio_net",)
 WANTED = BOOT + DISKS + NETWORK
 SHARES = ("virtiofs", "9pnet_virtio", "9p")
 """Loaded only in machines that share folders with the host; cloud kernels have no 9p."""
-DEVICES = ("nvme", "xhci_pci", "usbhid", "hid_generic", "usb_storage", "sd_mod", "cdc_acm", "evdev")
-"""Loaded when a machine is given such a device; cloud kernels have no USB."""
-OPTIONAL = frozenset({"virtio_rng", "crc32c_generic", *SHARES, *DEVICES})
+DEVICES = {
+    "nvme": ("nvme",),
+    "usb": ("xhci_pci", "usbhid", "hid_generic", "usb_storage", "sd_mod", "cdc_acm", "evdev"),
+    "watchdog": ("i6300esb",),
+    "memory": ("virtio_mem",),
+    "balloon": ("virtio_balloon",),
+}
+"""Loaded when a machine is given such a device; cloud kernels have only the last two of these."""
+OPTIONAL = frozenset({"virtio_rng", "crc32c_generic", *SHARES}.union(*DEVICES.values()))
+PARAMETERS = {"usb_storage": "delay_use=0"}
+"""It gives a stick a second to settle, which ours do not need."""
 
 
 def load_order(tree: Path, wanted: tuple[str, ...] = WANTED) -> list[tuple[str, bytes]]:

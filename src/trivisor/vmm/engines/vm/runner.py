@@ -29,6 +29,8 @@ from trivisor.vmm.engines.vm.qmp import Qmp
 
 BOOT_WAIT = 120.0
 CLONE_WAIT = 60.0
+_TALK = b'{"execute": "qmp_capabilities"}\n'
+"""What a monitor must be told before it tells of events (fired.py reads them)."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ def run(setup: Setup, work: Work) -> keeper.Kept:
         fds: dict[int, int] = {}
         line = _pair(stack, fds, argv.LINE)
         serial = _pair(stack, fds, argv.SERIAL)
+        events = _pair(stack, fds, argv.EVENTS)
+        os.write(events, _TALK)
         listener = stack.enter_context(_listen(work.place.qmp))
         fds[listener.fileno()] = argv.QMP
         said, log = os.pipe2(os.O_CLOEXEC)
@@ -124,7 +128,7 @@ def run(setup: Setup, work: Work) -> keeper.Kept:
             work.place,
             processes=processes,
             line_fd=line,
-            logs={"serial": serial, "engine": said},
+            logs={"serial": serial, "engine": said, "events": events},
             fds=sorted({*named, *fds, *work.cgroups}),
             owner=work.owner,
             ttl=work.ttl,

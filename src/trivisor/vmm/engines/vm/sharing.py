@@ -17,6 +17,8 @@ import os
 import re
 import shutil
 import socket
+import subprocess
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,10 +28,10 @@ from trivisor.core.errors import HostLacks, InvalidSpec
 from trivisor.core.paths import MachineDir
 from trivisor.core.process import find, run
 from trivisor.core.spec import Spec
-from trivisor.launch import jail
+from trivisor.launch import jail, tvinit
 from trivisor.launch.jail import Bind
 from trivisor.launch.keeper import Process
-from trivisor.launch.plan import Op, Plan
+from trivisor.launch.plan import Op, Plan, encode
 from trivisor.vmm.engines.vm.argv import MAX_SHARES, SHARE, Shares
 
 _DAEMONS = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/lib/virtiofsd")
@@ -100,6 +102,28 @@ def give(stack: ExitStack, place: MachineDir, spec: Spec, found: Shares | None, 
         fds += [listener, client]
         sockets.append((client, SHARE + number))
     return Given(tuple(processes), tuple(fds), tuple(sockets))
+
+
+def serve(stack: ExitStack, place: MachineDir, name: str, source: str, *, readonly: bool) -> int:
+    """Start a daemon for one folder, for a machine that runs, and return the socket to it, which `stack` closes.
+
+    It ends when QEMU hangs up, and so does not outlive the machine. Raises HostLacks, EngineError.
+    """
+    daemon = _daemon()
+    if os.geteuid() != 0 or daemon is None:
+        raise HostLacks("a folder for a machine that runs needs root and virtiofsd", hint=_PACKAGES)
+    listener, client = _connected(stack, place.root / f"{name}.sock")
+    with open(os.devnull, "r+b") as nothing, open(os.memfd_create("plan"), "r+b") as memory:
+        plan = _plan(daemon, _libraries(daemon), place.root / name, source, listener, nothing.fileno(), readonly=readonly)
+        memory.write(encode(plan))
+        memory.flush()
+        memory.seek(0)
+        held = [memory.fileno(), listener, nothing.fileno()]
+        command = [str(tvinit.path()), "launch", str(memory.fileno())]
+        started = subprocess.Popen(command, pass_fds=held, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
+    # It may outlive us, and then is init's; while we live somebody must ask how it ended.
+    threading.Thread(target=started.wait, name="folder", daemon=True).start()
+    return client
 
 
 def _daemon() -> str | None:
