@@ -108,10 +108,6 @@ class Store:
             return False
         return True
 
-    def place(self, path: Path, digest: str, owner: str, *, links: Iterable[str] = ()) -> str:
-        """Like `adopt`, for a file whose maker hashed it as it was written: it is not read again."""
-        return self._place(path, digest, owner, "", links)
-
     def path(self, digest: str) -> Path:
         """Return where the blob is. Raises NotFound if it is not there."""
         path = self.locate(digest)

@@ -20,7 +20,7 @@ import msgspec
 from trivisor.core.errors import RegistryError
 from trivisor.images.registry.bounds import TOKEN
 from trivisor.images.registry.credentials import Credentials
-from trivisor.images.registry.wire import Answer, Wire, loopback
+from trivisor.images.registry.wire import Answer, Wire, address, loopback
 
 _CHALLENGE = 4096
 _PAIR = re.compile(r"""([A-Za-z0-9_-]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]+))""")
@@ -101,9 +101,10 @@ class Auth:
         return header
 
     def _realm(self, challenge: Challenge) -> str:
-        realm = urlsplit(challenge.realm)
-        plain_is_meant = self._base.scheme == "http" and (realm.hostname == self._base.hostname or loopback(realm.hostname or ""))
-        if not realm.hostname or realm.username is not None or not (realm.scheme == "https" or (realm.scheme == "http" and plain_is_meant)):
+        realm = address(challenge.realm)
+        host = (realm.hostname if realm else None) or ""
+        plain_is_meant = self._base.scheme == "http" and (host == self._base.hostname or loopback(host))
+        if realm is None or (realm.scheme == "http" and not plain_is_meant):
             raise RegistryError(
                 f"{self._base.netloc} sends us for a token to {challenge.realm[:200]!r}, which is not https",
                 hint="credentials are not shown there; ask who runs this registry",

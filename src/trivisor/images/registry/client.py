@@ -20,11 +20,11 @@ from urllib.parse import urljoin, urlsplit
 
 import msgspec
 
-from trivisor.core.errors import NotFound, RegistryError
+from trivisor.core.errors import InvalidSpec, NotFound, RegistryError
 from trivisor.images.registry.auth import Auth
 from trivisor.images.registry.bounds import DEFAULT, ERROR, Bounds
 from trivisor.images.registry.credentials import HUB, Credentials, stored
-from trivisor.images.registry.wire import Answer, Wire, loopback
+from trivisor.images.registry.wire import Answer, Wire, address, loopback
 
 Body = bytes | Callable[[], IO[bytes]] | None
 _HUB_HOST = "registry-1.docker.io"
@@ -66,11 +66,13 @@ class Client:
     def __init__(self, registry: str, *, credentials: Credentials | None = None, insecure: bool = False, bounds: Bounds = DEFAULT) -> None:
         """`registry` is host[:port]. `insecure`: plain HTTP and untrusted certificates are taken.
 
-        Without `credentials` those of the Docker config are used. Raises what `credentials.stored` raises.
+        Without `credentials` those of the Docker config are used. Raises InvalidSpec, and what `credentials.stored` raises.
         """
         self.registry = registry
         self.bounds = bounds
         self._host = _HUB_HOST if registry == HUB else registry
+        if address(f"https://{self._host}") is None:
+            raise InvalidSpec(f"{registry!r} is not the address of a registry", hint="use host or host:port")
         self._local = loopback(urlsplit(f"//{self._host}").hostname or "")
         self._plain = insecure or self._local
         self.wire = Wire(bounds, verify=not self._plain)
@@ -150,12 +152,8 @@ class Client:
         raise RegistryError(f"{self.registry} redirects over {self.bounds.redirects} times", hint="is this a registry?")
 
     def _next(self, url: str, location: str) -> str:
-        try:
-            there = urlsplit(urljoin(url, location))
-            usable = bool(location and there.hostname) and there.username is None and there.scheme in ("http", "https")
-        except ValueError:
-            usable = False
-        if not usable:
+        there = address(location, url)
+        if there is None:
             raise RegistryError(f"{self.registry} redirects to {location[:200]!r}, which is no address", hint="is this a registry?")
         if there.scheme == "http" and urlsplit(url).scheme == "https":
             raise RegistryError(f"{self.registry} redirects from https to {location[:200]!r}: refused", hint="ask who runs this registry")

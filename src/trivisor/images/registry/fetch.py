@@ -39,7 +39,7 @@ def fetch(client: Client, repository: str, digest: str, size: int, store: Store,
                 break
             else:
                 _download(client, repository, digest, size, partial, note)
-                store.place(partial.path, digest, owner)
+                store.adopt(partial.path, owner, known=digest)
                 partial.drop()
                 note(size, "done")
                 return

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import IO, Self
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -55,6 +55,8 @@ class _Tls(HTTPSConnection):
     def connect(self) -> None:
         _using.wire.note(self)
         super().connect()
+        # Whoever let this registry be insecure knows it: urllib3 would warn at every request.
+        self.is_verified = True
 
     def putrequest(self, *args: object, **options: object) -> None:
         _using.wire.note(self)
@@ -258,6 +260,16 @@ class Answer:
                 if size > limit:
                     raise too_large
         return b"".join(parts)
+
+
+def address(text: str, base: str = "") -> SplitResult | None:
+    """Read an address that a registry sends us to; None for what we do not go to: not http(s), no host, or a login in it."""
+    try:
+        parts = urlsplit(urljoin(base, text))
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.username is None and parts.port != 0
+    except ValueError:
+        return None
+    return parts if text and usable else None
 
 
 def loopback(host: str) -> bool:
