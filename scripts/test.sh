@@ -1,5 +1,5 @@
 #!/bin/sh
-# Lint and types, the guest's unit tests under sanitizers, its fuzzers, then the test suite, whose summary is the last line.
+# Lint and types, the guest's unit tests under sanitizers, its fuzzers, then the test suite by two workers, whose summary is the last line.
 . "$(dirname -- "$0")/common.sh"
 "$root/scripts/lint.sh"
 say "guest: unit tests under ASan and UBSan"
@@ -11,4 +11,4 @@ make -C guest --no-print-directory fuzz FUZZ_SECONDS="${FUZZ_SECONDS:-5}" >build
 say "test suite"
 PATH=$venv/bin:$PATH
 export PATH
-exec python -m pytest -q "$@"
+exec python -m pytest -q -n 2 "$@"

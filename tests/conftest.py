@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from host_state import Leftovers, assert_nothing_left
+import workers
+from host_state import assert_nothing_left
 from images_for_tests import mini_image
 from machine_home import VmHome
 from missing import lacks
@@ -20,41 +21,50 @@ from trivisor.core.paths import Home
 ROOT = Path(__file__).parents[1]
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Take Ctrl-C even where a shell in the background had it ignored: what the tests start would inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def nothing_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """After the last test: no process, mount, cgroup, interface, socket or folder of the session is left on the host."""
-    before = Leftovers(tmp_path_factory.getbasetemp())
-    yield
-    assert before.since() == []
+    config.pluginmanager.register(workers.Session(), "session of trivisor")
 
 
 @pytest.fixture(scope="session")
-def image_home() -> Path:
+def image_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The home that set-up made (scripts/setup.sh): it holds the image "debian", and keeps kit and ice between runs.
 
-    Tests that use it delete the machines they make.
+    Tests that use it delete the machines they make. Of several workers each has a copy of it, with ice for the image.
     """
     home = Path(os.environ.get("TRIVISOR_TEST_HOME") or ROOT / ".trivisor-demo")
     if not (home / "trivisor.db").exists():
         lacks(f"needs the image that `make test` makes in {home}")
-    return home
+    if workers.COUNT == 1:
+        yield home
+        return
+    base = tmp_path_factory.mktemp("image")
+    with workers.once(base.parents[1], "ice") as first:
+        if first:
+            make_ice(home)
+        copy = VmHome(base / "home", home)
+    yield copy.root
+    copy.clear()
+    assert_nothing_left(copy.root, set())
+    shutil.rmtree(base)
 
 
 @pytest.fixture(scope="session")
 def iced_home(image_home: Path) -> Path:
     """The same once it has ice for its image, so that no copy of it boots; as it is where there is no vm wall."""
-    with VMM(image_home) as vmm:
+    if workers.COUNT == 1:
+        make_ice(image_home)
+    return image_home
+
+
+def make_ice(home: Path) -> None:
+    with VMM(home) as vmm:
         if not next(report for report in vmm.walls() if report.wall == "vm").available:
-            return image_home
+            return
         for _ in range(2):  # an image's own ice is made at its second start
             with vmm.run("debian", wall="vm", disk="8G"):
                 pass
-    return image_home
 
 
 @pytest.fixture(scope="session")
