@@ -26,9 +26,10 @@ static void answer(const uint8_t *data, size_t size) {
     char name[PEEK_NAME];
     uint8_t found[PEEK_ADDRESSES][4];
     size_t end = 0;
+    uint32_t ttl;
     if (peek_question(data, size, name, &end) && (end > size || strlen(name) >= PEEK_NAME))
         abort();
-    int count = peek_addresses(data, size, found);
+    int count = peek_addresses(data, size, found, &ttl);
     if (count < -1 || count > PEEK_ADDRESSES)
         abort();
     for (int i = 0; i < count; i++)

@@ -33,8 +33,8 @@ int peek_quic(const uint8_t *data, size_t size);
 unsigned peek_question(const uint8_t *message, size_t size, char name[PEEK_NAME], size_t *end);
 
 /* The IPv4 addresses that an answer gives for the name that it was asked for, the chain of CNAME followed. Returns how many, -1 if the answer is
- * malformed, or holds more than PEEK_ADDRESSES. */
-int peek_addresses(const uint8_t *message, size_t size, uint8_t out[PEEK_ADDRESSES][4]);
+ * malformed, or holds more than PEEK_ADDRESSES. `ttl`: seconds that all of it holds. */
+int peek_addresses(const uint8_t *message, size_t size, uint8_t out[PEEK_ADDRESSES][4], uint32_t *ttl);
 
 /* Whether an address is one that no name of the internet may stand for: private, of the loopback, link-local, shared, multicast, reserved, for tests. */
 int peek_private(const uint8_t address[4]);

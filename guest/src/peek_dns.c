@@ -59,7 +59,7 @@ unsigned peek_question(const uint8_t *message, size_t size, char name[PEEK_NAME]
 }
 
 /* Walks the answers for those of `wanted`: takes its addresses, or sets `wanted` to what it is another name of. Returns -1 if they are malformed. */
-static int walk(const uint8_t *message, size_t size, size_t at, char wanted[PEEK_NAME], int *renamed, uint8_t out[PEEK_ADDRESSES][4]) {
+static int walk(const uint8_t *message, size_t size, size_t at, char wanted[PEEK_NAME], int *renamed, uint8_t out[PEEK_ADDRESSES][4], uint32_t *ttl) {
     char owner[PEEK_NAME], alias[PEEK_NAME] = "";
     int count = 0;
     for (unsigned left = get16(message + 6); left; left--) {
@@ -71,6 +71,9 @@ static int walk(const uint8_t *message, size_t size, size_t at, char wanted[PEEK
         at += 10 + length;
         if (class != CLASS_IN || strcmp(owner, wanted))
             continue;
+        uint32_t holds = (uint32_t)get16(data - 6) << 16 | get16(data - 4);
+        if ((type == TYPE_A || type == TYPE_CNAME) && holds < *ttl)
+            *ttl = holds;
         if (type == TYPE_A) {
             if (length != 4 || count == PEEK_ADDRESSES)
                 return -1;
@@ -86,13 +89,14 @@ static int walk(const uint8_t *message, size_t size, size_t at, char wanted[PEEK
     return count;
 }
 
-int peek_addresses(const uint8_t *message, size_t size, uint8_t out[PEEK_ADDRESSES][4]) {
+int peek_addresses(const uint8_t *message, size_t size, uint8_t out[PEEK_ADDRESSES][4], uint32_t *ttl) {
     char wanted[PEEK_NAME];
     size_t at;
+    *ttl = ~0u;
     if (!peek_question(message, size, wanted, &at) || !(message[2] & 0x80) || get16(message + 6) > RECORDS)
         return -1;
     for (int chain = 0; chain < CHAIN; chain++) {
-        int renamed, count = walk(message, size, at, wanted, &renamed, out);
+        int renamed, count = walk(message, size, at, wanted, &renamed, out, ttl);
         if (count && renamed)
             return -1; /* a name with an alias has nothing else */
         if (count || !renamed)

@@ -3,6 +3,8 @@
  *   publish ADDRESS PORT   with a listening socket: its connections go to ADDRESS:PORT
  *   withdraw PORT          the host's port is free again, and its connections end
  *   rules                  the answer carries the socket that the machine's table belongs to
+ *   policy                 with a file: what the machine may talk to from now on (egress.c)
+ *   decisions              with a socket: what is decided is said there, until it is closed
  *
  * Whoever can connect is the machine's owner, on the host: nothing of the guest comes here. A request is waited for a second at
  * most, for nobody else is served meanwhile. */
@@ -16,6 +18,7 @@
 #include <sys/time.h>
 #include <unistd.h>
 
+#include "egress.h"
 #include "relay.h"
 
 #define REQUEST 128
@@ -86,6 +89,13 @@ static void answer(int client, const char *text, int fd) {
         perror("relay: answering");
 }
 
+/* Reads a policy of a file that may be of anybody's size. */
+static int take_policy(struct ports *ports, int fd) {
+    static char text[EGRESS_TEXT];
+    ssize_t n = pread(fd, text, sizeof text, 0);
+    return n < 0 ? -1 : ports->changed(text, (size_t)n);
+}
+
 /* Returns -1 with errno set. `given` is taken over if it is used. */
 static int carry_out(struct ports *ports, char *text, int *given, void (*ended)(int)) {
     char *verb = strtok(text, " "), *first = strtok(NULL, " "), *second = strtok(NULL, " ");
@@ -97,6 +107,14 @@ static int carry_out(struct ports *ports, char *text, int *given, void (*ended)(
     }
     if (verb && !strcmp(verb, "withdraw") && first)
         return withdraw(ports, first, ended);
+    if (verb && !strcmp(verb, "policy") && !first && ports->changed && *given >= 0)
+        return take_policy(ports, *given);
+    if (verb && !strcmp(verb, "decisions") && !first && ports->egress && *given >= 0) {
+        if (egress_listen(ports->egress, *given) < 0)
+            return -1;
+        *given = -1;
+        return 0;
+    }
     return errno = EINVAL, -1;
 }
 

@@ -1,20 +1,24 @@
 /* tvinit relay: published ports and names of one machine, on the host, under its keeper.
  *
- *   tvinit relay [tcp:FD:ADDRESS:PORT]... [names:FD] [folder:PATH] [upstream:ADDRESS]... [control:FD:RULES]
+ *   tvinit relay [tcp:FD:ADDRESS:PORT]... [names:FD] [questions:FD] [gate:FD] [policy:FD] [folder:PATH] [upstream:ADDRESS]... [control:FD:RULES]
  *
  * FD of tcp is a listening socket, whose connections go to ADDRESS:PORT; FD of names a bound UDP socket (names.c). Both were made by who
  * started us, so that a port that is taken is that one's error, and so that we need no privilege. A published port is free
  * again in the instant that the machine ends, and goes on when the process that started it does not. FD of control is a listening socket,
- * for ports that come and go while the machine runs (ports.c). */
+ * for ports that come and go while the machine runs (ports.c). FDs of questions and gate are listening, too: for questions for names over TCP, and for the
+ * machine's connections while a policy names whom it may talk to (egress.h); FD of policy is a file that says so from the beginning. */
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "egress.h"
 #include "modes.h"
 #include "relay.h"
 
@@ -39,6 +43,11 @@ static struct ports ports = {.control = -1, .rules = -1};
 static struct connection connections[CONNECTIONS];
 static int connected;
 static struct names names = {.fd = -1, .folder = -1};
+static struct listener questions = {.fd = -1}; /* over TCP: to the first resolver, or answered by us */
+static int gate_listener = -1;
+static struct egress egress = {.ears = {-1, -1, -1, -1}};
+static struct dns dns;
+static struct gate gate = {.epoll = -1};
 
 static void end_connection(int at) {
     for (int i = 0; i < 2; i++) {
@@ -117,8 +126,71 @@ static int serve(struct connection *one, short client, short machine) {
     return (one->way[0]->ended == 2 && one->way[1]->ended == 2) || ((client | machine) & POLLERR);
 }
 
+static void accept_question(void) {
+    int client = accept4(questions.fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    if (client < 0)
+        return;
+    if (egress.policy.kind == POLICY_NAMES)
+        dns_accepted(&dns, client);
+    else if (connected < CONNECTIONS && questions.to.sin_family)
+        begin_connection(&questions, client);
+    else
+        close(client);
+}
+
+/* The machine's owner has another policy: what it does not allow ends. */
+static int changed(const char *text, size_t size) {
+    if (egress_take(&egress, text, size) < 0)
+        return -1;
+    if (egress.policy.kind != POLICY_OPEN)
+        end_connections(questions.fd);
+    gate_changed(&gate);
+    return 0;
+}
+
+/* Serves those who ask for names, and who connects beyond. `polls` are as egress_polls made them. */
+static void serve_egress(const struct pollfd *polls) {
+    int64_t now = egress_now();
+    for (int i = -1; i < names.upstreams; i++) {
+        if (!polls[1 + i].revents)
+            continue;
+        if (egress.policy.kind != POLICY_NAMES)
+            names_serve(&names, i);
+        else if (i < 0)
+            dns_asked(&dns);
+        else
+            dns_answered(&dns, i);
+    }
+    polls += 1 + names.upstreams;
+    if (polls[0].revents)
+        accept_question();
+    if (polls[1].revents || gate.busy)
+        gate_serve(&gate);
+    for (int i = 0; i < DNS_CLIENTS; i++)
+        if (polls[2 + i].revents && polls[2 + i].fd == dns.clients[i].fd)
+            dns_read(&dns, i);
+    dns_expire(&dns, now);
+    gate_expire(&gate, now);
+}
+
+static int egress_polls(struct pollfd *polls) {
+    int n = 0;
+    polls[n++] = (struct pollfd){.fd = names.fd, .events = POLLIN};
+    for (int i = 0; i < names.upstreams; i++)
+        polls[n++] = (struct pollfd){.fd = names.upstream[i], .events = POLLIN};
+    polls[n++] = (struct pollfd){.fd = questions.fd, .events = POLLIN};
+    polls[n++] = (struct pollfd){.fd = gate.epoll, .events = POLLIN};
+    for (int i = 0; i < DNS_CLIENTS; i++)
+        polls[n++] = (struct pollfd){.fd = dns.clients[i].fd, .events = POLLIN};
+    return n;
+}
+
+static int patience(void) {
+    return gate.busy ? 0 : gate.count || egress.policy.kind == POLICY_NAMES ? 1000 : -1;
+}
+
 static int loop(void) {
-    static struct pollfd polls[LISTENERS + 2 + NAMES_UPSTREAMS + 2 * CONNECTIONS];
+    static struct pollfd polls[LISTENERS + 4 + NAMES_UPSTREAMS + DNS_CLIENTS + 2 * CONNECTIONS];
     for (;;) {
         int n = 0, there = connected;
         for (int i = 0; i < there; i++)
@@ -130,11 +202,9 @@ static int loop(void) {
         int first = n, listening = ports.count;
         for (int i = 0; i < listening; i++)
             polls[n++] = (struct pollfd){.fd = connected < CONNECTIONS ? ports.listeners[i].fd : -1, .events = POLLIN};
-        polls[n++] = (struct pollfd){.fd = names.fd, .events = POLLIN};
-        for (int i = 0; i < names.upstreams; i++)
-            polls[n++] = (struct pollfd){.fd = names.upstream[i], .events = POLLIN};
+        n += egress_polls(polls + n);
         polls[n++] = (struct pollfd){.fd = ports.control, .events = POLLIN};
-        if (poll(polls, (nfds_t)n, -1) < 0) {
+        if (poll(polls, (nfds_t)n, patience()) < 0) {
             if (errno == EINTR)
                 continue;
             return perror("relay: poll"), 1;
@@ -148,9 +218,7 @@ static int loop(void) {
                 if (client >= 0)
                     begin_connection(&ports.listeners[i], client);
             }
-        for (int i = -1; i < names.upstreams; i++)
-            if (polls[first + listening + 1 + i].revents)
-                names_serve(&names, i);
+        serve_egress(polls + first + listening);
         if (polls[n - 1].revents) /* last: it changes what the others stand for */
             ports_serve(&ports, end_connections);
     }
@@ -183,8 +251,18 @@ static int add_upstream(const char *address) {
         close(fd); /* a resolver that cannot be reached now: the others answer */
         return 0;
     }
+    if (!questions.to.sin_family)
+        questions.to = to;
     names.upstream[names.upstreams++] = fd;
     return 0;
+}
+
+/* Reads the policy that holds from the beginning. */
+static int add_policy(int fd) {
+    static char text[EGRESS_TEXT];
+    ssize_t n = pread(fd, text, sizeof text, 0);
+    close(fd);
+    return n < 0 ? -1 : egress_take(&egress, text, (size_t)n);
 }
 
 static int understand(char *word) {
@@ -192,6 +270,12 @@ static int understand(char *word) {
         return add_listener(word + 4);
     if (!strncmp(word, "upstream:", 9))
         return add_upstream(word + 9);
+    if (!strncmp(word, "questions:", 10))
+        return questions.fd = atoi(word + 10), fcntl(questions.fd, F_SETFL, O_NONBLOCK);
+    if (!strncmp(word, "gate:", 5))
+        return gate_listener = atoi(word + 5), 0;
+    if (!strncmp(word, "policy:", 7))
+        return add_policy(atoi(word + 7));
     if (!strncmp(word, "names:", 6))
         return names.fd = atoi(word + 6), 0;
     if (!strncmp(word, "folder:", 7))
@@ -205,5 +289,16 @@ int relay_main(int argc, char **argv) {
     for (int i = 0; i < argc; i++)
         if (understand(argv[i]) < 0)
             return fprintf(stderr, "relay: %s: %s\n", argv[i], strerror(errno)), 1;
+    struct rlimit files;
+    if (getrlimit(RLIMIT_NOFILE, &files) == 0 && files.rlim_cur < files.rlim_max) {
+        files.rlim_cur = files.rlim_max; /* each connection beyond has six at most */
+        setrlimit(RLIMIT_NOFILE, &files);
+    }
+    signal(SIGPIPE, SIG_IGN); /* splice(2) knows no MSG_NOSIGNAL */
+    dns_begin(&dns, &egress, &names);
+    ports.egress = &egress;
+    ports.changed = changed;
+    if (gate_listener >= 0 && gate_begin(&gate, &egress, gate_listener) < 0)
+        return perror("relay: gate"), 1;
     return loop();
 }

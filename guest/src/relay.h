@@ -38,6 +38,8 @@ void names_serve(struct names *names, int which);
 
 #define LISTENERS 64
 
+struct egress;
+
 /* A listening socket, and where its connections go. */
 struct listener {
     int fd;
@@ -49,6 +51,8 @@ struct ports {
     int rules;   /* the netlink socket that the machine's own table belongs to, kept for who changes it */
     struct listener listeners[LISTENERS];
     int count;
+    struct egress *egress;                        /* whose decisions may be listened to; NULL: there is none */
+    int (*changed)(const char *text, size_t size); /* takes over another policy */
 };
 
 /* Returns -1 with errno set. */

@@ -207,37 +207,39 @@ static void answers(void) {
     uint8_t found[PEEK_ADDRESSES][4];
     char name[PEEK_NAME];
     size_t end;
+    uint32_t ttl;
     answer("\3WWW\4test", 2);
     CHECK(peek_question(bytes, size, name, &end) == 1 && !strcmp(name, "www.test") && end == size);
     record("\xc0\x0c", 2, 1, "\x01\x02\x03\x04", 4);
     record("\3www\4TEST", 10, 1, "\x05\x06\x07\x08", 4);
-    CHECK(peek_addresses(bytes, size, found) == 2 && !memcmp(found, "\1\2\3\4\5\6\7\x8", 8));
+    bytes[size - 7] = 4; /* of two, the one that holds less long */
+    CHECK(peek_addresses(bytes, size, found, &ttl) == 2 && ttl == 4 && !memcmp(found, "\1\2\3\4\5\6\7\x8", 8));
     for (size_t i = 0; i < size; i++)
-        CHECK(peek_addresses(bytes, i, found) == -1);
+        CHECK(peek_addresses(bytes, i, found, &ttl) == -1);
     answer("\3www\4test", 3); /* an alias, in any order; an address of somebody else does not count */
     record("\1x\xc0\x10", 4, 1, "\x01\x02\x03\x04", 4);
     record("\5other\xc0\x10", 8, 1, "\x09\x09\x09\x09", 4);
     record("\xc0\x0c", 2, 5, "\1x\xc0\x10", 4);
-    CHECK(peek_addresses(bytes, size, found) == 1 && !memcmp(found, "\1\2\3\4", 4));
+    CHECK(peek_addresses(bytes, size, found, &ttl) == 1 && !memcmp(found, "\1\2\3\4", 4));
     answer("\3www\4test", 1); /* an alias of itself */
     record("\xc0\x0c", 2, 5, "\xc0\x0c", 2);
-    CHECK(peek_addresses(bytes, size, found) == -1);
+    CHECK(peek_addresses(bytes, size, found, &ttl) == -1);
     answer("\3www\4test", 1); /* a pointer to itself, and one to the end */
     size_t at = size;
     record("\xc0\x1a", 2, 1, "\x01\x02\x03\x04", 4);
     bytes[at + 1] = (uint8_t)at;
-    CHECK(peek_addresses(bytes, size, found) == -1);
+    CHECK(peek_addresses(bytes, size, found, &ttl) == -1);
     bytes[at + 1] = 0xff;
-    CHECK(peek_addresses(bytes, size, found) == -1);
+    CHECK(peek_addresses(bytes, size, found, &ttl) == -1);
     answer("\3www\4test", 0);
-    CHECK(peek_addresses(bytes, size, found) == 0);
+    CHECK(peek_addresses(bytes, size, found, &ttl) == 0);
     bytes[2] = 1; /* a question */
-    CHECK(peek_addresses(bytes, size, found) == -1);
+    CHECK(peek_addresses(bytes, size, found, &ttl) == -1);
     answer("\3w*w\4test", PEEK_ADDRESSES + 1);
     CHECK(peek_question(bytes, size, name, &end) == 1 && !strcmp(name, "w?w.test"));
     for (int i = 0; i <= PEEK_ADDRESSES; i++)
         record("\xc0\x0c", 2, 1, "\x01\x02\x03\x04", 4);
-    CHECK(peek_addresses(bytes, size, found) == -1);
+    CHECK(peek_addresses(bytes, size, found, &ttl) == -1);
 }
 
 static void private_ones(void) {

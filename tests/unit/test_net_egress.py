@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+import random
 import struct
 from pathlib import Path
 
@@ -9,11 +11,11 @@ import pytest
 from net_support import run
 
 from trivisor.core.errors import InvalidSpec
-from trivisor.core.network import Egress, Target, egress
+from trivisor.core.network import Egress, Name, Target, egress
 from trivisor.core.spec import Spec
-from trivisor.launch.net import own
-from trivisor.launch.net.own import Own
-from trivisor.vos.network.decisions import Decision, decision
+from trivisor.launch.net import own, policy
+from trivisor.launch.net.own import Helper, Own
+from trivisor.vos.network.decisions import Decision, decision, named
 
 
 @pytest.mark.parametrize(
@@ -41,7 +43,14 @@ def test_targets(text: str, network: str, ports: tuple[int, int] | None) -> None
         "192.0.2.7:70000",
         "192.0.2.7:9-8",
         "::1",
-        "example.com",
+        "localhost",
+        "*",
+        "*example.com",
+        "a..example",
+        "example.com:0",
+        "example.com/tcp",
+        "example.123",
+        "exa mple.com",
         "",
         5,
         [5],
@@ -64,15 +73,65 @@ def test_policies_as_people_write_them() -> None:
         Spec.make(image="i", name="a", wall="vm", egress=[])
 
 
+def test_names_as_people_write_them() -> None:
+    assert egress(["PyPI.Example.", "*.example.org:443", "git.example.org:22/tcp", "b\u00fccher.example:80-81"]) == Egress(
+        ("pypi.example", "*.example.org:443", "git.example.org:22/tcp", "xn--bcher-kva.example:80-81")
+    )
+    both = egress(["dns", "10.0.0.0/8", "pypi.example"])
+    assert both.targets == (Target("10.0.0.0/8"),) and both.names == (Name("pypi.example"),)
+    assert policy.text(both) == "closed\nname pypi.example 1 65535 seen\naddress 10.0.0.0 8\n"
+    assert policy.text(egress("*.a.b:22/tcp")) == "closed\nname *.a.b 22 22 plain\n" and policy.text(None) == "open\n"
+    assert egress(egress(both)) == both
+
+
 def test_rules_end_in_drops_both_ways() -> None:
-    made = [
-        str(rule) for rule in own.rules(Own("trv7", egress=Egress(("dns", "192.0.2.0/24:80-90")), resolvers=("9.9.9.9",)), logged=False)
-    ]
+    wish = Own("trv7", egress=Egress(("dns", "192.0.2.0/24:80-90")), resolvers=("9.9.9.9",))
+    made = [str(rule) for rule in own.rules(wish, logged=False)]
     assert made[:2] == ["from: iifname trv7 direction reply accept", "to: oifname trv7 direction original accept"]
-    assert "from: iifname trv7 daddr 9.9.9.9 udp to 53-53 accept" in made
-    assert "to: oifname trv7 saddr 192.0.2.0/24 tcp from 80-90 accept" in made
+    assert "from: iifname trv7 ports udp daddr accept" in made and "to: oifname trv7 ports tcp saddr accept" in made
     assert made[-2:] == ["from: iifname trv7 drop", "to: oifname trv7 drop"]
     assert own.group("trv7") == 8
+    dns, web = int(ipaddress.IPv4Address("9.9.9.9")), int(ipaddress.IPv4Address("192.0.2.0"))
+    assert [one.pieces for one in own.sets(wish)] == [[], [(dns, dns, 53, 53), (web, web + 255, 80, 90)]]
+
+
+def test_what_a_machine_begins_goes_to_its_helper_where_names_are_allowed() -> None:
+    wish = Own("trv7", egress=Egress(("dns", "a.example", "10.0.0.0/8")), resolvers=("9.9.9.9",), helper=Helper.parse("10.1.0.1 5 6 7"))
+    made = [str(rule) for rule in own.rules(wish, logged=False)]
+    redirected = [line for line in made if line.startswith("redirect")]
+    assert redirected[:2] == ["redirect: iifname trv7 udp to 53-53 redirect 5", "redirect: iifname trv7 tcp to 53-53 redirect 6"]
+    assert redirected[-1] == "redirect: iifname trv7 tcp to 1-65535 redirect 7"
+    assert not any(line.startswith("from") for line in made)  # it is looked at when it has got there
+    assert made[-2:] == ["out: iifname trv7 drop", "to: oifname trv7 drop"]
+    assert own.sets(wish)[1].pieces == []  # whom it asks for names is not its choice
+
+
+def test_addresses_are_cut_into_pieces_that_do_not_overlap() -> None:
+    targets = [
+        Target.parse(line) for line in ("10.0.0.0/8:80-90", "10.0.0.0/9:443", "10.0.0.0/9:85-100", "10.128.0.0/9:80-90", "1.0.0.0/8:53")
+    ]
+    ten, middle, one = (int(ipaddress.IPv4Address(start)) for start in ("10.0.0.0", "10.128.0.0", "1.0.0.0"))
+    assert policy.ports(targets) == [
+        (one, one + (1 << 24) - 1, 53, 53),
+        (ten, middle - 1, 80, 100),
+        (ten, middle - 1, 443, 443),
+        (middle, ten + (1 << 24) - 1, 80, 90),
+    ]
+    assert policy.ports([Target.parse("10.0.0.0/9:80"), Target.parse("10.128.0.0/9:80")]) == [(ten, ten + (1 << 24) - 1, 80, 80)]
+    assert policy.hosts([Target.parse("10.0.0.0/9"), Target.parse("10.0.0.0/8"), Target.parse("1.2.3.4:5")]) == [
+        (ten, ten + (1 << 24) - 1, 0, 255)
+    ]
+    for _ in range(3):  # as a model that looks at each
+        draw = [Target(f"10.0.0.{8 * random.randrange(32)}/29", tuple(sorted(random.choices(range(1, 9), k=2)))) for _ in range(12)]
+        pieces = policy.ports(draw)
+        for address in range(ten, ten + 256):
+            for port in range(1, 9):
+                found = [piece for piece in pieces if piece[0] <= address <= piece[1] and piece[2] <= port <= piece[3]]
+                wanted = any(
+                    ipaddress.IPv4Address(address) in ipaddress.IPv4Network(target.network) and target.ports[0] <= port <= target.ports[1]
+                    for target in draw
+                )
+                assert len(found) == wanted
 
 
 POLICIES = """
@@ -169,3 +228,10 @@ def test_what_the_log_says() -> None:
     for damaged in (b"", packet[:9], packet[:18], packet[:21], b"\x45" * 19, b"\x15" * 40):
         with pytest.raises(ValueError):
             decision({9: damaged})
+
+
+def test_what_the_helper_says() -> None:
+    made, unheard = named("7.500000\trefused\tdns\t\t53\tevil.example\tno rule allows this name\t3", 1)
+    assert made == Decision(7.5, False, "dns", "", 53, "evil.example", "no rule allows this name") and unheard == 3
+    with pytest.raises(ValueError):
+        named("7.5\trefused")

@@ -19,6 +19,10 @@ MAX_ALLOWED = 256
 DNS = "dns"
 _TARGET = re.compile(r"([0-9.]{7,15}(?:/\d{1,2})?)(?::(\d{1,5})(?:-(\d{1,5}))?)?", re.ASCII)
 
+_NAMED = re.compile(r"(\*\.)?([^*:/\s]+)(?::(\d{1,5})(?:-(\d{1,5}))?)?(/tcp)?", re.ASCII)
+_LABELS = re.compile(r"(?:[a-z0-9_-]{1,63}\.)+[a-z0-9_-]{1,63}", re.ASCII)
+_NAME_LENGTH = 250
+
 
 class Shape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How well a machine is connected to all others. Each part may be left as it is without."""
@@ -66,7 +70,18 @@ class Egress(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a machine may begin to talk to, and nothing else; it answers whoever reaches it all the same."""
 
     allow: tuple[str, ...] = ()
-    """"dns": its resolvers; or addresses with or without ports, such as "192.0.2.0/24", "192.0.2.7:443", "0.0.0.0/0:1024-2047"."""
+    """"dns": its resolvers; addresses with or without ports, such as "192.0.2.0/24", "192.0.2.7:443", "0.0.0.0/0:1024-2047"; or names
+    (Name), such as "pypi.example", "*.example.org:443", "git.example.org:22/tcp"."""
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """The addresses that are allowed."""
+        return tuple(Target.parse(line) for line in self.allow if line != DNS and not Name.like(line))
+
+    @property
+    def names(self) -> tuple[Name, ...]:
+        """The names that are allowed."""
+        return tuple(Name.parse(line) for line in self.allow if line != DNS and Name.like(line))
 
 
 def egress(wish: Any) -> Egress:
@@ -84,7 +99,13 @@ def egress(wish: Any) -> Egress:
         )
     if len(names) > MAX_ALLOWED:
         raise InvalidSpec(f"egress may allow {MAX_ALLOWED} things, not {len(names)}")
-    return Egress(tuple(dict.fromkeys(name if name == DNS else str(Target.parse(name)) for name in names)))
+    return Egress(tuple(dict.fromkeys(_allowed(name) for name in names)))
+
+
+def _allowed(line: str) -> str:
+    if line == DNS:
+        return line
+    return str(Name.parse(line) if Name.like(line) else Target.parse(line))
 
 
 @dataclass(frozen=True)
@@ -117,6 +138,49 @@ class Target:
             return self.network
         first, last = self.ports
         return f"{self.network}:{first}" if first == last else f"{self.network}:{first}-{last}"
+
+
+@dataclass(frozen=True)
+class Name:
+    """A name that a machine may talk to, or with "*." before it all names beneath that one, and their ports.
+
+    What is said there is TLS or HTTP/1, whose own name for the server is looked at; `plain`: anything, to the addresses that the name has.
+    """
+
+    name: str
+    ports: tuple[int, int] = (1, 65535)
+    plain: bool = False
+
+    @staticmethod
+    def like(text: str) -> bool:
+        """Whether a line of Egress.allow is one of these rather than an address."""
+        return not text.isascii() or any(char.isalpha() or char == "*" for char in text.removesuffix("/tcp"))
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return what a line of Egress.allow means. Raises InvalidSpec."""
+        hint = "such as pypi.example, *.example.org:443 or git.example.org:22/tcp"
+        match = _NAMED.fullmatch(text)
+        if not match:
+            raise InvalidSpec(f"egress {text!r} is no name with ports", hint=hint)
+        star, name, first, last, plain = match.groups()
+        try:
+            name = name.rstrip(".").encode("idna").decode("ascii").lower()
+        except UnicodeError as error:
+            raise InvalidSpec(f"egress {text!r} has no name in it: {error}", hint=hint) from error
+        if len(name) > _NAME_LENGTH or not _LABELS.fullmatch(name) or name.rpartition(".")[2].isdecimal():
+            raise InvalidSpec(f"egress {text!r} is no name of a host: labels of letters, digits and hyphens, two at least", hint=hint)
+        if plain and first is None:
+            raise InvalidSpec(f"egress {text!r} allows every port unseen", hint="name the port: git.example.org:22/tcp")
+        ports = (int(first or 1), int(last or first or 65535))
+        if not 1 <= ports[0] <= ports[1] <= 65535:
+            raise InvalidSpec(f"egress {text!r} has no range of ports from 1 to 65535", hint=hint)
+        return cls(f"{star or ''}{name}", ports, plain is not None)
+
+    def __str__(self) -> str:
+        first, last = self.ports
+        span = f":{first}" if first == last else "" if (first, last) == (1, 65535) and not self.plain else f":{first}-{last}"
+        return f"{self.name}{span}{'/tcp' if self.plain else ''}"
 
 
 Reach = Literal["host", "metadata"]

@@ -10,7 +10,7 @@ import msgspec
 
 from trivisor.core.errors import InvalidSpec, NotFound, TrivisorError
 from trivisor.core.spec import Spec
-from trivisor.launch.net import control, netlink, networks, own, provide
+from trivisor.launch.net import control, netlink, networks, own, policy, provide
 from trivisor.launch.net.netlink import Netlink
 from trivisor.vmm import life, plugged, reconcile
 from trivisor.vmm.context import Context
@@ -88,7 +88,10 @@ def enforce(context: Context, row: Row) -> None:
         return
     with Netlink(netlink.NETFILTER, fd=control.rules(found.control, row.name)) as kernel:
         resolvers = row.facts.get("dns", "").split()
-        own.apply(kernel, row.id, own.of(context.home, row.spec, found.interface, found.address, resolvers))
+        helper = own.Helper.parse(row.facts["helper"]) if "helper" in row.facts else None
+        own.apply(kernel, row.id, own.of(context.home, row.spec, found.interface, found.address, resolvers, helper))
+    if helper is not None:
+        control.policy(found.control, row.name, policy.text(row.spec.egress))
 
 
 def _cut(port: NetworkPort, *, other: str, where: str, whole: bool) -> tuple[Spec, str]:

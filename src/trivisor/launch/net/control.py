@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from trivisor.core.errors import EngineError
@@ -21,6 +22,28 @@ def publish(place: Path, machine: str, listener: socket.socket, address: str, po
 def withdraw(place: Path, machine: str, port: int) -> None:
     """Have a port of the host be free again, and end the connections that came through it. Raises EngineError."""
     _ask(place, machine, f"withdraw {port}")
+
+
+def policy(place: Path, machine: str, text: str) -> None:
+    """Have the helper hold to another policy (policy.text). Raises EngineError."""
+    with memory(text) as fd:
+        _ask(place, machine, "policy", [fd])
+
+
+def decisions(place: Path, machine: str, ear: socket.socket) -> None:
+    """Have the helper say at `ear` what it decides, until that is closed. Raises EngineError."""
+    _ask(place, machine, "decisions", [ear.fileno()])
+
+
+@contextlib.contextmanager
+def memory(text: str) -> Iterator[int]:
+    """Give a file in memory that holds `text`."""
+    fd = os.memfd_create("policy", os.MFD_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def rules(place: Path, machine: str) -> int:

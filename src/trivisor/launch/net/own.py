@@ -16,22 +16,56 @@ import ipaddress
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from trivisor.core.errors import EngineError, HostLacks
 from trivisor.core.network import DNS, Egress, Reach, Shape, Target
 from trivisor.core.paths import Home
 from trivisor.core.spec import Spec
-from trivisor.launch.net import netlink, networks, nft
+from trivisor.launch.net import netlink, networks, nft, policy
 from trivisor.launch.net.netlink import Netlink
+from trivisor.launch.net.nft import HOSTS, PORTS, Set
 from trivisor.launch.net.pool import PREFIX
 from trivisor.launch.net.rules import ASKED_HOST, ASKED_METADATA, DENIED, Chain, Rule
 
+DNS_PORT = 53
 MEMBERS = 24
 """Bits of the addresses that a named network's members share (pool.subnet)."""
 
 _PLAIN = Shape()
 
 CHAINS = (Chain("from", "prerouting", priority=-150), Chain("to", "postrouting", priority=-150))
+NAMING = (
+    Chain("redirect", "prerouting", "nat", -100),
+    Chain("out"),
+    Chain("inward", "input", priority=-10),  # before what holds for all machines (rules.py)
+    Chain("onward", "forward", priority=-10),
+)
+"""What there is besides while a policy names names: what the machine begins goes to its helper, unless a rule allows the address itself."""
+
+
+@dataclass(frozen=True)
+class Helper:
+    """Where a machine's helper listens, on the host's end of its link."""
+
+    address: str
+    udp: int
+    tcp: int
+    """Questions for names."""
+    gate: int
+    """Connections (guest/src/egress_tcp.c)."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        address, *ports = text.split()
+        return cls(address, *map(int, ports))
+
+    def __str__(self) -> str:
+        return f"{self.address} {self.udp} {self.tcp} {self.gate}"
+
+    @property
+    def sockets(self) -> tuple[tuple[str, int], ...]:
+        return ("udp", self.udp), ("tcp", self.tcp), ("tcp", self.gate)
 
 
 @contextlib.contextmanager
@@ -55,6 +89,13 @@ class Own:
     """Whom it asks for names."""
     members: str = ""
     """The addresses of its named network, which are no egress."""
+    helper: Helper | None = None
+    """None of a machine that was started before there were names."""
+
+    @property
+    def naming(self) -> Helper | None:
+        """The helper, if it has to do with this policy."""
+        return self.helper if self.egress is not None and self.egress.names else None
 
 
 def group(interface: str) -> int:
@@ -74,52 +115,73 @@ def rules(own: Own, *, logged: bool = True) -> list[Rule]:
         made += [Rule(chain, (way, ("lost", f"{own.shape.loss:.6f}")), "drop") for chain, way in (("from", out), ("to", into))]
     if own.shape.rate_out:
         made.append(Rule("from", (out, ("over", str(own.shape.rate_out))), "drop"))
-    return made + list(_egress(own, own.egress, logged)) if own.egress is not None else made
+    if own.egress is None:
+        return made
+    made += _named(own, own.naming) if own.naming else []
+    return made + list(_egress(own, logged))
 
 
-def _egress(own: Own, policy: Egress, logged: bool) -> Iterator[Rule]:
+def _named(own: Own, helper: Helper) -> Iterator[Rule]:
+    """Yield what sends a machine's questions for names, and its connections, to its helper, and the answers back."""
+    out, into = ("iifname", own.interface), ("oifname", own.interface)
+    yield Rule("inward", (out,), "jump out")
+    yield Rule("onward", (out,), "jump out")
+    yield Rule("redirect", (out, ("udp", f"to {DNS_PORT}-{DNS_PORT}")), f"redirect {helper.udp}")
+    yield Rule("redirect", (out, ("tcp", f"to {DNS_PORT}-{DNS_PORT}")), f"redirect {helper.tcp}")
+    if own.members:
+        yield Rule("redirect", (out, ("daddr", own.members)), "accept")
+    yield Rule("redirect", (out, ("hosts", "daddr")), "accept")
+    yield Rule("redirect", (out, ("ports", "tcp daddr")), "accept")
+    yield Rule("redirect", (out, ("tcp", "to 1-65535")), f"redirect {helper.gate}")
+    for protocol, port in helper.sockets:
+        there = (out, ("daddr", helper.address), (protocol, f"to {port}-{port}"))
+        yield Rule("out", there, f"mark {ASKED_HOST}")
+        yield Rule("out", there, "accept")
+        yield Rule("to", (into, ("saddr", helper.address), (protocol, f"from {port}-{port}")), "accept")
+
+
+def _egress(own: Own, logged: bool) -> Iterator[Rule]:
     """Yield what lets a machine begin nothing that is not allowed.
 
     Every packet is looked at, both ways, not only the first of a connection: what is allowed no longer stops at once. What others
-    began with the machine passes: the published ports, and its network's members.
+    began with the machine passes: the published ports, and its network's members. Where names are allowed, it is looked at after the
+    helper's part was sent there.
     """
     out, into, begun = ("iifname", own.interface), ("oifname", own.interface), ("direction", "reply")
-    yield Rule("from", (out, begun), "accept")
+    chain = "out" if own.naming else "from"
+    yield Rule(chain, (out, begun), "accept")
     yield Rule("to", (into, ("direction", "original")), "accept")
     if own.members:
-        yield Rule("from", (out, ("daddr", own.members)), "accept")
+        yield Rule(chain, (out, ("daddr", own.members)), "accept")
         yield Rule("to", (into, ("saddr", own.members)), "accept")
     noted = f"log {group(own.interface)}"
-    for target in _targets(own, policy):
-        for protocol in ("tcp", "udp") if target.ports else ("",):
-            there, back = [("daddr", target.network)], [("saddr", target.network)]
-            if target.ports:
-                span = f"{target.ports[0]}-{target.ports[1]}"
-                there.append((protocol, f"to {span}"))
-                back.append((protocol, f"from {span}"))
-            if logged:
-                yield Rule("from", (out, *there, ("state", "new")), f"{noted} allowed")
-            yield Rule("from", (out, *there), "accept")
-            yield Rule("to", (into, *back), "accept")
+    for what, protocol in (("hosts", ""), ("ports", "tcp "), ("ports", "udp ")):
+        there = (out, (what, f"{protocol}daddr"))
+        if logged:
+            yield Rule(chain, (*there, ("state", "new")), f"{noted} allowed")
+        yield Rule(chain, there, "accept")
+        yield Rule("to", (into, (what, f"{protocol}saddr")), "accept")
     if logged:
-        yield Rule("from", (out,), f"{noted} refused")
-    yield Rule("from", (out,), "drop")
+        yield Rule(chain, (out,), f"{noted} refused")
+    yield Rule(chain, (out,), "drop")
     yield Rule("to", (into,), "drop")
 
 
-def _targets(own: Own, policy: Egress) -> Iterator[Target]:
-    for line in policy.allow:
-        if line == DNS:
-            yield from (Target(resolver, (53, 53)) for resolver in own.resolvers)
-        else:
-            yield Target.parse(line)
+def sets(own: Own) -> list[Set]:
+    """Return the sets that the rules of one machine look addresses up in."""
+    if own.egress is None:
+        return []
+    targets = list(own.egress.targets)
+    if DNS in own.egress.allow and not own.naming:
+        targets += [Target(resolver, (DNS_PORT, DNS_PORT)) for resolver in own.resolvers]
+    return [Set("hosts", HOSTS, policy.hosts(targets)), Set("ports", PORTS, policy.ports(targets))]
 
 
-def of(home: Home, spec: Spec, interface: str, address: str, resolvers: Sequence[str]) -> Own:
+def of(home: Home, spec: Spec, interface: str, address: str, resolvers: Sequence[str], helper: Helper | None) -> Own:
     """Return what is to hold for a machine, as things are now."""
     members = str(ipaddress.IPv4Network((address, MEMBERS), strict=False)) if networks.named(spec.network) else ""
     cut = tuple(addresses(home, spec))
-    return Own(interface, spec.shape or Shape(), cut, spec.egress, spec.reach, tuple(resolvers), members)
+    return Own(interface, spec.shape or Shape(), cut, spec.egress, spec.reach, tuple(resolvers), members, helper)
 
 
 def addresses(home: Home, spec: Spec) -> list[str]:
@@ -140,13 +202,17 @@ def apply(kernel: Netlink, machine: str, own: Own) -> None:
     except OSError as error:
         raise EngineError(f"the interface {own.interface} cannot be shaped", output=str(error)) from error
     table = f"trivisor-{machine}"
+    if own.egress is not None and own.egress.names and own.helper is None:
+        hint = "stop and start it"
+        raise HostLacks("this machine was started by a version that knew no policies of names", machine=machine, hint=hint)
+    chains = CHAINS + (NAMING if own.naming else ())
     try:
         try:
-            kernel.batch(nft.replaced(table, CHAINS, rules(own)))
+            kernel.batch(nft.replaced(table, chains, rules(own), sets(own)))
         except FileNotFoundError:  # a kernel that logs nothing (nfnetlink_log) decides all the same
-            kernel.batch(nft.replaced(table, CHAINS, rules(own, logged=False)))
+            kernel.batch(nft.replaced(table, chains, rules(own, logged=False), sets(own)))
     except OSError as error:
-        hint = "Linux 5.12 or later with nft_numgen and nft_limit"
+        hint = "Linux 5.12 or later with nft_numgen, nft_limit and nft_redir"
         raise HostLacks(f"nftables refuses a rule: {error.strerror}", hint=hint) from error
 
 

@@ -25,7 +25,7 @@ from trivisor.core.paths import Home, MachineDir
 from trivisor.core.spec import Spec
 from trivisor.core.undo import Undo
 from trivisor.launch.keeper import Process
-from trivisor.launch.net import firewall, host, links, networks, own, passt, pool, relay
+from trivisor.launch.net import firewall, host, links, networks, own, passt, policy, pool, relay
 from trivisor.launch.net.links import INSIDE
 from trivisor.launch.net.resolvers import reachable, resolvers
 from trivisor.launch.plan import Plan
@@ -115,7 +115,17 @@ def provide(
         direct = folder is None and bool(servers) and all(reachable(server) for server in servers) and not _ours(servers)
         rules = stack.enter_context(own.keep())
         helper = relay.relay(
-            stack, place, slot, link.block, listening, names=folder, upstreams=[] if direct else servers, rules=rules.fileno(), log=log
+            stack,
+            place,
+            slot,
+            link.block,
+            listening,
+            names=folder,
+            upstreams=servers,
+            asked=not direct,
+            policy=policy.text(spec.egress),
+            rules=rules.fileno(),
+            log=log,
         )
         if folder is not None:
             undo.add("name", lambda: networks.leave(home, spec.network, spec.name))
@@ -123,7 +133,7 @@ def provide(
         block = link.block
         dns = tuple(servers) if direct else (block.gateway,)
         if spec.shape or spec.cut or spec.reach or spec.egress is not None:
-            own.apply(rules, machine, own.of(home, spec, block.interface, block.address, dns))
+            own.apply(rules, machine, own.of(home, spec, block.interface, block.address, dns, helper.at))
         address = ("address", INSIDE, block.address, str(block.length), block.gateway)
         yield Net(
             netns_fd=link.fd if kind == "veth" else None,
@@ -132,7 +142,13 @@ def provide(
             dns=dns,
             processes=(helper.process,),
             fds=(link.fd, *helper.fds),
-            facts={"network": spec.network, "address": block.address, "interface": block.interface, "dns": " ".join(dns)},
+            facts={
+                "network": spec.network,
+                "address": block.address,
+                "interface": block.interface,
+                "dns": " ".join(dns),
+                "helper": str(helper.at),
+            },
         )
 
 

@@ -1,4 +1,4 @@
-"""The helper on the host that a machine has for its published ports and for names (guest/src/relay.c).
+"""The helper on the host that a machine has for its published ports, for names and for what its policy says of names (guest/src/relay.c).
 
 Its sockets are made here: a port that is taken is known before anything is started, and the helper needs no privilege. It runs
 jailed under the machine's keeper, so a published port is free in the instant that the machine ends. Every machine with a link has one,
@@ -20,6 +20,8 @@ from trivisor.core.paths import MachineDir
 from trivisor.launch import jail, keeper, tvinit
 from trivisor.launch.jail import Bind
 from trivisor.launch.keeper import Process
+from trivisor.launch.net import control
+from trivisor.launch.net.own import Helper
 from trivisor.launch.net.pool import Block
 from trivisor.launch.plan import Plan
 
@@ -36,6 +38,8 @@ class Relay:
 
     process: Process
     fds: tuple[int, ...]
+    at: Helper
+    """Where it listens."""
 
 
 def listen(stack: ExitStack, ports: Mapping[int, int], machine: str) -> dict[int, int]:
@@ -67,35 +71,43 @@ def relay(
     *,
     names: Path | None,
     upstreams: Sequence[str],
+    asked: bool,
+    policy: str,
     rules: int,
     log: int | None = None,
 ) -> Relay:
-    """Return the helper of one machine. `ports`: of `listen`. `names`: the network's folder. No `upstreams`: it answers no names.
+    """Return the helper of one machine. `ports`: of `listen`. `names`: the network's folder. `upstreams`: whom it asks for names itself.
 
-    `rules` is the socket that the machine's own table belongs to. `log` takes its last words.
+    `asked`: the machine asks it for names, at the port that is theirs; else it gets only what a policy sends there. `policy`: what holds
+    from the beginning. `rules` is the socket that the machine's own table belongs to. `log` takes its last words.
     """
     fds: dict[int, int] = {}
     argv = [str(tvinit.path()), "relay"]
     for fd, guest in ports.items():
         fds[fd] = _FIRST + len(fds)
         argv.append(f"tcp:{fds[fd]}:{block.address}:{guest}")
-    if upstreams or names:
-        asked = _socket(stack, block, socket.SOCK_DGRAM)
-        fds[asked] = _FIRST + len(fds)
-        argv += [f"names:{fds[asked]}", *(f"upstream:{server}" for server in upstreams)]
-    if upstreams:
-        asked = _socket(stack, block, socket.SOCK_STREAM)
-        fds[asked] = _FIRST + len(fds)
-        argv.append(f"tcp:{fds[asked]}:{upstreams[0]}:{DNS}")
+    sockets = [
+        _socket(stack, block, socket.SOCK_DGRAM, DNS if asked else 0),
+        _socket(stack, block, socket.SOCK_STREAM, DNS if asked else 0),
+        _socket(stack, block, socket.SOCK_STREAM, 0),
+    ]
+    for word, one in zip(("names", "questions", "gate"), sockets, strict=True):
+        fds[one.fileno()] = _FIRST + len(fds)
+        argv.append(f"{word}:{fds[one.fileno()]}")
+    argv += [f"upstream:{server}" for server in upstreams]
+    start = stack.enter_context(control.memory(policy))
+    fds[start] = _FIRST + len(fds)
+    argv.append(f"policy:{fds[start]}")
     if names:
         argv.append(f"folder:{names if not jail.probe().namespaces else _NAMES}")
-    asked = _control(stack, place)
-    fds[asked] = _FIRST + len(fds)
+    changed = _control(stack, place)
+    fds[changed] = _FIRST + len(fds)
     fds[rules] = _FIRST + len(fds)
-    argv.append(f"control:{fds[asked]}:{fds[rules]}")
+    argv.append(f"control:{fds[changed]}:{fds[rules]}")
     if log is not None:
         fds[log] = 2
-    return Relay(Process("relay", _plan(argv, place, slot, fds, names)), tuple(fds))
+    at = Helper(block.gateway, *(int(one.getsockname()[1]) for one in sockets))
+    return Relay(Process("relay", _plan(argv, place, slot, fds, names)), tuple(fds), at)
 
 
 def _plan(argv: list[str], place: MachineDir, slot: int, fds: Mapping[int, int], names: Path | None) -> Plan:
@@ -107,18 +119,18 @@ def _plan(argv: list[str], place: MachineDir, slot: int, fds: Mapping[int, int],
     return jail.jail(argv, binds=binds, env={}, fds=fds, root=root, slot=slot, network="host")
 
 
-def _socket(stack: ExitStack, block: Block, kind: int) -> int:
+def _socket(stack: ExitStack, block: Block, kind: int, port: int) -> socket.socket:
     """Bind to the machine's gateway, on its interface alone: no other machine can ask here."""
     asked = stack.enter_context(socket.socket(socket.AF_INET, kind | socket.SOCK_CLOEXEC))
     asked.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         asked.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, block.interface.encode())
-        asked.bind((block.gateway, DNS))
+        asked.bind((block.gateway, port))
         if kind == socket.SOCK_STREAM:
             asked.listen(_BACKLOG)
     except OSError as error:
         raise EngineError(f"names cannot be served on {block.interface}: {error.strerror}") from error
-    return asked.fileno()
+    return asked
 
 
 def _control(stack: ExitStack, place: MachineDir) -> int:

@@ -1,7 +1,9 @@
-"""What an egress policy decides, as it happens: the kernel logs the first packet of what is allowed, and each that is refused.
+"""What an egress policy decides, as it happens: the kernel logs the first packet of what is allowed, and each that is refused; what
+is decided by names, the machine's helper says (guest/src/egress.c).
 
-It does so only while somebody listens, and one process can (linux/netfilter/nfnetlink_log.h): decisions are made in the kernel, whether
-they are read or not. A machine that is refused faster than we read makes the kernel drop what it would have told us, which is counted.
+The kernel does so only while somebody listens, and one process can (linux/netfilter/nfnetlink_log.h): decisions are made in the kernel,
+whether they are read or not. A machine that is refused faster than we read makes the kernel drop what it would have told us, which is
+counted.
 """
 
 from __future__ import annotations
@@ -32,29 +34,35 @@ _TCP, _UDP = 6, 17
 _PROTOCOLS = {1: "icmp", _TCP: "tcp", _UDP: "udp"}
 _HEADER = struct.Struct("=IHHII")
 _BUFFER = 1 << 20
+_LINE = 1024
 
 
 @dataclass(frozen=True)
 class Decision:
-    """One packet that began something, or was to."""
+    """One packet that began something, or was to; or one question for a name."""
 
     time: float
     """Seconds since the epoch."""
     allowed: bool
     protocol: str
-    """tcp, udp, icmp, the number of another, or ipv6: machines have none."""
+    """tcp, udp, icmp, the number of another, or ipv6: machines have none; or dns: a question for a name."""
     address: str
-    """Where it was to go."""
+    """Where it was to go; of a question the first address of the answer, "" without any."""
     port: int
     """0 where there are none."""
+    name: str = ""
+    """Whom it asked for, where a policy of names decided."""
+    reason: str = ""
+    """Why it is refused, where a policy of names decided."""
 
 
 class Decisions:
     """An iterator over a machine's decisions, from now until it is closed. A context manager."""
 
-    def __init__(self, group: int, machine: str = "") -> None:
-        self.dropped = 0
-        """How many times the kernel had more to say than we had read."""
+    def __init__(self, group: int, machine: str = "", ear: socket.socket | None = None) -> None:
+        """`group`: of the kernel's log. `ear`: where the helper says what it decides, taken over."""
+        self._missed = self._unheard = 0
+        self._ear = ear
         self._stop, self._wake = socket.socketpair()
         self._kernel = Netlink(netlink.NETFILTER)
         self._ready: list[Decision] = []
@@ -69,6 +77,11 @@ class Decisions:
                 raise Busy(machine, "another process reads its decisions") from error
             raise HostLacks(f"decisions cannot be read: {error.strerror}", machine=machine, hint="modprobe nfnetlink_log") from error
 
+    @property
+    def dropped(self) -> int:
+        """How many times the kernel had more to say than we had read, and decisions of the helper that we were late for."""
+        return self._missed + self._unheard
+
     def read(self, timeout: float | None = None) -> Decision | None:
         """Return the next decision; None after `timeout` seconds, or when it is closed."""
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -78,11 +91,14 @@ class Decisions:
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 return None
-            ready, _, _ = select.select([self._kernel.fileno(), self._stop.fileno()], [], [], left)
-            if self._stop.fileno() in ready:
+            ear: list[Netlink | socket.socket] = [self._ear] if self._ear is not None else []
+            ready, _, _ = select.select([self._kernel, self._stop, *ear], [], [], left)
+            if self._stop in ready:
                 return None
-            if ready:
+            if self._kernel in ready:
                 self._receive()
+            if self._ear in ready:
+                self._hear()
         return self._ready.pop(0)
 
     def __iter__(self) -> Iterator[Decision]:
@@ -95,6 +111,8 @@ class Decisions:
             self._closed = True
             self._wake.close()
             self._kernel.close()
+            if self._ear is not None:
+                self._ear.close()
 
     def __enter__(self) -> Self:
         return self
@@ -108,7 +126,7 @@ class Decisions:
         except OSError as error:
             if error.errno != errno.ENOBUFS:
                 raise
-            self.dropped += 1
+            self._missed += 1
             return
         while len(data) >= _HEADER.size:
             length, kind, _, _, _ = _HEADER.unpack_from(data)
@@ -116,6 +134,23 @@ class Decisions:
                 with contextlib.suppress(ValueError):  # a packet too short to say where it was to go
                     self._ready.append(decision(attributes(data[_HEADER.size + 4 : length])))
             data = data[(length + 3) & ~3 :]
+
+    def _hear(self) -> None:
+        assert self._ear is not None
+        line = self._ear.recv(_LINE)
+        if not line:  # the machine has ended
+            self._ear.close()
+            self._ear = None
+            return
+        with contextlib.suppress(ValueError):
+            made, self._unheard = named(line.decode("ascii", "replace"), self._unheard)
+            self._ready.append(made)
+
+
+def named(line: str, before: int = 0) -> tuple[Decision, int]:
+    """Return what the helper says (egress.c), and how many decisions nobody heard since `before`. Raises ValueError."""
+    at, verdict, protocol, address, port, name, reason, unheard = line.split("\t")
+    return Decision(float(at), verdict == "allowed", protocol, address, int(port), name, reason), max(before, int(unheard))
 
 
 def decision(said: dict[int, bytes]) -> Decision:

@@ -7,6 +7,7 @@ What is changed is written down with the machine's spec, and holds at once if it
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from trivisor.launch.net import control, own, relay
 from trivisor.vos.network.capture import SNAPLEN, Capture
 from trivisor.vos.network.decisions import Decisions
 from trivisor.vos.ports import NetworkPort
+
+_HEARD = 1 << 20
+"""Bytes of decisions that may wait to be read."""
 
 Work = Callable[[NetworkPort], tuple[Spec, str]]
 """Do what is to be done at once, and return the spec as it is from now on, with what to say of it."""
@@ -130,9 +134,11 @@ class Network:
         return self._port().spec.egress
 
     def restrict(self, *allowed: str) -> None:
-        """Have it begin nothing but what is `allowed`: "dns", or addresses with or without ports, such as "192.0.2.0/24:443".
+        """Have it begin nothing but what is `allowed`.
 
-        Nothing given, nothing is allowed. Holds at once, for connections under way, too, which stall. Raises InvalidSpec, HostLacks.
+        "dns"; addresses with or without ports, such as "192.0.2.0/24:443"; names, such as "pypi.example", "*.example.org:443", of servers
+        that speak TLS or HTTP, or "git.example.org:22/tcp" of any others (docs/network.md). Nothing given, nothing is allowed. Holds at
+        once, for connections under way, too, which stall, or end if they were made by name. Raises InvalidSpec, HostLacks.
         """
         policy = egress(allowed)
 
@@ -159,7 +165,15 @@ class Network:
         """
         port = self._capturing()
         self._linked(port)
-        return Decisions(own.group(port.interface), self._machine)
+        ear, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _HEARD)
+            try:
+                control.decisions(port.control, self._machine, theirs)
+                return Decisions(own.group(port.interface), self._machine, ear)
+            except BaseException:
+                ear.close()
+                raise
 
     def cut(self, other: str) -> None:
         """Have this machine and `other`, of one named network, reach each other no longer; connections under way stall.
