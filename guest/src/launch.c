@@ -21,7 +21,7 @@
 #include "net.h"
 #include "request.h"
 
-enum { LAUNCH_FAILED = 125, LAUNCH_TIMEOUT_MS = 20000, GUEST_LINE = 3, GUEST_ANSWER = 4, STACK_USED = 512 << 10 };
+enum { LAUNCH_FAILED = 125, LAUNCH_TIMEOUT_MS = 20000, GUEST_LINE = 3, GUEST_ANSWER = 4, STACK_USED = 512 << 10, MEMORY_MERGE = 67 /* PR_SET_MEMORY_MERGE */ };
 
 /* Tell on error_fd which operation failed, and end. */
 static _Noreturn void fail(const struct launch *l, size_t index, int error) {
@@ -65,6 +65,12 @@ static int op_address(struct launch *l, const struct op *op) {
 static int op_oom(struct launch *l, const struct op *op) {
     size_t size = strlen(op->words[1]);
     return write(l->oom, op->words[1], size) == (ssize_t)size ? 0 : -1;
+}
+
+/* Programs that are executed have it from there on (Linux 6.7). */
+static int op_merge(struct launch *l, const struct op *op) {
+    (void)l, (void)op;
+    return prctl(MEMORY_MERGE, 1, 0, 0, 0);
 }
 
 static int op_apparmor(struct launch *l, const struct op *op) {
@@ -137,7 +143,7 @@ static const struct {
     {"text", op_text},         {"mask", op_mask},         {"readonly", op_readonly},
     {"apparmor", op_apparmor}, {"hooks", op_hooks},       {"landlock-domain", op_landlock_domain},
     {"answer", op_answer},     {"exec-seccomp", op_exec_seccomp},
-    {"uplink", op_uplink},
+    {"uplink", op_uplink},     {"merge", op_merge},
 };
 
 static void become_default(void) {

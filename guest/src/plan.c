@@ -107,7 +107,7 @@ static const struct kind {
     {"map-user", MAPS, 3, 3},        {"map-group", MAPS, 3, 3},        {"hostname", NAMES, 1, 1},
     {"loopback", NAMES, 0, 0},       {"root", ROOT, 1, 1},             {"dir", FILES, 2, 2},
     {"file", FILES, 2, 2},           {"link", FILES, 2, 2},            {"text", FILES, 3, 4},
-    {"bind", FILES, 3, 3},           {"mount", FILES, 5, 5},           {"overlay", FILES, 4, 4},
+    {"bind", FILES, 3, 3},           {"mount", FILES, 5, 5},           {"overlay", FILES, 4, 255},
     {"mask", FILES, 1, 255},         {"readonly", FILES, 1, 255},      {"pivot", PIVOT, 0, 1},
     {"rlimit", RLIMIT, 3, 3},        {"groups", GROUPS, 0, 255},       {"user", USER, 2, 2},
     {"caps", CAPS, 0, 255},          {"oom", OOM, 1, 1},               {"apparmor", APPARMOR, 1, 1},
@@ -115,6 +115,7 @@ static const struct kind {
     {"seccomp", SECCOMP, 1, 1},      {"chdir", LAST, 1, 1},            {"env", LAST, 0, 255},
     {"fd", LAST, 2, 2},              {"hooks", LAST, 0, 0},            {"exec", END, 1, 255},
     {"guest", END, 1, 1},            {"answer", LAST, 1, 1},           {"exec-seccomp", SECCOMP, 1, 1},
+    {"merge", RLIMIT, 0, 0},
 };
 
 static const struct kind *kind_of(const char *name) {

@@ -59,6 +59,8 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """vm wall: "micro", "full", or the path of a bzImage or vmlinux."""
     ram: Literal["private", "shared"] = "private"
     """vm wall: "shared" lets this process map the machine's memory (vos/memory); a start then copies the ice."""
+    dedupe: bool = False
+    """Let the host's kernel keep pages once that are equal to those of other machines (vmm/dedupe.py): vm, container."""
     oom: Literal["kill", "stop"] = "kill"
     """When its memory runs out: "kill" one program, the one that the kernel picks, or "stop" it as a whole (state failed)."""
     network: str = "none"
@@ -146,6 +148,8 @@ def _check_sizes(spec: Spec) -> None:
         raise InvalidSpec(f"cpus must be a whole number on the vm wall, not {spec.cpus}")
     if spec.ram != "private" and spec.wall != "vm":
         raise InvalidSpec(f"the {spec.wall} wall has no RAM to share", hint='leave out ram, or give wall="vm"')
+    if spec.dedupe and spec.ram == "shared":
+        raise InvalidSpec("memory that others may map cannot be merged with equal pages", hint='leave out dedupe, or ram="shared"')
     if spec.memory < MIN_MEMORY[spec.wall]:
         raise InvalidSpec(f"memory must be at least {MIN_MEMORY[spec.wall] // MIB}M on the {spec.wall} wall, not {spec.memory} bytes")
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -78,6 +78,8 @@ class Layer:
     target: str = "/"
     device: Path | None = None
     """A block device with an ext4, in which the folder lies; None: it is one of the host's."""
+    names: tuple[str, ...] = ()
+    """Where what is read are several folders: these below `lower`, the uppermost first."""
 
     @property
     def word(self) -> str:
@@ -126,6 +128,8 @@ class Container:
     """What is written need not survive the host: nothing is waited for."""
     hide: Sequence[str] = ()
     """More paths to mask."""
+    merge: bool = False
+    """The host's kernel may keep its programs' pages once with equal ones of others."""
 
 
 def plan(c: Container) -> Plan:
@@ -154,7 +158,7 @@ def _root(c: Container) -> Iterator[Op]:
     # Overlayfs in a user namespace keeps its marks in the user's own extended attributes.
     flags += ["userxattr", *(["volatile"] if c.volatile else [])]
     for layer in c.layers:
-        yield ("overlay", str(layer.lower), layer.word, ",".join(flags), layer.target)
+        yield ("overlay", str(layer.lower), layer.word, ",".join(flags), layer.target, *layer.names)
 
 
 def _devices(c: Container) -> Iterator[Op]:
@@ -204,6 +208,8 @@ def _volumes(c: Container) -> Iterator[Op]:
 def _confined(c: Container) -> Iterator[Op]:
     yield ("rlimit", "core", "0", "0")
     yield ("rlimit", "nofile", str(min(4096, c.open_files)), str(c.open_files))
+    if c.merge:
+        yield ("merge",)
     yield ("caps", *CAPS)
     if c.apparmor:
         yield ("apparmor", c.apparmor)

@@ -24,6 +24,7 @@ from trivisor.vmm import sweep as sweeping
 from trivisor.vmm.budget import MemoryBudget, possible
 from trivisor.vmm.choice import choose
 from trivisor.vmm.context import Context
+from trivisor.vmm.dedupe import Dedupe
 from trivisor.vmm.engine import Engine, Progress, WallReport
 from trivisor.vmm.engines.container.engine import ContainerEngine
 from trivisor.vmm.engines.gvisor.engine import GvisorEngine
@@ -78,6 +79,11 @@ class VMM:
     def budget(self) -> MemoryBudget:
         """The memory that the machines of the home may have together."""
         return MemoryBudget(self._context)
+
+    @property
+    def dedupe(self) -> Dedupe:
+        """Whether the host's kernel keeps equal pages of machines once."""
+        return Dedupe(self._context)
 
     @property
     def volumes(self) -> Volumes:

@@ -16,7 +16,7 @@ from trivisor.core.spec import checked
 from trivisor.core.state import State
 from trivisor.core.units import parse_size
 from trivisor.launch.cgroups import Cgroup, Limits
-from trivisor.vmm import budget, life, limits, locks, reconcile
+from trivisor.vmm import budget, dedupe, life, limits, locks, reconcile
 from trivisor.vmm.context import Context
 from trivisor.vmm.records import Row
 from trivisor.vos.files import Files
@@ -38,6 +38,7 @@ def service(context: Context, machine: str, name: str, check: Callable[[str], Ro
         port=lambda: port(context, check("memory")),
         figures=lambda: stats(context, check("memory"), files),
         limit=partial(limit, context, machine),
+        merge=partial(merge, context, machine),
     )
 
 
@@ -55,7 +56,8 @@ def stats(context: Context, row: Row, files: Callable[[], Files]) -> MemoryStats
         for name, path in _FIGURES.items() if row.state is State.RUNNING else ():
             with suppress(FileError):  # a kernel without it
                 said[name] = files().read(path, 0, _FIGURES_MAX).decode("ascii", "replace")
-        return of_guest(row.spec.memory, taken.private, taken.shared, **said)
+        figures = of_guest(row.spec.memory, taken.private, taken.shared, **said)
+        return replace(figures, merged=dedupe.merged(context, row))
     group = Cgroup.find(context.home, row.id)
     use = group.memory() if group is not None else None
     return MemoryStats(
@@ -67,7 +69,22 @@ def stats(context: Context, row: Row, files: Callable[[], Files]) -> MemoryStats
         major_faults=use.major_faults if use else None,
         private=taken.private,
         shared=taken.shared,
+        merged=dedupe.merged(context, row),
     )
+
+
+def merge(context: Context, machine: str, on: bool) -> None:
+    """Have the host's kernel merge a machine's pages with equal ones, or not: now if it runs, and from its next start on."""
+    dedupe.check()
+    with life.operation(context, machine, "dedupe") as row:
+        spec = checked(msgspec.structs.replace(row.spec, dedupe=on))
+        engine = context.engine(spec.wall, row.name)
+        engine.check(spec)
+        if row.state in reconcile.LIVE and on != row.spec.dedupe:
+            if not isinstance(engine, dedupe.Merging):
+                raise UnsupportedByWall("begin or end to merge the pages of a machine that runs", spec.wall, ("vm",), machine=row.name)
+            engine.merge(context.box(row), on)
+        context.records.update(row.id, spec=spec, event=("dedupe", "on" if on else "off"), **_IDLE)
 
 
 def starved(context: Context, machine: str, files: Callable[[], Files]) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from trivisor.core.paths import MachineDir
@@ -26,16 +28,29 @@ def uncounted(place: MachineDir) -> Usage:
     """The same where no control group counts: of the processes that there are now, and the keeper (proc(5), statm)."""
     private = shared = 0
     seconds = 0.0
-    waiting = [place.keeper.read_text().split()[0]] if place.keeper.exists() else []
-    while waiting:
-        folder = Path("/proc") / waiting.pop()
+    for pid in tree(place):
+        folder = Path("/proc") / pid
         try:
             _, resident, file, *_ = (int(word) for word in (folder / "statm").read_text().split())
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            waiting += (folder / "task" / folder.name / "children").read_text().split()
         except OSError:  # it has ended
             continue
         private += (resident - file) * _PAGE
         shared += file * _PAGE
         seconds += (int(fields[11]) + int(fields[12])) / _TICK
     return Usage(private=private, shared=shared, cpu_seconds=seconds)
+
+
+def tree(place: MachineDir) -> Iterator[str]:
+    """Give the pids of a machine's keeper and of all that it began, as the host numbers them."""
+    try:
+        waiting = [place.keeper.read_text().split()[0]]
+    except (OSError, IndexError):
+        return
+    while waiting:
+        pid = waiting.pop()
+        yield pid
+        # One that ends now has none.
+        with suppress(OSError):
+            for thread in (Path("/proc") / pid / "task").iterdir():
+                waiting += (thread / "children").read_text().split()

@@ -43,17 +43,31 @@ class Memory:
     """The memory of one machine."""
 
     def __init__(
-        self, machine: str, port: Callable[[], MemoryPort], figures: Callable[[], MemoryStats], limit: Callable[[int | str], None]
+        self,
+        machine: str,
+        port: Callable[[], MemoryPort],
+        figures: Callable[[], MemoryStats],
+        limit: Callable[[int | str], None],
+        merge: Callable[[bool], None],
     ) -> None:
         self._machine = machine
         self._port = port
         self._figures = figures
         self._limit = limit
+        self._merge = merge
 
     @property
     def features(self) -> frozenset[str]:
         """What this machine's wall can: physical, kernel, process (vos/ports.py)."""
         return self._port().features
+
+    def dedupe(self, on: bool = True) -> None:
+        """Have the host's kernel keep pages once that are equal to those of other machines that have it so, or not: at once if it runs
+        (vm wall; `on=False` makes it whole again), and from the next start on. `vmm.dedupe.start()` has the kernel look for them.
+
+        Raises UnsupportedByWall, InvalidSpec with ram="shared", HostLacks where the kernel has no KSM.
+        """
+        self._merge(on)
 
     def stats(self) -> MemoryStats:
         """Return what it may have, has, and takes of the host. Raises InvalidState unless it runs or is paused, GuestGone."""

@@ -27,6 +27,8 @@ class MemoryStats:
     """What only this machine has of the host's memory."""
     shared: int
     """What it shares: ice, an image's files."""
+    merged: int | None = None
+    """Of `private`, what the host's kernel keeps once with equal pages of others, or may yet (KSM); None where it does not say."""
 
 
 def of_guest(limit: int, private: int, shared: int, *, meminfo: str, vmstat: str, pressure: str) -> MemoryStats:

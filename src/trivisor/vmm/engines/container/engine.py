@@ -61,6 +61,7 @@ class ContainerEngine:
     def check(self, spec: Spec) -> None:
         ids.probe(self._home.root)
         cgroups.limits_possible(Limits.of(spec))
+        host.merging(spec)
         layers.possible(spec)
         provide.check(spec)
 
@@ -158,6 +159,7 @@ def _container(box: Box, found: Sequence[Layer], shape: Shape, group: Cgroup, ne
         apparmor=host.apparmor(),
         volatile=layers.volatile(spec),
         hide=host.hidden(),
+        merge=spec.dedupe,
     )
 
 

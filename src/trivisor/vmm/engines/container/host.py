@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from trivisor.core.errors import HostLacks
+from trivisor.core.spec import Spec
 from trivisor.launch import seccomp
 from trivisor.launch.jail import probe
 from trivisor.vos.ports import SyscallPort
@@ -15,7 +19,21 @@ _PROFILE = "docker-default"
 _APPARMOR = Path("/sys/module/apparmor/parameters/enabled")
 _PROFILES = Path("/sys/kernel/security/apparmor/profiles")
 _ACTIONS = Path("/proc/sys/kernel/seccomp/actions_avail")
+_KSM = Path("/sys/kernel/mm/ksm")
+_MERGE_SINCE = (6, 7)
+"""Before, a program that was executed did not keep PR_SET_MEMORY_MERGE."""
 _PROCESSORS = Path("/sys/devices/system/cpu")
+
+
+def merging(spec: Spec) -> None:
+    """Raise HostLacks if its programs' pages are to be merged with others' and this kernel does not have it so."""
+    if not spec.dedupe:
+        return
+    version = tuple(int(word) for word in re.findall(r"\d+", os.uname().release)[:2])
+    if not _KSM.is_dir() or version < _MERGE_SINCE:
+        raise HostLacks(
+            "this host's kernel cannot merge the pages of containers", hint="that takes Linux 6.7 with CONFIG_KSM; leave out dedupe"
+        )
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from trivisor.core.errors import TrivisorError
+from trivisor.core.errors import UnsupportedByWall
 from trivisor.core.paths import Home
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.undo import Undo
@@ -63,6 +64,9 @@ class GvisorEngine:
     def check(self, spec: Spec) -> None:
         self._found()
         cgroups.limits_possible(Limits.of(spec))
+        if spec.dedupe:
+            # What its programs have lies in a file of the Sentry's memory.
+            raise UnsupportedByWall("have its pages merged with equal ones", self.wall, ("vm", "container"))
         layers.possible(spec)
         provide.check(spec)
 

@@ -25,7 +25,8 @@ from trivisor.launch.net import passt, provide
 from trivisor.launch.net.links import INSIDE
 from trivisor.launch.net.provide import Net
 from trivisor.vmm.engine import Box, Progress, Usage, WallReport
-from trivisor.vmm.engines.vm import argv, disks, ice, kit, limits, making, memory, probe, proc, qemu, ram, runner, sharing
+from trivisor.vmm.engines.vm import argv, disks, growth, ice, kit, limits, making, memory, merging, probe, proc, qemu, ram, runner, sharing
+from trivisor.vmm.engines.vm.growth import Growth
 from trivisor.vmm.engines.vm.hotplug import Hotplug
 from trivisor.vmm.engines.vm.ice import Ice
 from trivisor.vmm.engines.vm.making import Image
@@ -107,6 +108,8 @@ class VmEngine:
             undo.add("qemu", lambda: keeper.kill(box.dir))
             way = self._run(box, setup, progress)
         took = f"{(time.monotonic() - begun) * 1000:.0f} ms"
+        if box.spec.dedupe:
+            self.merge(box, True)
         return {
             "qemu": setup.qemu.version,
             "accelerator": f"{setup.shape.accel} ({why})",
@@ -134,6 +137,10 @@ class VmEngine:
         return proc.usage(pids, own_shm=box.spec.ram == "shared")
 
     def syscalls(self, box: Box | None = None) -> SyscallPort:
+    def merge(self, box: Box, on: bool) -> None:
+        """Offer its RAM to the host's kernel for merging, or take the offer back: what was merged is then its own again."""
+        merging.merge(box, on)
+
         return SyscallPort(self.wall, frozenset(FEATURES), seccomp.OPEN)
 
     def memory(self, box: Box) -> MemoryPort:
