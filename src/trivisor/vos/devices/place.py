@@ -41,6 +41,8 @@ def find(files: Files, name: str, device: Device, port: str = "") -> str | None:
         return _ported(files, *_PORTED[kind_of(device)], port) if port else None
     if isinstance(device, Watchdog):  # there is one, and its driver names no port
         return _named(files, "/sys/class/watchdog", "watchdog", "identity", "i6300ESB timer")
+    if kind_of(device) == "char" and files.exists(f"/dev/{name}"):  # in a container it is there by its name
+        return f"/dev/{name}"
     known = _NAMED.get(where(device))
     return _named(files, *known, name) if known else None
 
