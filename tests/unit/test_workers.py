@@ -18,7 +18,7 @@ import pytest, workers
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "alone:")
-    config.pluginmanager.register(workers.Session(patience=0.2))
+    config.pluginmanager.register(workers.Session(float(os.environ["PATIENCE"])))
 
 @pytest.fixture
 def note(request, tmp_path):
@@ -59,14 +59,14 @@ def test_alone(note):
 ALONE_ID = "test_first.py::test_alone"
 
 
-def suite(folder: Path, *options: str, **files: str) -> tuple[int, str]:
+def suite(folder: Path, *options: str, patience: float = 5.0, **files: str) -> tuple[int, str]:
     """Run the tests in `files`; return the exit status and what was printed."""
     folder.mkdir()
     (folder / "conftest.py").write_text(CONFTEST)
     for name, text in files.items():
         (folder / f"test_{name}.py").write_text(text)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment |= {"PYTHONPATH": str(Path(workers.__file__).parent), "NOTES": str(folder / "notes")}
+    environment |= {"PYTHONPATH": str(Path(workers.__file__).parent), "NOTES": str(folder / "notes"), "PATIENCE": str(patience)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", folder, "--basetemp", folder / "base", *options]
     done = subprocess.run([*command, folder], env=environment, capture_output=True, text=True, timeout=60)
     return done.returncode, done.stdout
@@ -74,7 +74,7 @@ def suite(folder: Path, *options: str, **files: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("options", [(), ("-n2",)], ids=["one process", "two workers"])
 def test_what_is_left_is_an_error_that_names_it(tmp_path: Path, options: tuple[str, ...]) -> None:
-    status, said = suite(tmp_path / "suite", *options, leaves=LEAVES, other="def test_other(): pass")
+    status, said = suite(tmp_path / "suite", *options, patience=0.2, leaves=LEAVES, other="def test_other(): pass")
     left = {int(pid): command.strip() for pid, command in re.findall(r"^process (\d+): (.*)", said, re.MULTILINE)}
     for pid in left:
         os.kill(pid, signal.SIGKILL)
