@@ -13,8 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from trivisor.core.errors import TrivisorError
-from trivisor.core.errors import UnsupportedByWall
+from trivisor.core.errors import TrivisorError, UnsupportedByWall
 from trivisor.core.paths import Home
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.undo import Undo

@@ -25,8 +25,7 @@ from trivisor.launch.net import passt, provide
 from trivisor.launch.net.links import INSIDE
 from trivisor.launch.net.provide import Net
 from trivisor.vmm.engine import Box, Progress, Usage, WallReport
-from trivisor.vmm.engines.vm import argv, disks, growth, ice, kit, limits, making, memory, merging, probe, proc, qemu, ram, runner, sharing
-from trivisor.vmm.engines.vm.growth import Growth
+from trivisor.vmm.engines.vm import argv, disks, ice, kit, limits, making, memory, merging, probe, proc, qemu, ram, runner, sharing
 from trivisor.vmm.engines.vm.hotplug import Hotplug
 from trivisor.vmm.engines.vm.ice import Ice
 from trivisor.vmm.engines.vm.making import Image
@@ -107,9 +106,9 @@ class VmEngine:
             setup = replace(setup, cgroups=stack.enter_context(limits.group(box)))
             undo.add("qemu", lambda: keeper.kill(box.dir))
             way = self._run(box, setup, progress)
-        took = f"{(time.monotonic() - begun) * 1000:.0f} ms"
         if box.spec.dedupe:
             self.merge(box, True)
+        took = f"{(time.monotonic() - begun) * 1000:.0f} ms"
         return {
             "qemu": setup.qemu.version,
             "accelerator": f"{setup.shape.accel} ({why})",
@@ -136,11 +135,11 @@ class VmEngine:
         pids = [pid for pid in (runner.engine(box.dir), proc.keeper_pid(box.dir)) if pid is not None]
         return proc.usage(pids, own_shm=box.spec.ram == "shared")
 
-    def syscalls(self, box: Box | None = None) -> SyscallPort:
     def merge(self, box: Box, on: bool) -> None:
         """Offer its RAM to the host's kernel for merging, or take the offer back: what was merged is then its own again."""
         merging.merge(box, on)
 
+    def syscalls(self, box: Box | None = None) -> SyscallPort:
         return SyscallPort(self.wall, frozenset(FEATURES), seccomp.OPEN)
 
     def memory(self, box: Box) -> MemoryPort:
