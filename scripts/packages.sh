@@ -41,6 +41,12 @@ build() {
 tests() {
     need clang clang
     need sqlite3 sqlite3
+    # A real registry, and the other clients that read what we push to it.
+    need docker-registry docker-registry
+    need apache2-utils htpasswd
+    need openssl openssl
+    need skopeo skopeo
+    need umoci umoci
     # The sanitizers' runtime is a package of its own.
     need libclang-rt-dev "$(clang -print-file-name=libclang_rt.fuzzer-x86_64.a 2>/dev/null || echo none)"
 }

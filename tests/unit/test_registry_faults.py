@@ -401,7 +401,7 @@ def test_full_disk_is_said_and_given_back(fake: Fake, tmp_path: Path) -> None:
 
         fake.hook = hook
         with pytest.raises(StorageError, match="No space left") as caught:
-            puller(fake.image(layers=[LAYER]))
+            puller(fake.image(layers=[LAYER]), bounds=replace(QUICK, parallel=1))
         assert caught.value.hint and DIGEST not in puller.pieces()
         (disk / "filler").unlink()
         fake.hook = None

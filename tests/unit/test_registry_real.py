@@ -19,7 +19,9 @@ from registry_server import Registry, needs, skopeo
 from registry_support import NOBODY, QUICK, Puller, digest_of
 
 from trivisor.core.errors import InvalidSpec, NotFound, RegistryError
+from trivisor.core.paths import Home
 from trivisor.images import model
+from trivisor.images.catalog import Images
 from trivisor.images.reference import Reference
 from trivisor.images.registry.bounds import Bounds
 from trivisor.images.registry.credentials import Credentials
@@ -171,3 +173,30 @@ def test_tls_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         digest = made(puller, b"data")
         send(puller, f"{registry.host}/some/app:1", digest)
         assert puller(f"{registry.host}/some/app:1").digest == digest
+
+
+def test_catalog_pulls_and_pushes(registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the Docker config's credentials (none), and blobs mounted from where the image came from."""
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    other = Puller(tmp_path / "other")
+    digest = made(other, layer(hello=b"catalog"))
+    name = f"{registry.host}/catalog/a:1"
+    send(other, name, digest)
+    home = Home(tmp_path / "home")
+    home.open()
+    images = Images(home)
+    image = images.pull(name)
+    assert (image.name, image.digest, image.source) == (name, digest, f"docker://{name}")
+    assert (images.lowers(digest)[0] / "hello").read_bytes() == b"catalog"
+    assert images.push(name, f"{registry.host}/catalog/b:2") == digest
+    assert registry.requests("POST /v2/catalog/b/blobs/uploads/?mount=") and not registry.requests("PUT /v2/catalog/b/blobs/")
+    events: list[Progress] = []
+    images.remove(name)
+    assert images.pull(f"{registry.host}/catalog/b:2", report=events.append).digest == digest
+    assert "done" in {event.state for event in events}, "what was removed was gone"
+    images.close()
+
+
+def test_registry_on_a_loopback_address_may_have_any_certificate(tmp_path: Path) -> None:
+    with Registry(tmp_path / "registry", name="localhost") as registry, pytest.raises(NotFound):
+        Puller(tmp_path)(f"{registry.host}/some/app:1")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from trivisor.core.errors import ImageError, InvalidSpec, NotFound, StorageError
 from trivisor.core.paths import Home
@@ -24,7 +24,10 @@ from trivisor.images.documents import Documents, Library
 from trivisor.images.intake import Bytes, Intake
 from trivisor.images.limits import DEFAULT, Limits
 from trivisor.images.model import Descriptor, History, ImageConfig, Manifest, Platform, RootFs
-from trivisor.images.reference import normalise
+from trivisor.images.reference import Reference, normalise
+from trivisor.images.registry.access import Access
+from trivisor.images.registry.pull import pull
+from trivisor.images.registry.push import neighbours, push
 from trivisor.store.store import Ref, Store
 from trivisor.store.workspace import Workspace
 
@@ -165,6 +168,29 @@ class Images:
             bootstrap.debian(archive, suite, packages, limits, progress)
             source = f"mmdebstrap {suite} {' '.join(packages)}".strip()
             return self._take(work, archive, name, source, source, None, progress, limits)
+
+    # Registries
+
+    def pull(self, name: str, *, platform: Platform | None = None, **access: Unpack[Access]) -> Image:
+        """Get the image called `name` from its registry, or what of it is not here; the one for `platform` (this host's).
+
+        `access`: credentials, insecure, report, bounds. Raises NotFound, RegistryError, ImageError, InvalidSpec, StorageError.
+        """
+        whole = _free(name)
+        with self.workspace() as work:
+            pulled = pull(Reference.parse(name), self._store, work, platform=platform, **access)
+            return self.add(pulled.manifest, pulled.media_type, whole, pulled.source, work)
+
+    def push(self, ref: str, target: str = "", **access: Unpack[Access]) -> str:
+        """Send the image called `ref` to the registry of its name, or of `target`; return its digest. `access` as of `pull`.
+
+        Raises NotFound, RegistryError, InvalidSpec, StorageError; ImageError for one made before images were OCI images.
+        """
+        image = self.get(ref)
+        self.documents(image.digest)
+        to = Reference.parse(target or image.name)
+        near = neighbours(to, image.source)
+        return push(to, self._store, image.digest, media_type=image.media_type, mount_from=near, **access)
 
     # What an image is
 

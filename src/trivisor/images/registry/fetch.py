@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from trivisor.core.errors import ImageError, NotFound, RegistryError
+from trivisor.core.errors import ImageError, RegistryError
 from trivisor.core.units import KIB
 from trivisor.images.registry.client import Client, Patience
 from trivisor.images.registry.partial import Partial, claim, piece
@@ -51,10 +51,8 @@ def fetch(client: Client, repository: str, digest: str, size: int, store: Store,
 
 def held(store: Store, digest: str, size: int, owner: str) -> bool:
     """Tell whether the store has the whole blob, and pin it then."""
-    with suppress(NotFound, FileNotFoundError):
-        if store.path(digest).stat().st_size == size:
-            store.pin(digest, owner, durable=False)
-            return True
+    with suppress(FileNotFoundError):
+        return store.locate(digest).stat().st_size == size and store.hold(digest, owner)
     return False
 
 

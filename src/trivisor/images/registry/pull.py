@@ -18,23 +18,27 @@ from trivisor.images.registry import partial
 from trivisor.images.registry.bounds import DEFAULT, Bounds
 from trivisor.images.registry.client import Client
 from trivisor.images.registry.credentials import Credentials
-from trivisor.images.registry.crew import Job, Note, Progress, Report, together
+from trivisor.images.registry.crew import Job, Note, Report, together
 from trivisor.images.registry.fetch import fetch, held
 from trivisor.store.store import Store
 from trivisor.store.workspace import Workspace
 
-__all__ = ["Progress", "Pulled", "pull"]
+SOURCE = "docker://"
 _DEPTH = 2
 """Indexes in an index: none is known that needs more."""
 
 
 @dataclass(frozen=True)
 class Pulled:
-    """What was pulled: `manifest` as the registry has it, `digest` its own; `index` that of the index it was chosen from, or ""."""
+    """What was pulled: `manifest` as the registry has it, `digest` its own; `index` that of the index it was chosen from, or "".
+
+    `source` says where it came from, as skopeo writes it: docker://registry/repository:tag.
+    """
 
     manifest: bytes
     media_type: str
     digest: str
+    source: str
     index: str = ""
 
 
@@ -95,8 +99,9 @@ def _choose(client: Client, reference: Reference, platform: model.Platform) -> t
     for _ in range(_DEPTH + 1):
         data, media_type, digest = _document(client, reference, wanted)
         if media_type not in model.INDEXES:
-            unusual = "" if media_type in model.MANIFESTS else media_type
-            return Pulled(data, media_type, digest, index), model.read_manifest(data, unusual, str(reference))
+            return Pulled(data, media_type, digest, SOURCE + reference.canonical, index), model.read_manifest(
+                data, media_type, str(reference)
+            )
         choice = model.choose(model.decode(data, model.Index, str(reference)).manifests, platform, str(reference))
         index, wanted = index or digest, choice.digest
     raise ImageError(f"{reference}: it is an index of indexes of indexes", hint="name the digest of the image itself")

@@ -21,6 +21,7 @@ from trivisor.images.registry.bounds import DEFAULT, ERROR, Bounds
 from trivisor.images.registry.client import Client, Patience
 from trivisor.images.registry.credentials import Credentials
 from trivisor.images.registry.crew import Job, Note, Report, together
+from trivisor.images.registry.pull import SOURCE
 from trivisor.images.registry.wire import Answer, address
 from trivisor.store.faults import translated
 from trivisor.store.store import Store
@@ -49,20 +50,30 @@ def push(
     """
     if reference.digest and reference.digest != digest:
         raise InvalidSpec(f"{reference} names another image than {digest}", hint="push to a tag")
-    data = _manifest(store, digest, bounds)
-    manifest = model.read_manifest(data, "", str(reference))
-    kind = manifest.media_type or media_type or model.OCI_MANIFEST
-    blobs = {blob.digest: blob.size for blob in (*manifest.layers, manifest.config)}
-    files = {blob: store.path(blob) for blob in blobs}  # all of it is here, or nothing is sent
-    client = Client(reference.registry, credentials=credentials, insecure=insecure, bounds=bounds)
-    try:
-        target = Target(client, reference.repository, [other for other in mount_from if other != reference.repository])
-        jobs = [(blob, blobs[blob], _job(target, blob, file)) for blob, file in files.items()]
-        together(jobs, bounds.parallel, report, client.cancel)
-        target.name(data, digest, kind, reference.tag or digest)
-    finally:
-        client.close()
+    with store.workspace() as work:
+        store.pin(digest, work.owner, durable=False)  # a collection meanwhile leaves it whole
+        data = _manifest(store, digest, bounds)
+        manifest = model.read_manifest(data, "", str(reference))
+        kind = manifest.media_type or media_type or model.OCI_MANIFEST
+        blobs = {blob.digest: blob.size for blob in (*manifest.layers, manifest.config)}
+        files = {blob: store.path(blob) for blob in blobs}  # all of it is here, or nothing is sent
+        client = Client(reference.registry, credentials=credentials, insecure=insecure, bounds=bounds)
+        try:
+            target = Target(client, reference.repository, [other for other in mount_from if other != reference.repository])
+            jobs = [(blob, blobs[blob], _job(target, blob, file)) for blob, file in files.items()]
+            together(jobs, bounds.parallel, report, client.cancel)
+            target.name(data, digest, kind, reference.tag or digest)
+        finally:
+            client.close()
     return digest
+
+
+def neighbours(target: Reference, source: str) -> list[str]:
+    """Return the repositories beside `target` that may have the blobs of an image from `source` (Pulled.source, or anything)."""
+    if not source.startswith(SOURCE):
+        return []
+    origin = Reference.parse(source.removeprefix(SOURCE))
+    return [origin.repository] if origin.registry == target.registry and origin.repository != target.repository else []
 
 
 def _manifest(store: Store, digest: str, bounds: Bounds) -> bytes:
