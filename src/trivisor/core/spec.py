@@ -206,7 +206,8 @@ def _cpus(wish: Any) -> Any:
     return int(wish) if isinstance(wish, float) and wish.is_integer() else wish
 
 
-def _swap(wish: Any) -> int:
+def swap_size(wish: Any) -> int:
+    """Return bytes of swap, of which there may be none. Raises InvalidSpec."""
     none = wish == 0 and not isinstance(wish, bool)
     return 0 if none or wish == "0" else parse_size(wish, "swap")
 
@@ -214,7 +215,7 @@ def _swap(wish: Any) -> int:
 _READERS: dict[str, Callable[[Any], Any]] = {
     "cpus": _cpus,
     "memory": lambda wish: parse_size(wish, "memory"),
-    "swap": _swap,
+    "swap": swap_size,
     "cpuset": cpuset,
     "io": io_limits,
     "disk": lambda wish: wish if wish == "ram" else parse_size(wish, "disk"),

@@ -76,6 +76,11 @@ def settings(limits: Limits, limit: str, *, unified: bool, disk: Path) -> Iterat
         yield Setting(limit, controller, file, value)
 
 
+def unlimited_swap(*, unified: bool) -> Iterator[Setting]:
+    """Return what takes away a limit of swap."""
+    yield Setting("swap", "memory", "memory.swap.max", "max") if unified else Setting("swap", "memory", "memory.memsw.limit_in_bytes", "-1")
+
+
 def _v2(limits: Limits, limit: str, disk: Path) -> Iterator[tuple[str, str]]:
     if limit == "memory":
         yield "memory.max", str(limits.memory)

@@ -28,7 +28,7 @@ from trivisor.core.paths import Home
 from trivisor.launch import cgroup_freeze, cgroup_make, cgroup_memory, cgroup_oom
 from trivisor.launch import cgroup_layout as layouts
 from trivisor.launch.cgroup_layout import Hierarchy, Layout
-from trivisor.launch.cgroup_limits import CONTROLLER, Limits, settings
+from trivisor.launch.cgroup_limits import CONTROLLER, Limits, settings, unlimited_swap
 from trivisor.launch.cgroup_memory import MemoryUse
 from trivisor.launch.cgroup_place import Place, await_event, folders, kill_each, remove_tree, write
 
@@ -204,6 +204,15 @@ class Cgroup:
         """Have the kernel take back up to `size` bytes from it; return how many it took. 0 where memory is not counted."""
         place = self._of("memory")
         return cgroup_memory.reclaim(place, size) if place is not None else 0
+
+    def limit_swap(self, limits: Limits, home: Home) -> None:
+        """Change how much of the host's swap it may have beside its memory. Raises HostLacks for what the kernel refuses."""
+        place = self._of("memory")
+        if limits.swap is not None:
+            self._limit(limits, "swap", home)
+        elif place is not None:
+            for setting in unlimited_swap(unified=place.unified):
+                cgroup_make.apply(place, setting)
 
     @contextlib.contextmanager
     def ending(self, wanted: bool) -> Iterator[int | None]:

@@ -16,7 +16,7 @@ from trivisor.core.spec import checked
 from trivisor.core.state import State
 from trivisor.core.units import parse_size
 from trivisor.launch.cgroups import Cgroup, Limits
-from trivisor.vmm import budget, dedupe, life, limits, locks, reconcile
+from trivisor.vmm import budget, dedupe, life, limits, locks, reconcile, swapping
 from trivisor.vmm.context import Context
 from trivisor.vmm.records import Row
 from trivisor.vos.files import Files
@@ -39,6 +39,7 @@ def service(context: Context, machine: str, name: str, check: Callable[[str], Ro
         figures=lambda: stats(context, check("memory"), files),
         limit=partial(limit, context, machine),
         merge=partial(merge, context, machine),
+        swap=partial(swapping.swap, context, machine),
     )
 
 

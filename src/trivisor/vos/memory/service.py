@@ -49,17 +49,27 @@ class Memory:
         figures: Callable[[], MemoryStats],
         limit: Callable[[int | str], None],
         merge: Callable[[bool], None],
+        swap: Callable[[int | str | None], None],
     ) -> None:
         self._machine = machine
         self._port = port
         self._figures = figures
         self._limit = limit
         self._merge = merge
+        self._swap = swap
 
     @property
     def features(self) -> frozenset[str]:
         """What this machine's wall can: physical, kernel, process (vos/ports.py)."""
         return self._port().features
+
+    def swap(self, size: int | str | None) -> None:
+        """Change how much of the host's swap it may have beside its memory ("64M", or bytes; 0: none; None: what the host has), at once if
+        it runs, and from the next start on. Container and gvisor.
+
+        Raises InvalidSpec for less than it has there now, UnsupportedByWall, HostLacks where the host cannot limit it.
+        """
+        self._swap(size)
 
     def dedupe(self, on: bool = True) -> None:
         """Have the host's kernel keep pages once that are equal to those of other machines that have it so, or not: at once if it runs
