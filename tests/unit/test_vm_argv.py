@@ -74,6 +74,15 @@ def test_kernel_words() -> None:
     assert "norandmaps" in argv.append(Shape("tcg", 1, 256 * MIB, upper=True, network=False, fixed_addresses=True))
 
 
+def test_what_may_come_while_it_runs_is_left_room_for() -> None:
+    """vCPUs that the guest does not bring up, and addresses without memory; a machine that can have neither is as it was."""
+    roomy = Shape("tcg", 1, 256 * MIB, upper=True, network=False, spare_cpus=3, room=1 << 30)
+    words = command(roomy)
+    assert "cpus=4,sockets=1,cores=4,threads=1" in words and "size=256M,maxmem=1280M" in words
+    assert "maxcpus=1" in argv.append(roomy) and "online_policy=auto-movable" in argv.append(roomy)
+    assert "maxmem" not in " ".join(command()) and "maxcpus" not in argv.append(SHAPE) and "size=256M" in command()
+
+
 def test_without_namespaces_the_places_are_the_hosts() -> None:
     words = argv.command("/q", SHAPE, "copy", boot=True, blank=False, places=Places("/h/r", "/h/d", "/h/m", "/h/k", "/h/i"))
     text = " ".join(words)
@@ -104,7 +113,7 @@ def test_this_qemu_accepts_it(tmp_path: Path, binary: str, network: bool) -> Non
     ram = tmp_path / "ram"
     ram.write_bytes(b"")
     os.truncate(ram, 256 * MIB)
-    shape = Shape("tcg", 2, 256 * MIB, upper=True, network=network)
+    shape = Shape("tcg", 2, 256 * MIB, upper=True, network=network, spare_cpus=2, room=1 << 30)
     words = argv.command(found.path, shape, "ice" if found.rom_option else "copy", boot=False, blank=True, places=Places(ram=str(ram)))
     pairs = [socket.socketpair() for _ in range(4)]
     inherited = {argv.LINE: pairs[0][1], argv.SERIAL: pairs[1][1], argv.NET: pairs[3][1]}

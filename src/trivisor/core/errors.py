@@ -21,6 +21,7 @@
         ├── ExecFailed           `check=True` and the command's exit status is not 0
         ├── FileError            a file operation in the machine failed: errno and path
         ├── WaitTimeout          the machine did not end in the time given
+        ├── GuestShort           the guest gave back less memory than it was asked for; the error says how much
         ├── BadArgument          a program's system call points nowhere, or to too much
         ├── BadAddress           there is no memory at an address in the machine
         ├── CallGone             the program died, or was interrupted, while its call was held
@@ -70,6 +71,7 @@ _ON_A_MACHINE = {
     "detach": "detach a device from",
     "memory": "reach the memory of",
     "limit": "change the limits of",
+    "modify": "change",
     "network": "change the network of",
     "capture": "capture the packets of",
 }
@@ -211,6 +213,14 @@ class ExecFailed(GuestError):
     def __init__(self, machine: str, result: object, message: str) -> None:
         self.result = result
         super().__init__(message, machine=machine)
+
+
+class GuestShort(GuestError):
+    """The guest gave back less memory than it was asked for, in the time that it had: `given` bytes."""
+
+    def __init__(self, message: str, given: int, *, machine: str = "", hint: str = "") -> None:
+        self.given = given
+        super().__init__(message, machine=machine, hint=hint)
 
 
 class FileError(GuestError, OSError):

@@ -34,6 +34,7 @@ LEGAL: dict[str, tuple[State, ...]] = {
     "detach": (_C, _R, _S, _F),
     "memory": (_R, _P),
     "limit": (_C, _R, _P, _S, _F),
+    "modify": (_C, _R, _P, _S, _F),
     "dedupe": (_C, _R, _P, _S, _F),
     "network": (_C, _R, _P, _S, _F),
     "capture": (_R, _P),

@@ -197,7 +197,7 @@ class Cgroup:
             self._limit(limits, name, home)
 
     def limit_cpus(self, limits: Limits, home: Home) -> bool:
-        """Change the share of the host's processors, if it has one that can be; say whether. Raises HostLacks for what the kernel refuses."""
+        """Change its share of the processors, if it has one that can be; say whether. Raises HostLacks for what the kernel refuses."""
         return self._of(CONTROLLER["cpus"]) is not None and not self._limit(limits, "cpus", home)
 
     def reclaim(self, size: int) -> int:

@@ -17,10 +17,11 @@ import msgspec
 from trivisor.core.errors import NotFound, WaitTimeout
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.state import State, check
-from trivisor.vmm import life, limits, logs, memory, network, reconcile, watch
+from trivisor.vmm import life, limits, logs, memory, modify, network, reconcile, watch
 from trivisor.vmm.context import Context
 from trivisor.vmm.devices import MachineDevices
 from trivisor.vmm.engine import Progress
+from trivisor.vmm.modify import Plan
 from trivisor.vmm.records import Row
 from trivisor.vos import guest
 from trivisor.vos.capture import Sink, Stdin
@@ -143,6 +144,21 @@ class Machine:
             if not watch.wait_ended(self._folder, timeout):
                 raise WaitTimeout(f"it is still {row.state} after {timeout:g} s", machine=self.name, hint="stop it, or wait longer")
         return row.status
+
+    def modify(
+        self,
+        *,
+        cpus: int | float | None = None,
+        memory: int | str | None = None,
+        dry_run: bool = False,
+        timeout: float = 10.0,
+    ) -> Plan:
+        """Give it other processors and memory: now where it can have them, else from its next start on. The plan that is returned says so.
+
+        With `dry_run` nothing is changed. The guest of a virtual machine has `timeout` seconds to take part in each. Raises InvalidSpec,
+        InvalidState for a virtual machine that is paused, GuestError, GuestShort (vos.memory.service.Memory.limit), HostLacks, OverBudget.
+        """
+        return modify.modify(self._context, self.id, lambda: self.files, cpus=cpus, memory=memory, dry_run=dry_run, timeout=timeout)
 
     # -- what runs in it --------------------------------------------------------------------------
 

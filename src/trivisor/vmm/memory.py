@@ -11,12 +11,11 @@ from typing import Any
 
 import msgspec
 
-from trivisor.core.errors import FileError, HostLacks, InvalidSpec, TrivisorError, UnsupportedByWall
+from trivisor.core.errors import FileError, TrivisorError, UnsupportedByWall
 from trivisor.core.spec import checked
 from trivisor.core.state import State
-from trivisor.core.units import parse_size
-from trivisor.launch.cgroups import Cgroup, Limits
-from trivisor.vmm import budget, dedupe, life, limits, locks, reconcile, swapping
+from trivisor.launch.cgroups import Cgroup
+from trivisor.vmm import dedupe, life, limits, locks, modify, reconcile, swapping
 from trivisor.vmm.context import Context
 from trivisor.vmm.records import Row
 from trivisor.vos.files import Files
@@ -37,7 +36,9 @@ def service(context: Context, machine: str, name: str, check: Callable[[str], Ro
         name,
         port=lambda: port(context, check("memory")),
         figures=lambda: stats(context, check("memory"), files),
-        limit=partial(limit, context, machine),
+        limit=partial(modify.limit, context, machine, files),
+        balloon=partial(modify.balloon, context, machine),
+        reclaim=lambda size: modify.reclaim(context, check("memory"), files, size),
         merge=partial(merge, context, machine),
         swap=partial(swapping.swap, context, machine),
     )
@@ -57,7 +58,7 @@ def stats(context: Context, row: Row, files: Callable[[], Files]) -> MemoryStats
         for name, path in _FIGURES.items() if row.state is State.RUNNING else ():
             with suppress(FileError):  # a kernel without it
                 said[name] = files().read(path, 0, _FIGURES_MAX).decode("ascii", "replace")
-        figures = of_guest(row.spec.memory, taken.private, taken.shared, **said)
+        figures = of_guest(modify.has(context, row), taken.private, taken.shared, **said)
         return replace(figures, merged=dedupe.merged(context, row))
     group = Cgroup.find(context.home, row.id)
     use = group.memory() if group is not None else None
@@ -104,34 +105,6 @@ def starved(context: Context, machine: str, files: Callable[[], Files]) -> bool:
             limits.await_console(context, row, int(found[1]))
             return True
     return False
-
-
-def limit(context: Context, machine: str, wish: int | str) -> None:
-    """Change what a machine may have: now, if it runs, and from its next start on. Raises InvalidSpec, UnsupportedByWall, HostLacks,
-    OverBudget."""
-    size = parse_size(wish, "memory")
-    with life.operation(context, machine, "limit") as row:
-        asked = (*(name for name in row.spec.asked if name != "memory"), "memory")
-        spec = checked(msgspec.structs.replace(row.spec, memory=size, asked=asked))
-        context.engine(spec.wall, row.name).check(spec)
-        if row.state in reconcile.LIVE:
-            with budget.changing(context, row, size):
-                _enforce(context, msgspec.structs.replace(row, spec=spec))
-        context.records.update(row.id, spec=spec, event=("limit", f"memory is {size} bytes, was {row.spec.memory}"), **_IDLE)
-
-
-def _enforce(context: Context, row: Row) -> None:
-    if row.spec.wall == "vm":
-        raise UnsupportedByWall("change the memory of a machine that runs", "vm", ("container", "gvisor"), machine=row.name)
-    group = Cgroup.find(context.home, row.id)
-    use = group.memory() if group is not None else None
-    if group is None or use is None:
-        raise HostLacks("memory cannot be limited on this host", machine=row.name, hint="`trivisor doctor` says why")
-    if row.spec.memory < use.fixed:
-        raise InvalidSpec(
-            f"{row.spec.memory} bytes are less than the {use.fixed} that its programs hold", machine=row.name, hint="end some of them first"
-        )
-    group.limit_memory(Limits.of(row.spec), context.home, growing=use.limit is not None and row.spec.memory > use.limit)
 
 
 @contextmanager

@@ -66,6 +66,8 @@ class Ram:
     physical: int
     size: int
     address: int
+    private: bool = False
+    """Whether it lies outside of the file that may be mapped."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Still:
     """Physical address of the page tables in use on its first vCPU (CR3)."""
     levels: int = 4
     shared: Path | None = None
-    """The file of its memory, where that may be mapped: `ram` lies in it one after the other."""
+    """The file of its memory, where that may be mapped: `ram` lies in it one after the other, but for what is private."""
 
 
 def _nowhere(_: bool) -> AbstractContextManager[Still]:

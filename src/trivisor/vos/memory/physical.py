@@ -1,6 +1,7 @@
 """Guest-physical memory of a virtual machine: where its bytes are in the process that runs it.
 
-Memory begins at 0. On a machine with more than some 2.8 GiB it has a hole below 4 GiB, for devices, and the rest of it above.
+Memory begins at 0. On a machine with more than some 2.8 GiB it has a hole below 4 GiB, for devices, and the rest of it above. What a
+machine was given while it ran is a run of its own, further up.
 """
 
 from __future__ import annotations
@@ -62,6 +63,10 @@ class Physical:
             raise BadAddress("a part of its memory cannot be read", machine=self._machine)
         return view
 
+    def mapped(self, address: int) -> bool:
+        """Whether an address lies in the file that may be mapped, where there is one."""
+        return not any(run.private for run in self.ram if 0 <= address - run.physical < run.size)
+
     def map(self, file: Path, address: int, size: int) -> View:
         """Return a range as it is, in the file that the runs of memory lie in. Raises BadAddress, InvalidSpec, HostLacks."""
         self.where(address, size)
@@ -82,7 +87,7 @@ class Physical:
                 hint="it takes the right to trace the machine's process (ptrace(2)): root, or whoever started the machine",
             ) from error
         try:
-            if not _sealed(fd, sum(run.size for run in self.ram)):
+            if not _sealed(fd, sum(run.size for run in self.ram if not run.private)):
                 raise GuestProtocolError("the machine's process has put something else in the place of its RAM", machine=self._machine)
             return View(address, mmap.mmap(fd, size, flags=mmap.MAP_SHARED, offset=offset))
         finally:

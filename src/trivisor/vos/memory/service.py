@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from trivisor.core.errors import BadAddress, InvalidSpec, NotFound, WaitTimeout
+from trivisor.core.units import parse_size
 from trivisor.vos.memory import local, search, tasks
 from trivisor.vos.memory.foreign import Foreign
 from trivisor.vos.memory.kernel import Kernel
@@ -47,7 +48,9 @@ class Memory:
         machine: str,
         port: Callable[[], MemoryPort],
         figures: Callable[[], MemoryStats],
-        limit: Callable[[int | str], None],
+        limit: Callable[[int | str, float], None],
+        balloon: Callable[[int | str, float], int],
+        reclaim: Callable[[int | None], int],
         merge: Callable[[bool], None],
         swap: Callable[[int | str | None], None],
     ) -> None:
@@ -55,6 +58,8 @@ class Memory:
         self._port = port
         self._figures = figures
         self._limit = limit
+        self._balloon = balloon
+        self._reclaim = reclaim
         self._merge = merge
         self._swap = swap
 
@@ -83,13 +88,30 @@ class Memory:
         """Return what it may have, has, and takes of the host. Raises InvalidState unless it runs or is paused, GuestGone."""
         return self._figures()
 
-    def limit(self, size: int | str) -> None:
+    def limit(self, size: int | str, *, timeout: float = 10.0) -> None:
         """Change what it may have ("512M", or bytes): at once if it runs, and from the next start on.
 
-        Raises InvalidSpec for less than its programs hold now, or than a machine needs; UnsupportedByWall for a virtual machine that
-        runs; HostLacks where the host cannot limit memory.
+        A virtual machine's guest has `timeout` seconds to take it or to give it back. Raises InvalidSpec for less than its programs hold
+        now, or than a virtual machine was started with; GuestShort if a guest gave back only a part (its next start has the limit),
+        GuestError if it did not take it (then nothing is changed); InvalidState for a virtual machine that is paused; HostLacks where the
+        host cannot limit memory; OverBudget.
         """
-        self._limit(size)
+        self._limit(size, timeout)
+
+    def balloon(self, size: int | str, *, timeout: float = 10.0) -> int:
+        """Have a virtual machine's guest give up `size` bytes of what it was started with, in all; 0 gives everything back to it.
+
+        For machines whose RAM is their own: ram="shared", or with volumes. Raises GuestShort, with what it gave up in `timeout` seconds
+        (and keeps), UnsupportedByWall, InvalidSpec, InvalidState unless it runs.
+        """
+        return self._balloon(size, timeout)
+
+    def reclaim(self, size: int | str | None = None) -> int:
+        """Have the host take back `size` bytes that the machine does not need now, or without `size` all that it can: files that were read,
+        and what can be swapped; of a virtual machine whose RAM is its own, what its guest has free. Return how many it took: fewer, or with
+        cgroup v1 more. Raises UnsupportedByWall, HostLacks, InvalidState for a virtual machine that is paused.
+        """
+        return self._reclaim(None if size is None else parse_size(size))
 
     @property
     def symbols(self) -> Mapping[str, int]:
@@ -102,7 +124,8 @@ class Memory:
         """Return a copy of physical memory as a buffer; without `size`, up to the end of the run of memory that `start` is in.
 
         The copy is private: writing to it changes nothing in the machine. Of a machine made with ram="shared" it is no copy but the
-        memory itself, which changes as the machine runs and is written to by writing to it; `start` must be a multiple of 4096 then.
+        memory itself, which changes as the machine runs and is written to by writing to it; `start` must be a multiple of 4096 then. (What
+        the machine was given while it ran is copied in any case.)
         Raises BadAddress, InvalidSpec, UnsupportedByWall, GuestGone.
         """
         with self._physical(self._need("physical"), still=True) as (physical, held):
@@ -110,7 +133,9 @@ class Memory:
                 _range(start, 1)
                 size = next((run.physical + run.size - start for run in physical.ram if 0 <= start - run.physical < run.size), 1)
             _range(start, size)
-            return physical.copy(start, size) if held.shared is None else physical.map(held.shared, start, size)
+            if held.shared is None or not physical.mapped(start):
+                return physical.copy(start, size)
+            return physical.map(held.shared, start, size)
 
     def read_physical(self, address: int, size: int) -> bytes:
         """Return `size` bytes (up to 1 GiB; `view` copies more). Raises BadAddress, UnsupportedByWall, GuestGone."""

@@ -13,7 +13,7 @@ class MemoryStats:
     """Bytes, and counts since the machine was started. None: nobody counts it there, or a virtual machine is paused and cannot be asked."""
 
     limit: int | None
-    """What it may have. Of a virtual machine, what it was built with."""
+    """What it may have. Of a virtual machine, what it has."""
     used: int | None
     """What its programs and their kernel hold. On the vm wall without what could be dropped at once."""
     cache: int | None
@@ -45,6 +45,12 @@ def of_guest(limit: int, private: int, shared: int, *, meminfo: str, vmstat: str
         private=private,
         shared=shared,
     )
+
+
+def available(meminfo: str) -> int | None:
+    """Return how much a guest says that it could give to programs without swapping."""
+    found = re.search(r"^MemAvailable: +(\d{1,15}) kB$", meminfo, re.MULTILINE)
+    return int(found[1]) << 10 if found else None
 
 
 def _left(sizes: dict[str, int], whole: str, part: str) -> int | None:

@@ -64,6 +64,10 @@ class Shape:
     """The network is a tap, else a socket pair to passt. The guest sees the difference: a tap takes work off it."""
     shares: Shares | None = None
     """Folders shared with the host; a machine that has some is booted, not cloned."""
+    spare_cpus: int = 0
+    """vCPUs beyond `cpus` that are there and that the guest has not brought up: it does so when the machine is given more (growth.py)."""
+    room: int = 0
+    """How much memory the guest's addresses leave room for beyond `memory`."""
 
     @property
     def translation_mib(self) -> int:
@@ -107,7 +111,8 @@ def command(
     accel = f"tcg,tb-size={shape.translation_mib}" if shape.accel == "tcg" else "kvm"
     argv = [qemu, "-name", f"guest={name}", "-nodefaults", "-no-user-config", "-display", "none", "-sandbox", _SANDBOX]
     argv += ["-machine", _MACHINE, "-accel", accel, "-cpu", _TCG_CPU if shape.accel == "tcg" else "host"]
-    argv += ["-smp", f"cpus={shape.cpus},sockets=1,cores={shape.cpus},threads=1", "-m", f"size={shape.memory // MIB}M"]
+    vcpus = shape.cpus + shape.spare_cpus
+    argv += ["-smp", f"cpus={vcpus},sockets=1,cores={vcpus},threads=1", "-m", _size(shape)]
     argv += ["-object", _memory(shape, memory, places), "-no-reboot", "-global", "migration.send-configuration=off"]
     # The line and the console are connected sockets; only QMP listens, on a socket that was bound before.
     argv += ["-chardev", f"socket,id=qmp,fd={QMP},server=on,wait=off", "-mon", "chardev=qmp,mode=control"]
@@ -152,7 +157,19 @@ def append(shape: Shape) -> str:
             words += " noreplace-smp"
         if shape.fixed_addresses:
             words += " norandmaps"
+    if shape.spare_cpus:
+        words += f" maxcpus={shape.cpus}"
+    if shape.room:
+        # Memory that comes is used at once, and as far as that is sound for nothing that cannot be moved: so it can go again.
+        words += " memhp_default_state=online memory_hotplug.online_policy=auto-movable"
+        # For memory above 4 GiB the kernel sets 64 MiB aside, from which devices with short addresses can read: none is there.
+        words += " swiotlb=512"
     return words
+
+
+def _size(shape: Shape) -> str:
+    size = f"size={shape.memory // MIB}M"
+    return f"{size},maxmem={(shape.memory + shape.room) // MIB}M" if shape.room else size
 
 
 def _memory(shape: Shape, memory: Memory, places: Places) -> str:

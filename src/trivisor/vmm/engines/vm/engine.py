@@ -25,7 +25,8 @@ from trivisor.launch.net import passt, provide
 from trivisor.launch.net.links import INSIDE
 from trivisor.launch.net.provide import Net
 from trivisor.vmm.engine import Box, Progress, Usage, WallReport
-from trivisor.vmm.engines.vm import argv, disks, ice, kit, limits, making, memory, merging, probe, proc, qemu, ram, runner, sharing
+from trivisor.vmm.engines.vm import argv, disks, growth, ice, kit, limits, making, memory, merging, probe, proc, qemu, ram, runner, sharing
+from trivisor.vmm.engines.vm.growth import Growth
 from trivisor.vmm.engines.vm.hotplug import Hotplug
 from trivisor.vmm.engines.vm.ice import Ice
 from trivisor.vmm.engines.vm.making import Image
@@ -97,6 +98,7 @@ class VmEngine:
     def start(self, box: Box, undo: Undo, progress: Progress) -> dict[str, str]:
         setup, why = self._setup(box.spec, progress)
         begun = time.monotonic()
+        growth.forget(box)
         with ExitStack() as stack:
             if setup.shape.tap:
                 link = stack.enter_context(provide.provide(box.home, box.dir, box.id, box.slot, box.spec, "tap", undo))
@@ -145,6 +147,10 @@ class VmEngine:
     def memory(self, box: Box) -> MemoryPort:
         return memory.port(self._home, box)
 
+    def growth(self, box: Box) -> Growth:
+        """Return what changes the memory and the vCPUs of a running machine."""
+        return Growth(box)
+
     def hotplug(self, box: Box) -> Hotplug:
         """Return what plugs devices into a running machine, and pulls them out."""
         return Hotplug(box)
@@ -162,6 +168,7 @@ class VmEngine:
         linked = spec.network != "none"
         tap = linked and not provide.possible()
         shape = argv.Shape(verdict.accel, int(spec.cpus), spec.memory, spec.disk != "ram", linked, fixed, tap, sharing.shares(spec))
+        shape = replace(shape, spare_cpus=limits.spare_cpus(spec), room=growth.ROOM)
         return Setup(found, shape, kit.get(self._home, spec.kernel, progress), jail.probe()), verdict.why
 
     def _run(self, box: Box, setup: Setup, progress: Progress) -> str:

@@ -28,7 +28,7 @@ from trivisor.vmm.engine import Progress
 from trivisor.vmm.engines.vm import files
 from trivisor.vmm.engines.vm.qmp import Qmp
 
-_FORMAT = 1
+_FORMAT = 2
 _MAKING = 300.0
 STALE = 30 * 86400.0
 """Seconds after its last use that ice is swept even if it could still be used."""
@@ -196,6 +196,8 @@ def _useless(folder: Path) -> str | None:
         facts = msgspec.json.decode((folder / "ice.json").read_bytes(), type=Facts)
     except (OSError, msgspec.DecodeError):
         return "it is not whole"
+    if facts.format != _FORMAT:
+        return "this version cannot use it"
     for path, seen in facts.needs.items():
         if identity(Path(path)) != seen:
             return f"{path} has changed"

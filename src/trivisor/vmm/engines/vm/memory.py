@@ -12,10 +12,10 @@ from pathlib import Path
 
 from trivisor.core.errors import EngineError, GuestGone, NotFound
 from trivisor.core.paths import Home
-from trivisor.core.units import GIB, MIB
+from trivisor.core.units import GIB
 from trivisor.vmm import facts
 from trivisor.vmm.engine import Box
-from trivisor.vmm.engines.vm import argv, kit, runner
+from trivisor.vmm.engines.vm import argv, growth, kit, runner
 from trivisor.vmm.engines.vm.qmp import Qmp
 from trivisor.vos.memory import btf, kallsyms, kernel
 from trivisor.vos.memory.kernel import Kernel
@@ -66,12 +66,17 @@ def _found(box: Box, qmp: Qmp) -> Still:
     pid = runner.engine(box.dir)
     if pid is None:
         raise GuestGone("its QEMU has ended", machine=box.spec.name)
-    size = box.spec.memory // MIB * MIB
+    has = growth.sizes(qmp)
+    size = has.base
     low = size if size < _BELOW_HOLE else _LOW
     base = _number(r" is (0x[0-9a-f]+)", _monitor(qmp, "gpa2hva 0"), box)
     ram = [Ram(0, low, base)]
     if size > low:
         ram.append(Ram(4 * GIB, size - low, base + low))
+    if has.more is not None and has.more.size:
+        # It may have holes where the guest gave memory back: nothing but zeros is there.
+        address = _number(r" is (0x[0-9a-f]+)", _monitor(qmp, f"gpa2hva {has.more.physical:#x}"), box)
+        ram.append(Ram(has.more.physical, min(growth.reach(box), has.more.most), address, private=True))
     said = _monitor(qmp, "info registers")
     levels = 5 if _number(r"\bCR4=([0-9a-f]+)", said, box) & _LA57 else 4
     shared = Path(f"/proc/{pid}/fd/{argv.RAM_FD}") if box.spec.ram == "shared" else None
