@@ -12,6 +12,7 @@ import json
 import re
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +26,9 @@ from trivisor.images.registry.crew import Progress
 from trivisor.images.registry.pull import Pulled, pull
 from trivisor.store.store import Store
 
-QUICK = Bounds(connect=2.0, silence=0.5, document=1.0, backoff=0.01, tries=3, patience=2.0)
+QUICK = Bounds(connect=10.0, silence=15.0, document=15.0, backoff=0.01, tries=3, patience=2.0)
+HASTY = replace(QUICK, connect=0.2, silence=0.5, document=0.5, tries=2)
+"""For registries that stall: with it a host under load may seem to."""
 NOBODY = Credentials()
 """Keeps a developer's own Docker config out of the tests."""
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from registry_support import QUICK, Fake, Puller, Request, digest_of
+from registry_support import HASTY, QUICK, Fake, Puller, Request, digest_of
 
 from trivisor.core.errors import RegistryError, StorageError
 from trivisor.images.registry.credentials import Credentials
@@ -192,7 +192,7 @@ def test_stall_in_a_body_is_cut_and_gone_on_with(fake: Fake, puller: Puller) -> 
 
     gone = threading.Event()
     fake.hook = hook
-    puller(fake.image(layers=[LAYER]))
+    puller(fake.image(layers=[LAYER]), bounds=HASTY)
     gone.set()
     assert puller.holds(LAYER) and ranges(fake) == ["", "bytes=300000-"]
 
@@ -216,7 +216,7 @@ def test_drip_is_a_stall(fake: Fake, puller: Puller, part: str) -> None:
     fake.hook = hook
     start = time.monotonic()
     with pytest.raises(RegistryError, match=r"stalled|sent"):
-        puller(fake.image(layers=[LAYER]))
+        puller(fake.image(layers=[LAYER]), bounds=HASTY)
     gone.set()
     assert time.monotonic() - start < 15
 
@@ -234,7 +234,7 @@ def test_dripping_headers_are_a_stall(fake: Fake, puller: Puller) -> None:
     gone = threading.Event()
     fake.hook = hook
     with pytest.raises(RegistryError, match="stalled"):
-        puller(fake.image(), bounds=replace(QUICK, connect=0.5, tries=2))
+        puller(fake.image(), bounds=HASTY)
     gone.set()
 
 
@@ -329,7 +329,7 @@ def test_error_of_the_caller_ends_it(fake: Fake, puller: Puller) -> None:
     fake.hook = hook
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        puller(fake.image(layers=[LAYER]), report=report, bounds=replace(QUICK, silence=30.0))
+        puller(fake.image(layers=[LAYER]), report=report)
     assert time.monotonic() - start < 5
     stalled.set()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("blob-")]
