@@ -18,6 +18,9 @@ FORBIDDEN = {
     "work left undone": r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X)\b",
 }
 
+ALLOWED = {"a registry's host": {"src/trivisor/images/reference.py", "tests/unit/test_images_reference.py"}}
+"""Where a name of an image without a registry leads is part of how names are read: there, and nowhere else."""
+
 
 def _files() -> list[Path]:
     listed = subprocess.run(
@@ -36,6 +39,8 @@ def test_is_nowhere(what: str) -> None:
     pattern = re.compile(FORBIDDEN[what])
     found = []
     for path in _files():
+        if str(path.relative_to(ROOT)) in ALLOWED.get(what, ()):
+            continue
         try:
             text = path.read_text()
         except UnicodeDecodeError:

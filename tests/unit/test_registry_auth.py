@@ -14,6 +14,7 @@ import pytest
 from registry_support import Fake, Puller, Request
 
 from trivisor.core.errors import CallerError, EngineError, HostLacks, RegistryError
+from trivisor.images.reference import REGISTRY
 from trivisor.images.registry import credentials as module
 from trivisor.images.registry.auth import Challenge, challenges
 from trivisor.images.registry.credentials import Credentials, stored
@@ -214,7 +215,7 @@ def test_auths_are_found_by_host(tmp_path: Path, name: str) -> None:
 
 
 def test_hub_is_found_under_its_old_name(tmp_path: Path) -> None:
-    assert stored("docker.io", config(tmp_path, auths={"https://index.docker.io/v1/": auth("me:pw")})) == Credentials("me", "pw")
+    assert stored(REGISTRY, config(tmp_path, auths={f"https://index.{REGISTRY}/v1/": auth("me:pw")})) == Credentials("me", "pw")
 
 
 def test_tokens_of_the_config(tmp_path: Path) -> None:
@@ -264,7 +265,7 @@ def test_helper_is_asked(tmp_path: Path, helper: Path) -> None:
     assert stored("one", folder) == Credentials("get", "for one")
     assert stored("two", folder) == Credentials("a", "b")
     folder = config(tmp_path, credsStore="mine")
-    assert stored("docker.io", folder) == Credentials("get", "for https://index.docker.io/v1/")
+    assert stored(REGISTRY, folder) == Credentials("get", f"for https://index.{REGISTRY}/v1/")
 
 
 def test_helper_may_have_an_identity_or_nothing(tmp_path: Path, helper: Path) -> None:

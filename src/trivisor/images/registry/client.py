@@ -21,13 +21,13 @@ from urllib.parse import urljoin, urlsplit
 import msgspec
 
 from trivisor.core.errors import InvalidSpec, NotFound, RegistryError
+from trivisor.images.reference import REGISTRY as HUB
 from trivisor.images.registry.auth import Auth
 from trivisor.images.registry.bounds import DEFAULT, ERROR, Bounds
-from trivisor.images.registry.credentials import HUB, Credentials, stored
+from trivisor.images.registry.credentials import HUB_HOST, Credentials, stored
 from trivisor.images.registry.wire import Answer, Wire, address, loopback
 
 Body = bytes | Callable[[], IO[bytes]] | None
-_HUB_HOST = "registry-1.docker.io"
 _REDIRECTS = (301, 302, 303, 307, 308)
 _AGAIN = (408, 429, 500, 502, 503, 504)
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e]+")
@@ -70,7 +70,7 @@ class Client:
         """
         self.registry = registry
         self.bounds = bounds
-        self._host = _HUB_HOST if registry == HUB else registry
+        self._host = HUB_HOST if registry == HUB else registry
         if address(f"https://{self._host}") is None:
             raise InvalidSpec(f"{registry!r} is not the address of a registry", hint="use host or host:port")
         self._local = loopback(urlsplit(f"//{self._host}").hostname or "")

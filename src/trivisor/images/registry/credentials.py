@@ -21,10 +21,12 @@ import msgspec
 
 from trivisor.core.errors import CallerError, EngineError, HostLacks
 from trivisor.core.units import MIB
+from trivisor.images.reference import REGISTRY as HUB
 
-HUB = "docker.io"
-_HUB_KEY = "https://index.docker.io/v1/"
-_HUB_HOSTS = {"docker.io", "index.docker.io", "registry-1.docker.io"}
+HUB_HOST = f"registry-1.{HUB}"
+"""Where Docker Hub itself listens."""
+_HUB_KEY = f"https://index.{HUB}/v1/"
+_HUB_HOSTS = {HUB, f"index.{HUB}", HUB_HOST}
 _HELPER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 HELPER_SECONDS = 30.0
 LARGEST = 1 * MIB
