@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -238,6 +239,13 @@ def test_dripping_headers_are_a_stall(fake: Fake, puller: Puller) -> None:
     gone.set()
 
 
+@pytest.mark.parametrize("insecure", [False, True])
+def test_stall_before_anything_is_said(puller: Puller, insecure: bool) -> None:
+    """In the TLS handshake, and without TLS: it takes connections and no more."""
+    with socket.create_server(("127.0.0.1", 0)) as server, pytest.raises(RegistryError, match=r"stalled|in time|broke"):
+        puller(f"{socket.gethostname()}:{server.getsockname()[1]}/some/app", insecure=insecure, bounds=HASTY)
+
+
 # Redirects
 
 
@@ -336,6 +344,24 @@ def test_error_of_the_caller_ends_it(fake: Fake, puller: Puller) -> None:
     fake.hook = None
     puller(fake.image(layers=[LAYER]))
     assert puller.holds(LAYER) and int(ranges(fake)[-1].strip("bytes=-")) > 0
+
+
+def test_who_waits_for_an_answer_is_woken_too(fake: Fake, puller: Puller) -> None:
+    """Not a byte has come yet: only the connection itself can be cut."""
+    stalled = threading.Event()
+    fake.hook = lambda request: DIGEST in request.path and (stalled.wait(20) or True)
+
+    def report(event: Progress) -> None:
+        if event.state == "done":
+            raise KeyboardInterrupt
+
+    name = fake.image(layers=[LAYER, b"small"])
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        puller(name, report=report)
+    assert time.monotonic() - start < 5
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("blob-")]
+    stalled.set()
 
 
 PULL = """

@@ -146,6 +146,24 @@ def test_blob_that_never_ends_is_cut_at_its_size(fake: Fake, puller: Puller) -> 
     assert len(sent) < 1000 and puller.pieces().get(digest_of(b"small" * 1000)) is None
 
 
+def test_blob_in_chunks_is_taken(fake: Fake, puller: Puller) -> None:
+    """Transfer-Encoding: chunked tells no length."""
+
+    def chunked(request: Request) -> None:
+        request.send_response(200)
+        request.send_header("Transfer-Encoding", "chunked")
+        request.end_headers()
+        for start in range(0, len(data), 50_000):
+            request.wfile.write(b"%x\r\n%s\r\n" % (len(data[start : start + 50_000]), data[start : start + 50_000]))
+        request.wfile.write(b"0\r\n\r\n")
+
+    data = os.urandom(160_000)
+    name = fake.image(layers=[data])
+    fake.hook = when(f"/blobs/{digest_of(data)}", chunked)
+    puller(name)
+    assert puller.holds(data)
+
+
 def test_manifest_of_a_gigabyte_is_refused_unread(fake: Fake, puller: Puller) -> None:
     fake.hook = when("/manifests/", lambda request: request.answer(200, b"{" * 100, length=1 << 30))
     with pytest.raises(RegistryError, match="larger than"):

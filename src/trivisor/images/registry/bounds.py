@@ -15,6 +15,8 @@ class Bounds:
     """To a connection, TLS included."""
     silence: float = 30.0
     """Without a byte, and from a request to the end of its answer's headers."""
+    settle: float = 300.0
+    """From the last byte of an upload to its answer."""
     document: float = 60.0
     """From the headers of a document (manifest, token, error) to its end."""
     slowest: int = 1 * KIB

@@ -33,6 +33,8 @@ from trivisor.images.registry.bounds import Bounds
 
 AGENT = "trivisor"
 READ = 256 << 10
+SEND = 32 << 10
+"""Sent at a time, each within the connect timeout: 3 KiB a second will do."""
 _FOREIGN = (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError)
 _using = threading.local()
 
@@ -82,23 +84,28 @@ class Wire:
         self._active: dict[int, HTTPConnection] = {}
         self._cancelled = threading.Event()
 
-    def send(
-        self, method: str, url: str, headers: Mapping[str, str], body: bytes | IO[bytes] | None = None, *, waits: float | None = None
-    ) -> Answer:
+    def send(self, method: str, url: str, headers: Mapping[str, str], body: bytes | IO[bytes] | None = None) -> Answer:
         """Send one request and return the answer, its body unread. Raises RegistryError, Cancelled."""
+        # Who takes a blob hashes it, or moves it into place, before it answers.
+        silence = self.bounds.settle if method in ("PUT", "PATCH") else self.bounds.silence
+        whole = self.bounds.transfer if body is not None and not isinstance(body, bytes) else self.bounds.connect + silence
         pool = self._pool(urlsplit(url))
-        with self.edge(url), self.deadline(waits or self._longest(body)):
-            response = pool.urlopen(
-                method,
-                url,
-                body=body,
-                headers={"User-Agent": AGENT, "Accept-Encoding": "identity", **headers},
-                redirect=False,
-                retries=False,
-                preload_content=False,
-                decode_content=False,
-                timeout=urllib3.Timeout(connect=self.bounds.connect, read=self.bounds.silence),
-            )
+        try:
+            with self.edge(url), self.deadline(whole):
+                response = pool.urlopen(
+                    method,
+                    url,
+                    body=body,
+                    headers={"User-Agent": AGENT, "Accept-Encoding": "identity", **headers},
+                    redirect=False,
+                    retries=False,
+                    preload_content=False,
+                    decode_content=False,
+                    timeout=urllib3.Timeout(connect=self.bounds.connect, read=silence),
+                )
+        except BaseException:
+            self.done()
+            raise
         return Answer(self, url, response)
 
     def wait(self, seconds: float) -> None:
@@ -168,9 +175,6 @@ class Wire:
         if late.is_set():  # also without an error: headers that are cut look as if they had ended
             raise TimeoutError(f"no whole answer in {seconds:g} s")
 
-    def _longest(self, body: bytes | IO[bytes] | None) -> float:
-        return self.bounds.silence + self.bounds.connect if body is None or isinstance(body, bytes) else self.bounds.transfer
-
     def _pool(self, url: SplitResult) -> urllib3.PoolManager:
         proxy = _proxy(url)
         key = f"{url.scheme} {proxy}"
@@ -193,9 +197,9 @@ def _manager(proxy: str, context: ssl.SSLContext | None) -> urllib3.PoolManager:
         login = f"{unquote(parts.username)}:{unquote(parts.password or '')}" if parts.username else None
         headers = urllib3.make_headers(proxy_basic_auth=login)
         bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-        manager: urllib3.PoolManager = urllib3.ProxyManager(bare, proxy_headers=headers, ssl_context=context, maxsize=16, blocksize=READ)
+        manager: urllib3.PoolManager = urllib3.ProxyManager(bare, proxy_headers=headers, ssl_context=context, maxsize=16, blocksize=SEND)
     else:
-        manager = urllib3.PoolManager(ssl_context=context, maxsize=16, blocksize=READ)
+        manager = urllib3.PoolManager(ssl_context=context, maxsize=16, blocksize=SEND)
     manager.pool_classes_by_scheme = {"http": _PlainPool, "https": _TlsPool}
     return manager
 
