@@ -91,8 +91,50 @@ static int overlay_tree(const char *lower, const char *layer, const char *flags)
     return keep_errno(fs, tree);
 }
 
+enum { LOWERS = 127, OVERLAY_WORDS = 5, FIRST_NAME = '0' };
+
+/* The names of lower folders that are several: a link of one byte each, since a mount option of fsconfig(2) is at most 255 bytes long,
+ * and overlayfs takes folders one by one (lowerdir+) only since Linux 6.5. None is a byte that it or a path takes for its own. */
+static int short_name(int name) {
+    while (strchr("/:,.\\", ++name) || name == 0x7f)
+        ;
+    return name;
+}
+
+/* Link to the folders that the operation names in the lower tree, in a new folder of the base, which becomes the working folder. */
+static int stack_lowers(struct launch *l, const struct op *op, const char *lower, char *names, size_t size) {
+    char place[NAME], name[2] = {0, 0}, target[PATH_MAX];
+    size_t used = 0;
+    snprintf(place, sizeof place, ".stack.%u", l->parts);
+    if (op->count - OVERLAY_WORDS > LOWERS || 2 * (op->count - OVERLAY_WORDS) > size) {
+        errno = E2BIG;
+        return -1;
+    }
+    if (mkdirat(l->base, place, 0700) < 0)
+        return -1;
+    int folder = openat(l->base, place, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    if (folder < 0)
+        return -1;
+    int byte = FIRST_NAME - 1;
+    for (size_t i = OVERLAY_WORDS; i < op->count; i++) {
+        byte = short_name(byte);
+        name[0] = (char)byte;
+        if (snprintf(target, sizeof target, "../%s/%s", lower, op->words[i]) >= (int)sizeof target) {
+            errno = ENAMETOOLONG;
+            return keep_errno(folder, -1);
+        }
+        if (symlinkat(target, folder, name) < 0)
+            return keep_errno(folder, -1);
+        names[used++] = name[0];
+        names[used++] = ':';
+    }
+    names[used - 1] = 0;
+    return keep_errno(folder, fchdir(folder));
+}
+
 int op_overlay(struct launch *l, const struct op *op) {
-    char lower[NAME], layer[NAME], at[NAME + 1], inside[PATH_MAX];
+    char lower[NAME], layer[NAME], at[NAME + 1], inside[PATH_MAX], names[2 * LOWERS];
+    bool several = op->count > OVERLAY_WORDS;
     bool whole = !strcmp(op->words[4], "/");
     unsigned part = l->parts++;
     snprintf(lower, sizeof lower, ".lower.%u", part);
@@ -105,8 +147,10 @@ int op_overlay(struct launch *l, const struct op *op) {
     snprintf(at, sizeof at, "/%s", layer);
     if (tree < 0 || attach(l->base, tree, PLAIN, at, true) < 0 || fchdir(l->base) < 0)
         return -1;
-    snprintf(inside, sizeof inside, "%s%s", layer, layer_folder(op->words[2]));
-    tree = overlay_tree(lower, inside, op->words[3]);
+    if (several && stack_lowers(l, op, lower, names, sizeof names) < 0)
+        return -1;
+    snprintf(inside, sizeof inside, "%s%s%s", several ? "../" : "", layer, layer_folder(op->words[2]));
+    tree = overlay_tree(several ? names : lower, inside, op->words[3]);
     int root = tree >= 0 && whole ? fcntl(tree, F_DUPFD_CLOEXEC, 3) : -1;
     if (tree < 0 || (whole && root < 0) || attach(l->root, tree, MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, op->words[4], true) < 0)
         return -1;

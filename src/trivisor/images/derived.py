@@ -19,6 +19,7 @@ from trivisor.core.paths import Home
 from trivisor.images import host, squash
 from trivisor.images.documents import Documents, Library
 from trivisor.images.layer import apply
+from trivisor.images.layers import ROOT, Unstackable, unpack_layers
 from trivisor.images.limits import DEFAULT
 from trivisor.images.model import Platform, digest_of
 from trivisor.images.roots import Cache
@@ -31,6 +32,9 @@ Progress = Callable[[str], None]
 UNPACK_TIMEOUT = 1800.0
 LOST = "without root: owners, setuid bits and file capabilities of the image are lost"
 _SQUASHFS = "root.squashfs"
+_LOST = "lost"
+_MERGED = "merged-"
+"""Begins the name of all of an image in one folder, where layers cannot be stacked."""
 _EMPTY = digest_of(b"")
 
 
@@ -45,7 +49,7 @@ class Derived:
 
     def key(self, digest: str) -> str:
         """Return what names the root of the image with this digest: the same for images that have the same layers."""
-        documents = None if digest.startswith(host.PREFIX) else self._library.read(digest)
+        documents = self._documents(digest)
         if documents is None:
             return digest
         return documents.chain[-1] if documents.chain else _EMPTY
@@ -60,36 +64,52 @@ class Derived:
     def rootfs(self, digest: str, progress: Progress) -> Path:
         """Return the squashfs, made if it is not there. Raises NotFound, ImageError, EngineError, HostLacks, StorageError."""
         path = self.rootfs_path(digest)
-        documents = None if digest.startswith(host.PREFIX) else self._library.read(digest)
+        documents = self._documents(digest)
         if documents is not None and not path.exists():
             self._roots.get(self.key(digest), partial(self._make_squashfs, documents, progress))
         return path
 
     def lower_paths(self, digest: str) -> tuple[Path, ...]:
         """Return where `lowers` puts them, without making them. Raises NotFound."""
-        return (self._trees.path(self.key(digest)) / "root",)
+        documents = self._documents(digest)
+        if documents is None or not documents.chain:
+            return (self._trees.path(self.key(digest)) / ROOT,)
+        merged = self._trees.path(_MERGED + documents.chain[-1]) / ROOT
+        return (merged,) if merged.exists() else tuple(self._trees.path(name) / ROOT for name in reversed(documents.chain))
 
     def lowers(self, digest: str, progress: Progress) -> tuple[Path, ...]:
         """Return the unpacked root, made if it is not there: folders to lay over one another, the uppermost first.
 
         Raises NotFound, ImageError, EngineError, HostLacks, StorageError.
         """
+        paths = self.lower_paths(digest)
+        if all(path.exists() for path in paths):
+            return paths
+        documents = self._documents(digest)
         if digest.startswith(host.PREFIX):
-            self._trees.get(digest, lambda made: host.build(made / "root"))
-        else:
+            self._trees.get(digest, lambda made: host.build(made / ROOT))
+        elif documents is None or not documents.chain:
             self._trees.get(self.key(digest), partial(self._make_tree, digest, progress))
+        else:
+            check_platform(documents)
+            try:
+                self._trees.all(documents.chain, partial(self._make_layers, documents, progress))
+            except Unstackable:
+                self._trees.get(_MERGED + documents.chain[-1], partial(self._make_tree, digest, progress))
         return self.lower_paths(digest)
 
     def lost(self, digest: str) -> str:
         """Say what the unpacked root lacks of the image, "" if nothing."""
-        return LOST if any((path.parent / "lost").exists() for path in self.lower_paths(digest)) else ""
+        return LOST if any((path.parent / _LOST).exists() for path in self.lower_paths(digest)) else ""
 
     def names(self, digests: Iterable[str]) -> set[str]:
         """Return the names of all that may be derived of these images; of one that is gone or damaged nothing is known."""
         found = set()
         for digest in digests:
             with contextlib.suppress(NotFound, StorageError):
-                found.add(self.key(digest))
+                documents = self._documents(digest)
+                chain = documents.chain if documents else []
+                found |= {self.key(digest), *chain, *(_MERGED + name for name in chain[-1:])}
         return found
 
     def drop(self, names: set[str]) -> None:
@@ -106,15 +126,27 @@ class Derived:
 
         return [*self._trees.keep(names), *self._roots.keep(names)]
 
+    def _documents(self, digest: str) -> Documents | None:
+        return None if digest.startswith(host.PREFIX) else self._library.read(digest)
+
+    def _make_layers(self, documents: Documents, progress: Progress, work: Path, missing: list[str]) -> None:
+        there = [self._trees.path(name) for name in documents.chain]
+        folders = [work / path.name if name in missing else path for name, path in zip(documents.chain, there, strict=True)]
+        numbers = [number for number, name in enumerate(documents.chain) if name in missing]
+        owners = os.geteuid() == 0
+        unpack_layers(self._store, documents, folders, numbers, work, progress, owners=owners)
+        for number in numbers if not owners else ():
+            (folders[number] / _LOST).write_text(LOST + "\n")
+
     def _make_tree(self, digest: str, progress: Progress, made: Path) -> None:
         squashfs = self.rootfs(digest, progress)
         progress("unpacking the image")
-        argv = [process.find("unsquashfs", "squashfs-tools"), "-no-progress", "-quiet", "-dest", str(made / "root")]
+        argv = [process.find("unsquashfs", "squashfs-tools"), "-no-progress", "-quiet", "-dest", str(made / ROOT)]
         if os.geteuid() != 0:
             argv.append("-user-xattrs")  # the others are root's to give, and refused they make it fail
         process.run([*argv, squashfs], timeout=UNPACK_TIMEOUT)
         if os.geteuid() != 0:
-            (made / "lost").write_text(LOST + "\n")
+            (made / _LOST).write_text(LOST + "\n")
 
     def _make_squashfs(self, documents: Documents, progress: Progress, made: Path) -> None:
         check_platform(documents)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from trivisor.images.limits import Limits
 from trivisor.images.stream import Stream
 from trivisor.images.tarread import Entry, TarReader
@@ -13,7 +15,12 @@ def apply(tree: Tree, stream: Stream, source: int, limits: Limits, *, layered: b
 
     `layered` says that the archive is a layer: whiteouts mean something. Raises ImageError.
     """
-    for entry in TarReader(stream, limits):
+    lay(tree, TarReader(stream, limits), source, layered=layered)
+
+
+def lay(tree: Tree, entries: Iterable[Entry], source: int, *, layered: bool) -> None:
+    """Put entries into `tree`, as `apply` does. Raises ImageError."""
+    for entry in entries:
         if not (layered and _whiteout(tree, entry)):
             add(tree, entry, source)
 
@@ -39,9 +46,13 @@ def kept(xattrs: dict[str, bytes]) -> dict[str, bytes]:
     """Return the attributes that belong to an image: the user's, and file capabilities.
 
     Labels of a security module belong to the host they were made on, ACLs have no place in squashfs, and
-    trusted.overlay.* would steer the machine's overlayfs.
+    trusted.overlay.* and user.overlay.* would steer the machine's overlayfs.
     """
-    return {key: xattrs[key] for key in sorted(xattrs) if key.startswith("user.") or key == "security.capability"}
+    return {key: xattrs[key] for key in sorted(xattrs) if _belongs(key)}
+
+
+def _belongs(key: str) -> bool:
+    return key == "security.capability" or (key.startswith("user.") and not key.startswith("user.overlay."))
 
 
 def _whiteout(tree: Tree, entry: Entry) -> bool:

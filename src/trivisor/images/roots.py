@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from trivisor.core.errors import StorageError
@@ -47,6 +48,25 @@ class Cache:
             if not path.exists():
                 self._make(path, make)
         return path
+
+    def all(self, names: Sequence[str], make: Callable[[Path, list[str]], None]) -> list[Path]:
+        """Return the folders of a chain; `make` is given a folder to make those in that are not there, by their `path` names.
+
+        Raises StorageError, and what `make` raises.
+        """
+        paths = [self.path(name) for name in names]
+        if all(path.exists() for path in paths):
+            return paths
+        with self._making(paths[-1]):
+            missing = [name for name, path in zip(names, paths, strict=True) if not path.exists()]
+            if missing:
+                with workspace.workspace(self._tmp) as work, translated(self._root):
+                    make(work.path, missing)
+                    _sync(work.path)
+                    for name in missing:
+                        with contextlib.suppress(FileExistsError), _taken():
+                            (work.path / self.path(name).name).rename(self.path(name))
+        return paths
 
     def keep(self, needed: Callable[[], set[str]]) -> list[str]:
         """Remove the folders with other names than those, and return what was removed in words.
@@ -105,6 +125,17 @@ class Cache:
             make(made)
             _sync(made)
             made.rename(path)
+
+
+@contextlib.contextmanager
+def _taken() -> Iterator[None]:
+    """Raise FileExistsError, in whichever words rename(2) says that another process made the same folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOTEMPTY:
+            raise FileExistsError(error.errno, error.strerror) from error
+        raise
 
 
 def remove(tree: Path) -> None:

@@ -12,6 +12,7 @@ import lzma
 import os
 import zlib
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from typing import IO, Protocol, cast
 
 import zstandard
@@ -120,10 +121,13 @@ class Unpacked:
 class Hashed:
     """A stream whose digest is counted on the way. It reads in large pieces and gives small ones, which makes headers cheap."""
 
-    def __init__(self, inner: Stream, limits: Limits) -> None:
+    def __init__(self, inner: Stream, limits: Limits, ahead: Executor | None = None) -> None:
+        """With `ahead` the next piece is unpacked by another thread while this one is used; then `close` it."""
         self.name = inner.name
         self.position = 0
         self._inner = inner
+        self._ahead = ahead
+        self._next: Future[bytes] | None = None
         self._limit = 2 * limits.total
         self._piece = b""
         self._at = 0
@@ -154,11 +158,24 @@ class Hashed:
                 raise ImageError(f"{self.name}: larger than the limit of {self._limit} bytes unpacked")
         return f"sha256:{self._sha.hexdigest()}"
 
+    def close(self) -> None:
+        """Wait until nobody reads any more."""
+        if self._next is not None and not self._next.cancel():
+            self._next.exception()
+
     def _more(self) -> bool:
-        self._piece = self._inner.read(PIECE)
+        if self._ahead is None:
+            self._piece = self._read()
+        else:
+            self._piece = self._next.result() if self._next is not None else self._read()
+            self._next = self._ahead.submit(self._read) if self._piece else None
         self._at = 0
-        self._sha.update(self._piece)
         return bool(self._piece)
+
+    def _read(self) -> bytes:
+        data = self._inner.read(PIECE)
+        self._sha.update(data)
+        return data
 
 
 def unpack(packed: Section, limits: Limits) -> Stream:

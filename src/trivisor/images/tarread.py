@@ -48,24 +48,34 @@ class Entry:
     """(offset, length) of the data that is stored, in order; the rest are holes."""
 
 
-class TarReader:
-    """Reads entries until the end marker. After each, the stream stands behind the entry's data."""
+@dataclass(slots=True)
+class Meter:
+    """What has been read, of one archive or of all layers of an image."""
 
-    def __init__(self, stream: Stream, limits: Limits) -> None:
+    count: int = 0
+    total: int = 0
+    metadata: int = 0
+
+
+class TarReader:
+    """Reads entries until the end marker. After each, the stream stands behind the entry's data, if nobody has read that."""
+
+    def __init__(self, stream: Stream, limits: Limits, meter: Meter | None = None) -> None:
         self._stream = stream
         self._limits = limits
+        self._meter = meter or Meter()
 
     def __iter__(self) -> Iterator[Entry]:
-        count = total = metadata = 0
+        meter = self._meter
         while (entry := self._next()) is not None:
-            count += 1
-            total += max(entry.size, entry.stored)
-            metadata += len(entry.name) + len(entry.target) + sum(map(len, entry.xattrs.values())) + 128 * len(entry.sparse or ())
-            if metadata > self._limits.metadata:
+            meter.count += 1
+            meter.total += max(entry.size, entry.stored)
+            meter.metadata += len(entry.name) + len(entry.target) + sum(map(len, entry.xattrs.values())) + 128 * len(entry.sparse or ())
+            if meter.metadata > self._limits.metadata:
                 raise self._bad(entry.name, f"names, attributes and maps are over the limit of {self._limits.metadata} bytes")
-            if count > self._limits.entries:
+            if meter.count > self._limits.entries:
                 raise self._bad(entry.name, f"the image has over {self._limits.entries} entries")
-            if total > self._limits.total:
+            if meter.total > self._limits.total:
                 raise self._bad(entry.name, f"the image is larger than the limit of {self._limits.total} bytes")
             end = entry.position + entry.stored + -entry.stored % BLOCK
             yield entry

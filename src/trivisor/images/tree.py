@@ -81,7 +81,7 @@ class Tree:
     def link(self, name: str, target: str) -> None:
         """Make `name` another name of the file `target`, which must be there."""
         parts = self._split(target, name)
-        node = self._folder(parts[:-1], name).children.get(parts[-1]) if parts else self.root
+        node = self._linked(self._folder(parts[:-1], name), parts[-1]) if parts else self.root
         if node is None:
             raise self.bad(name, f"is a hard link to {target[:200]!r}, which the image does not have")
         if node.kind == "d":
@@ -175,11 +175,11 @@ class Tree:
             if part == "..":  # of a link's target; the root's parent is the root
                 del stack[max(1, len(stack) - 1) :]
                 continue
-            node = stack[-1].children.get(part)
+            node = self._child(stack[-1], part)
             if node is None and not make:
                 return None
             if node is None:
-                node = stack[-1].children[part] = Node("d", layer=self.layer)
+                node = self._new_folder(stack[-1], part)
                 self._count(name)
             if node.kind == "l":
                 links += 1
@@ -195,6 +195,19 @@ class Tree:
             else:
                 raise self.bad(name, f"its parent {part!r} is not a folder")
         return stack[-1]
+
+    def _child(self, folder: Node, part: str) -> Node | None:
+        """Return what is called `part` in `folder`."""
+        return folder.children.get(part)
+
+    def _linked(self, folder: Node, part: str) -> Node | None:
+        """Return what a hard link is to be another name of."""
+        return self._child(folder, part)
+
+    def _new_folder(self, folder: Node, part: str) -> Node:
+        """Make the folder `part` in `folder`: no entry says more about it."""
+        made = folder.children[part] = Node("d", layer=self.layer)
+        return made
 
     def _count(self, name: str) -> None:
         self._made += 1

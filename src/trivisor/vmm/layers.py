@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from trivisor.core import process
@@ -33,8 +34,20 @@ def layers(box: Box) -> list[Layer]:
     """Return the machine's layers: the first is of the root, the others of the host's folders in it."""
     place = box.dir.root / "layers"
     ram = box.spec.disk == "ram"
-    lowers = [(box.lowers[0], "/"), *((folder, str(folder)) for folder in box.host_folders)]
-    return [Layer(lower, box.spec.memory // 2 if ram else place / (target.strip("/") or "root"), target) for lower, target in lowers]
+    lower, names = _stack(box.lowers)
+    lowers = [(lower, "/", names), *((folder, str(folder), ()) for folder in box.host_folders)]
+    return [
+        Layer(lower, box.spec.memory // 2 if ram else place / (target.strip("/") or "root"), target, names=names)
+        for lower, target, names in lowers
+    ]
+
+
+def _stack(lowers: tuple[Path, ...]) -> tuple[Path, tuple[str, ...]]:
+    """Return several folders as a launch plan names them: the one that holds them, and their names in it."""
+    if len(lowers) == 1:
+        return lowers[0], ()
+    above = Path(os.path.commonpath(lowers))
+    return above, tuple(str(lower.relative_to(above)) for lower in lowers)
 
 
 def shape(box: Box) -> Shape:
@@ -57,7 +70,7 @@ def ready(box: Box) -> Iterator[list[Layer]]:
     place = box.dir.root / "layers"
     with loop.attached(_disk(box)) as device:
         # Within the disk they lie as they do within the folder that it was made from.
-        yield [Layer(layer.lower, "/" / Path(str(layer.upper)).relative_to(place), layer.target, device) for layer in found]
+        yield [replace(layer, upper="/" / Path(str(layer.upper)).relative_to(place), device=device) for layer in found]
 
 
 def volatile(spec: Spec) -> bool:

@@ -165,7 +165,7 @@ def _root(s: Sandbox) -> Iterator[Op]:
     if not s.layers:
         yield ("mount", "tmpfs", "root", bundle.ROOT, "rw", "mode=0755,size=1m")
     for layer in s.layers:
-        yield ("overlay", str(layer.lower), layer.word, flags, bundle.ROOT + layer.target.rstrip("/"))
+        yield ("overlay", str(layer.lower), layer.word, flags, bundle.ROOT + layer.target.rstrip("/"), *layer.names)
     if s.layers:
         # Here rather than by the guest, for whom each file is several trips to the gofer.
         yield from names(s.config["hostname"], s.machine_id, s.dns, within=(bundle.ROOT,))
