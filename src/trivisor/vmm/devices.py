@@ -202,7 +202,14 @@ def _plug(context: Context, row: Row, plug: Hotplug, name: str, device: Device, 
     if modules := plug.modules(device):
         means.configure(context, row, [("module", *modules)])
     plug.plug(name, device, given.fd)
-    means.finish(context, row, name, device, given, plug.place)
+    try:
+        means.finish(context, row, name, device, given, plug.place)
+    except BaseException as error:
+        try:
+            plug.unplug(name)
+        except TrivisorError as failure:
+            error.add_note(f"and it could not be taken away again: {failure}")
+        raise
 
 
 def engine(context: Context, row: Row) -> Hotpluggable:

@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from trivisor.core.devices import Device, NetworkCard, SerialSocket, SharedFolder, Watchdog
+from trivisor.core.devices import Device, NetworkCard, PciPassthrough, SerialSocket, SharedFolder, UsbPassthrough, Watchdog
 from trivisor.core.errors import GuestError, InvalidSpec
 from trivisor.core.wishes import Volume
 from trivisor.launch.net import cards, networks
@@ -21,6 +22,8 @@ from trivisor.vmm.plugged import Entry, Link, links
 from trivisor.vmm.records import Row
 from trivisor.vos import guest
 from trivisor.vos.devices import endpoint, place
+from trivisor.vos.devices.hostpci import check_pci
+from trivisor.vos.devices.hostusb import find_usb
 from trivisor.vos.files import Files
 from trivisor.vos.line import Line
 from trivisor.vos.processes import Processes
@@ -40,8 +43,12 @@ class Given:
 
 
 def check(context: Context, row: Row, known: Mapping[str, Entry], device: Device) -> Device:
-    """Return the device as it is plugged: a folder by its real path. Raises InvalidSpec, HostLacks."""
+    """Return the device as it is plugged: a folder by its real path. Raises InvalidSpec, NotFound, HostLacks."""
     others = [found.device for found in known.values()]
+    if isinstance(device, UsbPassthrough | PciPassthrough):
+        if device in others:
+            raise InvalidSpec(f"it has {device} already", machine=row.name, hint="a device of the host's is attached once")
+        find_usb(device) if isinstance(device, UsbPassthrough) else check_pci(device)
     if isinstance(device, Watchdog) and any(isinstance(other, Watchdog) for other in others):
         raise InvalidSpec("a machine has one watchdog", machine=row.name, hint="detach the other first")
     if isinstance(device, SharedFolder):
@@ -80,11 +87,12 @@ def prepare(context: Context, row: Row, name: str, device: Device, fd: int | Non
 
 def finish(context: Context, row: Row, name: str, device: Device, given: Given, port: Callable[[str], str]) -> None:
     """Have the guest configure what has been plugged. Raises GuestError if it does not find it."""
-    if isinstance(device, SharedFolder):
+    if isinstance(device, SharedFolder) and row.spec.wall == "vm":
+        _wait(context, row, name, partial(place.bound, port=port(name)))
         configure(context, row, [("share", f"hot-{name}", device.target, "virtiofs", "ro" if device.readonly else "rw")])
     if given.card is None:
         return
-    interface = _interface(context, row, name, device, port(name))
+    interface = Path(_wait(context, row, name, partial(place.find, name=name, device=device, port=port(name)))).name
     if networks.named(given.card.network):
         networks.join(context.home, given.card.network, row.name, given.card.address)
     configure(context, row, given.card.steps(interface, alone=row.spec.network == "none"))
@@ -92,7 +100,7 @@ def finish(context: Context, row: Row, name: str, device: Device, given: Given, 
 
 def release(context: Context, row: Row, device: Device) -> None:
     """Have the guest let go of a device before it is pulled out. Raises GuestError."""
-    if isinstance(device, SharedFolder):
+    if isinstance(device, SharedFolder) and row.spec.wall == "vm":
         configure(context, row, [("unshare", device.target)])
 
 
@@ -119,17 +127,17 @@ def configure(context: Context, row: Row, steps: Sequence[Sequence[str]]) -> Non
         line.close()
 
 
-def _interface(context: Context, row: Row, name: str, device: Device, port: str) -> str:
-    """Wait until the guest has a card's interface; return its name."""
+def _wait(context: Context, row: Row, name: str, find: Callable[[Files], str | None]) -> str:
+    """Wait until the guest has found a device; return where."""
     line = Line.connect(context.folder(row).line, row.name)
     try:
         files = Files(Processes(lambda: line, row.name))
         deadline = time.monotonic() + SEEN
-        while (found := place.find(files, name, device, port)) is None:
+        while (found := find(files)) is None:
             if time.monotonic() > deadline:
                 raise GuestError(f"the guest has not found {name} in {SEEN:g} s", machine=row.name, hint="see logs(source='serial')")
             # The guest's kernel tells only its own programs.
             time.sleep(_POLL)
-        return Path(found).name
+        return found
     finally:
         line.close()

@@ -47,6 +47,17 @@ def find(files: Files, name: str, device: Device, port: str = "") -> str | None:
     return _named(files, *known, name) if known else None
 
 
+def bound(files: Files, port: str) -> str | None:
+    """Return the virtio device that is plugged in below a port, once its driver has it."""
+    for function in _list(files, f"{_PCI}/{port}"):
+        if function.startswith("0000:"):
+            for entry in _list(files, f"{_PCI}/{port}/{function}"):
+                path = f"{_PCI}/{port}/{function}/{entry}"
+                if entry.startswith("virtio") and files.exists(f"{path}/driver"):
+                    return path
+    return None
+
+
 def where(device: Device) -> str:
     """Return the row of the table above that is a device's."""
     if isinstance(device, Disk):

@@ -29,7 +29,7 @@ from trivisor.launch.net.provide import Net
 from trivisor.vmm import layers, procs
 from trivisor.vmm.engine import Box, Progress, Usage, WallReport
 from trivisor.vmm.engines.container import host, memory
-from trivisor.vmm.engines.container.chars import Chars
+from trivisor.vmm.engines.container.hotplug import Hotplug
 from trivisor.vos.ports import MemoryPort, SyscallPort
 
 _WAIT = 60.0
@@ -104,8 +104,8 @@ class ContainerEngine:
     def memory(self, box: Box) -> MemoryPort:
         return memory.port(box)
 
-    def hotplug(self, box: Box) -> Chars:
-        return Chars(box)
+    def hotplug(self, box: Box) -> Hotplug:
+        return Hotplug(box)
 
     def sweep(self, home: Home, machines: set[str]) -> list[str]:
         return []

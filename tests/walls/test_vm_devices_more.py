@@ -1,0 +1,261 @@
+"""Serial ports, network cards, shared folders and watchdogs that a running machine is given, and every kind again and again."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from machine_home import VmHome
+
+from trivisor import VMM, Machine
+from trivisor.core.errors import AlreadyExists, HostLacks, InvalidSpec
+from trivisor.core.spec import Wall
+from trivisor.vos.devices import (
+    BlockDevice,
+    CharDevice,
+    Disk,
+    Keyboard,
+    NetworkCard,
+    Random,
+    Serial,
+    SerialSocket,
+    SharedFolder,
+    Watchdog,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.walls("vm")]
+KINDS = ("virtio", "nvme", "usb", "random", "serial", "network", "folder", "watchdog", "block", "char", "keyboard")
+
+
+class Zeros(BlockDevice):
+    def read(self, offset: int, length: int) -> bytes:
+        return bytes(length)
+
+
+@pytest.fixture(scope="module")
+def full(wall_home: VmHome, wall: Wall) -> Iterator[Machine]:
+    """One running machine for all kinds."""
+    with VMM(wall_home.root) as vmm:
+        machine = vmm.create("debian", wall=wall, kernel="full", ram="shared")
+        try:
+            machine.start()
+        except HostLacks as error:
+            machine.delete(force=True)
+            pytest.skip(f"needs the full kernel: {error}")
+        yield machine
+        machine.delete(force=True)
+
+
+@pytest.fixture
+def machine(full: Machine) -> Iterator[Machine]:
+    yield full
+    for device in full.devices.list():
+        full.devices.detach(device.name)
+
+
+def taps() -> set[str]:
+    return {name for _, name in socket.if_nameindex() if name.startswith("trv")}
+
+
+def test_a_serial_port_at_a_socket(machine: Machine, tmp_path: Path) -> None:
+    path = tmp_path / "port"
+    machine.devices.attach(SerialSocket(path), "com")
+    node = machine.devices.node("com")
+    assert node == "/dev/ttyS4"
+    assert path.stat().st_mode & 0o777 == 0o600
+    for word in ("one", "two"):  # one caller after the other
+        with socket.socket(socket.AF_UNIX) as caller:
+            caller.settimeout(20)
+            caller.connect(str(path))
+            reader = machine.spawn(f"exec 3<>{node}; stty -F {node} raw -echo; echo ready; head -c 3 <&3 | tee {node} >&2")
+            assert reader.stdout.readline() == b"ready\n"
+            caller.sendall(word.encode())
+            with caller.makefile("rb") as said:
+                assert said.read(3) == word.encode()
+            assert reader.wait(20) == 0
+    with pytest.raises(AlreadyExists, match="there is something"):
+        machine.devices.attach(SerialSocket(path), "again")
+    machine.devices.detach("com")
+    assert not path.exists()
+    assert [device.name for device in machine.devices.list()] == []
+
+
+def test_a_serial_port_at_a_terminal_and_at_files(machine: Machine, tmp_path: Path) -> None:
+    port = Serial()
+    machine.devices.attach(port, "com")
+    node = machine.devices.node("com")
+    terminal = os.open(port.path, os.O_RDWR | os.O_NOCTTY)
+    reader = machine.spawn(f"exec 3<>{node}; stty -F {node} raw -echo; echo ready; head -c 3 <&3; printf answer >&3")
+    assert reader.stdout.readline() == b"ready\n"
+    os.write(terminal, b"ask")
+    assert reader.stdout.read(3) == b"ask"
+    assert os.read(terminal, 6) == b"answer"
+    assert reader.wait(20) == 0
+    os.close(terminal)
+    machine.devices.detach("com")
+    with (tmp_path / "said").open("wb") as file:
+        machine.devices.attach(Serial(file), "com")
+        machine.exec(f"stty -F {node} raw -echo; printf words >{node}", check=True)
+        wait(lambda: (tmp_path / "said").read_bytes() == b"words")
+        machine.devices.detach("com")
+        file.write(b" and more")  # it is still ours
+    assert not port.faults
+    with pytest.raises(InvalidSpec):
+        Serial(object())  # type: ignore[arg-type]
+
+
+def test_a_network_card(machine: Machine, wall_vmm: VMM) -> None:
+    """It reaches another machine on the card's network, is known there by name, and leaves nothing."""
+    before = taps()
+    machine.devices.attach(NetworkCard("blue", mac="52:54:00:aa:bb:cc"), "card")
+    node = machine.devices.node("card")
+    assert machine.files.read_text(f"{node}/address") == "52:54:00:aa:bb:cc\n"
+    with pytest.raises(InvalidSpec, match="on blue already"):
+        machine.devices.attach(NetworkCard("blue"), "other")
+    other = wall_vmm.run("debian", wall="vm", network="blue")
+    serve = "import socket; s = socket.create_server(('', 7)); print('up', flush=True); s.accept()[0].sendall(b'hello')"
+    server = other.spawn(["python3", "-c", serve])
+    assert server.stdout.readline() == b"up\n"
+    address = other.info()["facts"]["address"]
+    ask = f"import socket; print(socket.create_connection(('{address}', 7), 10).recv(5))"
+    assert machine.exec(["python3", "-c", ask]).text == "b'hello'\n"
+    assert other.exec(["python3", "-c", f"import socket; print(socket.gethostbyname('{machine.name}'))"]).exit_code == 0
+    other.delete(force=True)
+    machine.devices.detach("card")
+    assert not machine.files.exists(str(node))
+    assert taps() == before
+
+
+def test_a_card_and_a_policy_do_not_go_together(machine: Machine, wall_vmm: VMM) -> None:
+    other = wall_vmm.create("debian", wall="vm", network="nat", egress=["10.0.0.0/8"])
+    with pytest.raises(InvalidSpec, match="egress policy"):
+        other.devices.attach(NetworkCard("blue"))
+    plain = wall_vmm.create("debian", wall="vm", network="nat")
+    plain.devices.attach(NetworkCard("blue"), "card")
+    with pytest.raises(InvalidSpec, match="further network card"):
+        plain.network.restrict("10.0.0.0/8")
+    for network in ("none", "host", "No Name"):
+        with pytest.raises(InvalidSpec):
+            NetworkCard(network)
+    for mac in ("52:54:00:aa:bb", "01:00:00:00:00:00", "x"):
+        with pytest.raises(InvalidSpec):
+            NetworkCard("blue", mac=mac)
+
+
+def test_a_shared_folder(machine: Machine, running: Machine, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("shared")
+    machine.devices.attach(SharedFolder(tmp_path, "/mnt/deep/shared"), "folder")
+    assert machine.exec("cat /mnt/deep/shared/file; echo back >/mnt/deep/shared/new", check=True).text == "shared"
+    assert (tmp_path / "new").read_text() == "back\n"
+    with pytest.raises(InvalidSpec, match="already"):
+        machine.devices.attach(SharedFolder(tmp_path, "/mnt/deep/shared"), "other")
+    machine.devices.detach("folder")
+    assert machine.exec("ls /mnt/deep/shared").text == ""
+    machine.devices.attach(SharedFolder(tmp_path, "/mnt/fixed", readonly=True), "fixed")
+    assert b"Read-only" in machine.exec("touch /mnt/fixed/x").stderr
+    for place in ("relative", "/", "/a/../b"):
+        with pytest.raises(InvalidSpec):
+            SharedFolder(tmp_path, place)
+    with pytest.raises(InvalidSpec, match="cannot be shared"):
+        machine.devices.attach(SharedFolder(tmp_path / "none", "/mnt/x"))
+    with pytest.raises(InvalidSpec, match="machine's memory"):
+        running.devices.attach(SharedFolder(tmp_path, "/mnt/x"))
+
+
+BARK = (
+    "import fcntl, os, struct, time\n"
+    "dog = os.open('/dev/watchdog0', os.O_WRONLY)\n"
+    "fcntl.ioctl(dog, 0xC0045706, struct.pack('i', 1))\n"  # WDIOC_SETTIMEOUT, linux/watchdog.h
+    "print('armed', flush=True)\n"
+    "time.sleep(3600)\n"
+)
+
+
+@pytest.mark.parametrize("action", ["none", "pause"])
+def test_a_watchdog_fires(machine: Machine, wall_vmm: VMM, action: str) -> None:
+    machine.devices.attach(Watchdog(action), "dog")  # type: ignore[arg-type]
+    assert machine.devices.node("dog") == "/dev/watchdog0"
+    with pytest.raises(InvalidSpec, match="one watchdog"):
+        machine.devices.attach(Watchdog(), "other")
+    since = max(event.id for event in wall_vmm.events())
+    program = machine.spawn(["python3", "-c", BARK])
+    assert program.stdout.readline() == b"armed\n"
+    event = next(event for event in wall_vmm.events(since, follow=True, timeout=30) if event.kind == "watchdog")
+    assert (event.machine, event.detail) == (machine.id, f"its watchdog fired: {action}")
+    if action == "pause":
+        assert wall_vmm.get(machine.id).state == "paused"
+        machine.resume()
+    program.kill()
+    program.wait(20)
+    machine.exec(["python3", "-c", "open('/dev/watchdog0', 'w').write('V')"], check=True)
+    assert len([event for event in wall_vmm.events(since) if event.kind == "watchdog"]) in (1, 2), "each time is written down once"
+
+
+def test_a_watchdog_ends_a_machine(wall_vmm: VMM, full: Machine) -> None:
+    machine = wall_vmm.create("debian", wall="vm", kernel="full")
+    machine.devices.attach(Watchdog("reset"), "dog")
+    machine.start()
+    assert [(device.kind, device.plugged) for device in machine.devices.list()] == [("watchdog", True)]
+    machine.spawn(["python3", "-c", BARK], detach=True)
+    machine.wait(timeout=60)
+    assert machine.state == "failed"
+    assert machine.info()["reason"] == "its watchdog fired: reset"
+    assert "watchdog" in {event.kind for event in wall_vmm.events() if event.machine == machine.id}
+
+
+def device(kind: str, folder: Path) -> object:
+    disk = folder / "disk.raw"
+    if not disk.exists():
+        disk.write_bytes(bytes(1 << 20))
+    made: dict[str, Callable[[], object]] = {
+        "random": Random,
+        "serial": lambda: SerialSocket(folder / "port"),
+        "network": lambda: NetworkCard("blue"),
+        "folder": lambda: SharedFolder(folder, "/mnt/again"),
+        "watchdog": Watchdog,
+        "block": lambda: Zeros(1 << 20, readonly=True),
+        "char": CharDevice,
+        "keyboard": Keyboard,
+    }
+    return made[kind]() if kind in made else Disk(disk, bus=kind)  # type: ignore[arg-type]
+
+
+def again(machine: Machine, folder: Path, kind: str, times: int) -> None:
+    """Plug a device and pull it out; the guest has it when it is plugged, and no trace of it after."""
+    links = taps()
+    modules = machine.exec("lspci 2>/dev/null | wc -l; ls /sys/bus/pci/devices | wc -l").text
+    for _ in range(times):
+        try:
+            machine.devices.attach(device(kind, folder), "again")  # type: ignore[arg-type]
+        except HostLacks as error:
+            pytest.skip(str(error))
+        node = machine.devices.node("again")
+        assert kind == "random" or machine.files.exists(str(node))
+        machine.devices.detach("again")
+        assert kind in ("random", "folder", "serial") or not machine.files.exists(str(node))
+        assert machine.devices.list() == []
+    assert taps() == links
+    if kind not in ("usb", "keyboard"):  # their controller stays
+        assert machine.exec("lspci 2>/dev/null | wc -l; ls /sys/bus/pci/devices | wc -l").text == modules
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_comes_and_goes(machine: Machine, tmp_path: Path, kind: str) -> None:
+    again(machine, tmp_path, kind, 2)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_comes_and_goes_a_hundred_times(machine: Machine, tmp_path: Path, kind: str) -> None:
+    again(machine, tmp_path, kind, 100)
+
+
+def wait(done: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)  # a file tells nobody that it has grown
