@@ -117,6 +117,7 @@ def test_an_engine_without_network_makes_unix_sockets_only() -> None:
             assert verdict(program, X86["socket"], family) == (ALLOW if network else EPERM)
         for family in (16, 17, 40, 38):  # of netlink only routing, no packet, vsock or alg sockets
             assert verdict(program, X86["socket"], family, 3, 9) == EPERM
+        assert verdict(program, X86["socket"], 16, 3, 15) == ALLOW, "uevents, of its own namespace"
         for name in ("ptrace", "mknod", "personality", "unshare", "mount"):
             assert verdict(program, X86[name]) == EPERM
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ import pytest
 from machine_home import VmHome
 
 from trivisor import VMM, Machine
-from trivisor.core.errors import HostLacks
+from trivisor.core.errors import EngineError, HostLacks, NotFound
 from trivisor.core.spec import Wall
-from trivisor.vos.devices import BlockDevice, UsbStorage
+from trivisor.vmm import means
+from trivisor.vmm.engines.vm import passthrough
+from trivisor.vos.devices import BlockDevice, PciPassthrough, UsbPassthrough, UsbStorage
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
@@ -99,4 +102,22 @@ def test_a_stick_that_is_pulled_out_while_it_is_read(redirecting: Machine) -> No
     redirecting.devices.detach("gone")
     assert reader.stdout.readline() == b"ended\n"
     assert reader.wait(20) == 0
+    assert redirecting.exec("echo alive", check=True).text == "alive\n"
+
+
+def test_devices_of_the_host_that_are_not_there(redirecting: Machine) -> None:
+    for device in (UsbPassthrough("dead:beef"), PciPassthrough("0000:ff:1f.7")):
+        with pytest.raises((NotFound, HostLacks)) as caught:
+            redirecting.devices.attach(device)
+        assert caught.value.hint
+    assert redirecting.devices.list() == []
+
+
+def test_qemu_opens_what_it_is_handed(redirecting: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its jail libusb begins, and asks the node that it is given what it is: as far as a host without such a device can go."""
+    monkeypatch.setattr(means, "find_usb", lambda device: None)
+    monkeypatch.setattr(passthrough, "open_usb", lambda device: os.open("/dev/null", os.O_RDWR))
+    with pytest.raises(EngineError, match="failed to open host usb device /dev/fdset/"):
+        redirecting.devices.attach(UsbPassthrough("046d:c52b"))
+    assert redirecting.devices.list() == []
     assert redirecting.exec("echo alive", check=True).text == "alive\n"

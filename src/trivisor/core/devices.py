@@ -22,6 +22,9 @@ Format = Literal["raw", "qcow2"]
 Bus = Literal["virtio", "nvme", "usb"]
 Action = Literal["reset", "poweroff", "pause", "none"]
 _NETWORK = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_USB_ID = re.compile(r"[0-9a-f]{4}:[0-9a-f]{4}")
+_USB_PORT = re.compile(r"[0-9]{1,3}-[0-9]{1,3}(\.[0-9]{1,3}){0,6}")
+_PCI = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
 _MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
 
 
@@ -145,7 +148,39 @@ class Watchdog:
             raise InvalidSpec(f"a watchdog's action is reset, poweroff, pause or none, not {self.action!r}")
 
 
-Value = Disk | Random | SerialSocket | NetworkCard | SharedFolder | Watchdog
+@dataclass(frozen=True)
+class UsbPassthrough:
+    """A USB device of the host's: by vendor and product ("046d:c52b"), or by the port that it is plugged into ("1-2.4").
+
+    The host's own drivers lose it until it is detached. Raises InvalidSpec.
+    """
+
+    device: str
+
+    def __post_init__(self) -> None:
+        device = self.device.lower() if isinstance(self.device, str) else ""
+        if not _USB_ID.fullmatch(device) and not _USB_PORT.fullmatch(device):
+            raise InvalidSpec(
+                f"{self.device!r} is no USB device", hint='for example UsbPassthrough("046d:c52b") or UsbPassthrough("1-2.4")'
+            )
+        object.__setattr__(self, "device", device)
+
+
+@dataclass(frozen=True)
+class PciPassthrough:
+    """A PCI device of the host's, by its address ("0000:01:00.0", or without the domain), through VFIO. Raises InvalidSpec."""
+
+    address: str
+
+    def __post_init__(self) -> None:
+        address = self.address.lower() if isinstance(self.address, str) else ""
+        address = address if address.count(":") == 2 else f"0000:{address}"
+        if not _PCI.fullmatch(address):
+            raise InvalidSpec(f"{self.address!r} is no address of a PCI device", hint='for example PciPassthrough("0000:01:00.0")')
+        object.__setattr__(self, "address", address)
+
+
+Value = Disk | Random | SerialSocket | NetworkCard | SharedFolder | Watchdog | UsbPassthrough | PciPassthrough
 """Devices that need no process to answer for them: they are the machine's until they are detached."""
 Device = Value | Served
 KINDS: dict[str, type[Value]] = {
@@ -155,6 +190,8 @@ KINDS: dict[str, type[Value]] = {
     "network": NetworkCard,
     "folder": SharedFolder,
     "watchdog": Watchdog,
+    "hostusb": UsbPassthrough,
+    "hostpci": PciPassthrough,
 }
 
 

@@ -70,6 +70,7 @@ _PERSONALITIES: tuple[Rule, ...] = tuple((Arg(0, "==", value),) for value in (0x
 _IOCTL: tuple[Rule, ...] = ((Arg(1, "!=", 0x5412, mask=0xFFFFFFFF), Arg(1, "!=", 0x541C, mask=0xFFFFFFFF)),)
 """Neither TIOCSTI nor TIOCLINUX, which type into the terminal of whoever started us."""
 _AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK, _AF_VSOCK = 1, 2, 10, 16, 40
+_NETLINK_KOBJECT_UEVENT = 15
 
 
 def _family(family: int, *more: Arg) -> Rule:
@@ -112,8 +113,9 @@ io_uring, userfaultfd, performance events, modules, file handles, clocks, the ne
 
 
 def engine(network: bool) -> Profile:
-    """Return the profile of an engine that we jail: tighter. Without `network` it makes no socket but unix ones."""
-    families = [_family(_AF_UNIX)]
+    """Return the profile of an engine that we jail: tighter. Without `network` it makes no socket but unix ones, and the one by which
+    libusb would hear of devices that come, which in a network namespace of its own hears nothing: without it, libusb does not begin."""
+    families = [_family(_AF_UNIX), _family(_AF_NETLINK, Arg(2, "==", _NETLINK_KOBJECT_UEVENT, mask=0xFFFFFFFF))]
     if network:
         families += [_family(_AF_INET), _family(_AF_INET6), _family(_AF_NETLINK, Arg(2, "==", 0, mask=0xFFFFFFFF))]
     return Profile(always(_COMMON) | {"clone": _CLONE, "ioctl": _IOCTL, "socket": tuple(families)}, _NO_CLONE3)

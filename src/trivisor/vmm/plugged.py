@@ -33,6 +33,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     network: dict[str, Any] | None = None
     folder: dict[str, Any] | None = None
     watchdog: dict[str, Any] | None = None
+    hostusb: dict[str, Any] | None = None
+    hostpci: dict[str, Any] | None = None
     served: Served | None = None
     owner: Who | None = None
     link: Link | None = None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from trivisor.core.devices import Disk, NetworkCard, Random, SerialSocket, SharedFolder, Watchdog
+from trivisor.core.devices import Disk, NetworkCard, PciPassthrough, Random, SerialSocket, SharedFolder, UsbPassthrough, Watchdog
 from trivisor.vos.devices.block import BlockDevice
 from trivisor.vos.devices.char import CharDevice
+from trivisor.vos.devices.hostpci import HostPci, host_pci
+from trivisor.vos.devices.hostusb import HostUsb, host_usb
 from trivisor.vos.devices.input import Keyboard, Mouse, Tablet
 from trivisor.vos.devices.serial import Serial
 from trivisor.vos.devices.service import Attached, Devices
@@ -19,10 +21,13 @@ __all__ = [
     "Devices",
     "Disk",
     "Endpoint",
+    "HostPci",
+    "HostUsb",
     "Interface",
     "Keyboard",
     "Mouse",
     "NetworkCard",
+    "PciPassthrough",
     "Random",
     "Serial",
     "SerialSocket",
@@ -31,6 +36,9 @@ __all__ = [
     "Stall",
     "Tablet",
     "UsbDevice",
+    "UsbPassthrough",
     "UsbStorage",
     "Watchdog",
+    "host_pci",
+    "host_usb",
 ]

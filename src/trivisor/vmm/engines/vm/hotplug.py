@@ -12,11 +12,23 @@ from __future__ import annotations
 from contextlib import ExitStack, suppress
 from typing import Any
 
-from trivisor.core.devices import Device, Disk, NetworkCard, Random, SerialSocket, Served, SharedFolder, Watchdog, kind_of
+from trivisor.core.devices import (
+    Device,
+    Disk,
+    NetworkCard,
+    PciPassthrough,
+    Random,
+    SerialSocket,
+    Served,
+    SharedFolder,
+    UsbPassthrough,
+    Watchdog,
+    kind_of,
+)
 from trivisor.core.errors import EngineError, GuestError, HostLacks, InvalidSpec
 from trivisor.launch.net import provide
 from trivisor.vmm.engine import Box
-from trivisor.vmm.engines.vm import kit, modules, sharing
+from trivisor.vmm.engines.vm import kit, modules, passthrough, sharing
 from trivisor.vmm.engines.vm.qmp import Qmp
 
 PREFIX = "hot-"
@@ -27,14 +39,14 @@ _WRITE = {"write-cache": "on", "werror": "report", "rerror": "report", "num-queu
 class Hotplug:
     """The devices of one running machine."""
 
-    kinds = frozenset({"disk", "block", "char", "usb", "random", "serial", "network", "folder", "watchdog"})
+    kinds = frozenset({"disk", "block", "char", "usb", "random", "serial", "network", "folder", "watchdog", "hostusb", "hostpci"})
 
     def __init__(self, box: Box) -> None:
         self._box = box
 
     def modules(self, device: Device) -> tuple[str, ...]:
         """Return the modules that the guest must load for `device`, in their order. Raises InvalidSpec if its kernel has none for it."""
-        driver = device.bus if isinstance(device, Disk) else kind_of(device)
+        driver = device.bus if isinstance(device, Disk) else "usb" if isinstance(device, UsbPassthrough) else kind_of(device)
         name = self._box.spec.kernel
         found = kit.have(self._box.home, name)
         if found is None:
@@ -83,7 +95,7 @@ class Hotplug:
 
     def _plug(self, name: str, device: Device, fd: int | None) -> None:
         with self._qmp() as qmp, ExitStack() as undo:
-            usb = (isinstance(device, Disk) and device.bus == "usb") or (isinstance(device, Served) and device.kind == "usb")
+            usb = (isinstance(device, Disk) and device.bus == "usb") or kind_of(device) in ("usb", "hostusb")
             port = _controller(qmp, self._box.spec.name) if usb else _free_port(qmp, self._box.spec.name)
             if isinstance(device, Served) and device.kind == "char":
                 _plug_port(qmp, undo, name, port, _given(fd))
@@ -93,6 +105,11 @@ class Hotplug:
             elif isinstance(device, SerialSocket) or kind_of(device) == "serial":
                 _plug_line(qmp, undo, name, _given(fd), listening=isinstance(device, SerialSocket))
                 qmp.ask("device_add", _device(name, port, driver="pci-serial", chardev=PREFIX + name))
+            elif isinstance(device, UsbPassthrough):
+                passthrough.plug_usb(qmp, PREFIX + name, port, device)
+            elif isinstance(device, PciPassthrough):
+                undo.callback(_clear, qmp, name)
+                passthrough.plug_pci(qmp, PREFIX + name, port, device, passthrough.engine_pid(self._box.dir), self._box.spec.memory)
             elif isinstance(device, Disk | Served):
                 _plug_disk(qmp, undo, name, port, device, _given(fd))
             elif isinstance(device, Random):
@@ -251,7 +268,7 @@ def _clear(qmp: Qmp, name: str) -> None:
         if part in nodes:
             qmp.ask("blockdev-del", {"node-name": part})
     objects = {entry["name"] for entry in qmp.ask("qom-list", {"path": "/objects"})}
-    for part in (f"{node}-limits", f"{node}-source"):
+    for part in (f"{node}-limits", f"{node}-source", f"{node}-iommu"):
         if part in objects:
             qmp.ask("object-del", {"id": part})
     # Which of these there are QEMU does not tell.
