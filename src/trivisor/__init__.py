@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         GuestError,
         GuestGone,
         GuestProtocolError,
+        GuestShort,
         HostError,
         HostLacks,
         ImageError,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from trivisor.vmm.engine import WallReport
     from trivisor.vmm.machine import Machine, Stats
     from trivisor.vmm.manager import VMM
+    from trivisor.vmm.modify import Plan
     from trivisor.vos.syscalls.call import Call
     from trivisor.vos.syscalls.policy import Policy
 
@@ -61,6 +63,7 @@ __all__ = [
     "GuestError",
     "GuestGone",
     "GuestProtocolError",
+    "GuestShort",
     "HostError",
     "HostLacks",
     "ImageError",
@@ -69,6 +72,7 @@ __all__ = [
     "Machine",
     "NotFound",
     "OverBudget",
+    "Plan",
     "Policy",
     "RegistryError",
     "Spec",
@@ -86,6 +90,7 @@ _ELSEWHERE = {
     "Call": "vos.syscalls.call",
     "Event": "core.events",
     "Machine": "vmm.machine",
+    "Plan": "vmm.modify",
     "Policy": "vos.syscalls.policy",
     "Spec": "core.spec",
     "State": "core.state",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from machine_home import VmHome
@@ -70,6 +72,13 @@ def test_a_machine_grows_and_shrinks_while_a_program_runs(small: Machine) -> Non
         small.memory.view(4 << 30)
     assert count.poll() is None and len(count.stdout.read(30)) == 30
     count.kill()
+
+
+def test_the_example(small: Machine) -> None:
+    grown = runpy.run_path(str(Path(__file__).parents[2] / "examples/grow.py"))["grow"](small)
+    assert grown.plan == "cpus 1 to 2\nmemory 256M to 512M"
+    assert grown.processors == (1, 2) and grown.held == 320 and grown.after > grown.before
+    small.modify(memory="256M", cpus=1)
 
 
 def test_a_share_of_the_host_goes_with_vcpus(small: Machine) -> None:

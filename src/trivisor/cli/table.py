@@ -38,6 +38,7 @@ VERBS: dict[str, Verb] = {
     "stats": _own("stats", "Print what running machines use."),
     "events": _own("events", "Print what happened to machines."),
     "forward": _own("forward", "Forward a port of this host to a port in a machine."),
+    "modify": _own("modify", "Change a machine's memory and processors, while it runs where that can be."),
     "wait": _own("wait", "Wait until machines no longer run; print their exit status."),
     "images": _own("images", "List, import, bootstrap and remove images."),
     "volume": _own("volume", "List, make and remove volumes."),

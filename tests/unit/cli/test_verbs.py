@@ -218,6 +218,17 @@ def test_inspect_events_stats_logs(cli: Cli, web: str) -> None:
         assert cli("logs", "--source", source, "web").status == 0
 
 
+def test_modify(cli: Cli, web: str) -> None:
+    cli("stop", web)
+    assert cli("modify", "--memory", "300M", "--dry-run", web).out == "memory 256M to 300M, from its next start on\n"
+    assert cli("modify", "--cpus", "2", "-m", "256M", "--json", web).json == [
+        {"what": "cpus", "before": 1, "after": 2, "when": "start", "why": ""}
+    ]
+    assert cli("inspect", web).json[0]["spec"]["cpus"] == 2
+    assert cli("modify", web).out == "nothing changes\n"
+    assert cli("modify", "--memory", "much", web).status == 125
+
+
 def test_wait(cli: Cli, web: str) -> None:
     waited = cli("wait", "--timeout", "0.2", web)
     assert waited.status == 125
