@@ -59,6 +59,8 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """vm wall: "micro", "full", or the path of a bzImage or vmlinux."""
     ram: Literal["private", "shared"] = "private"
     """vm wall: "shared" lets this process map the machine's memory (vos/memory); a start then copies the ice."""
+    hugepages: Literal["transparent", "reserved"] | None = None
+    """vm wall: its RAM in pages of 2 MiB, as far as the kernel finds some, or of those that root has set aside."""
     dedupe: bool = False
     """Let the host's kernel keep pages once that are equal to those of other machines (vmm/dedupe.py): vm, container."""
     oom: Literal["kill", "stop"] = "kill"
@@ -148,6 +150,10 @@ def _check_sizes(spec: Spec) -> None:
         raise InvalidSpec(f"cpus must be a whole number on the vm wall, not {spec.cpus}")
     if spec.ram != "private" and spec.wall != "vm":
         raise InvalidSpec(f"the {spec.wall} wall has no RAM to share", hint='leave out ram, or give wall="vm"')
+    if spec.hugepages is not None and spec.wall != "vm":
+        raise InvalidSpec(f"the {spec.wall} wall has no RAM to be in huge pages", hint='leave out hugepages, or give wall="vm"')
+    if spec.hugepages is not None and (spec.ram == "shared" or (spec.dedupe and spec.hugepages == "reserved")):
+        raise InvalidSpec("memory in huge pages can be neither mapped by others nor merged", hint='leave out ram="shared" and dedupe')
     if spec.dedupe and spec.ram == "shared":
         raise InvalidSpec("memory that others may map cannot be merged with equal pages", hint='leave out dedupe, or ram="shared"')
     if spec.memory < MIN_MEMORY[spec.wall]:

@@ -33,6 +33,7 @@ class Keywords(TypedDict, total=False):
     disk: Size | Literal["ram"] | None
     kernel: str | os.PathLike[str] | None
     ram: Literal["private", "shared"] | None
+    hugepages: Literal["transparent", "reserved"] | None
     dedupe: bool | None
     oom: Literal["kill", "stop"] | None
     network: str | None

@@ -175,8 +175,8 @@ class VmEngine:
         """Start the machine in the quickest way; say in words which it was."""
         fresh = self._ice == "image" and (box.spec.disk == "ram" or _fresh(box.dir).exists())
         mount = making.mount_steps(setup.shape.upper)
-        if self._ice == "off" or setup.shape.shares is not None:
-            # A daemon that shares a folder maps the machine's RAM, and that of ice is mapped by nobody else.
+        if self._ice == "off" or setup.shape.shares is not None or box.spec.hugepages == "transparent":
+            # A daemon that shares a folder maps the machine's RAM, and that of ice is mapped by nobody else; and it is a file's.
             _used(box.dir)
             self._boot(box, setup, mount)
             return "booted"
@@ -208,7 +208,9 @@ class VmEngine:
 
     def _boot(self, box: Box, setup: Setup, mount: Sequence[Sequence[str]]) -> None:
         with ExitStack() as stack:
-            given = ram.own(stack, setup.shape.memory // MIB * MIB) if box.spec.ram == "shared" else Ram("anonymous")
+            huge = box.spec.hugepages == "reserved"
+            apart = box.spec.ram == "shared" or huge
+            given = ram.empty(stack, setup.shape.memory // MIB * MIB, in_huge_pages=huge) if apart else Ram("anonymous")
             runner.run(setup, _work(box, setup, given))
         disks_there = [("wait", making.ROOT_DISK), *([("wait", making.UPPER_DISK)] if setup.shape.upper else [])]
         self._configure(box, setup, [*disks_there, *mount])
@@ -216,7 +218,9 @@ class VmEngine:
     def _clone(self, box: Box, setup: Setup, frozen: Ice, mount: Sequence[Sequence[str]]) -> None:
         """Run the machine on from `frozen`, whose use the caller holds."""
         with ExitStack() as stack:
-            given = ram.provide(stack, self._home, setup, box.dir, frozen, shared=box.spec.ram == "shared")
+            huge = box.spec.hugepages == "reserved"
+            apart = box.spec.ram == "shared" or huge
+            given = ram.provide(stack, self._home, setup, box.dir, frozen, apart=apart, in_huge_pages=huge)
             try:
                 runner.run(setup, _work(box, setup, given, state=frozen.state))
             except EngineError as error:

@@ -39,6 +39,8 @@ def usage(pids: Iterable[int], *, own_shm: bool = False) -> Usage:
             continue
         sizes = {word[0].rstrip(":"): int(word[1]) << 10 for line in rollup.splitlines()[1:] if len(word := line.split()) == 3}
         own = sizes.get("Pss_Shmem", 0) if own_shm else 0
+        # In neither of the other figures; a machine's huge pages are its own.
+        private += sizes.get("Private_Hugetlb", 0) + sizes.get("Shared_Hugetlb", 0)
         private += sizes.get("Anonymous", 0) + sizes.get("Swap", 0) + own
         shared += max(0, sizes.get("Rss", 0) - sizes.get("Anonymous", 0) - own)
         fields = stat.rpartition(b")")[2].split()

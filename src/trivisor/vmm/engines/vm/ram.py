@@ -7,8 +7,8 @@ the descriptors of any machine that has it, so machines of one ice share it as t
 QEMU comes up, which does not look at its RAM before it is given a state, and sealed before that. Where the jail has no /proc
 to open a descriptor by, the machine gets a file of its own.
 
-A machine with ram="shared" has a memfd of its own that is written through, filled from the ice in the same way and sealed against
-another size only.
+A machine with ram="shared", or in huge pages that are set aside (huge.py), has a memfd of its own that is written through, filled from
+the ice in the same way and sealed against another size only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trivisor.core.errors import HostLacks
 from trivisor.core.paths import Home, MachineDir
 from trivisor.core.spec import Spec
 from trivisor.launch import jail
-from trivisor.vmm.engines.vm import files, runner
+from trivisor.vmm.engines.vm import files, huge, runner
 from trivisor.vmm.engines.vm.ice import Ice
 from trivisor.vmm.engines.vm.runner import Ram, Setup
 
@@ -35,10 +35,12 @@ _SIZED = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _OWN = "trivisor-ram"
 
 
-def provide(stack: ExitStack, home: Home, setup: Setup, place: MachineDir, frozen: Ice, *, shared: bool = False) -> Ram:
+def provide(
+    stack: ExitStack, home: Home, setup: Setup, place: MachineDir, frozen: Ice, *, apart: bool = False, in_huge_pages: bool = False
+) -> Ram:
     """Return RAM for one clone of `frozen`; what it takes is given back when `stack` ends, after the clone has it."""
-    if shared:
-        filling = _Filling(_OWN, frozen, seals=_SIZED)
+    if apart:
+        filling = _Filling(_OWN, frozen, seals=_SIZED, in_huge_pages=in_huge_pages)
         stack.callback(filling.close)
         return Ram("shared", fd=filling.fd, finish=filling.finish)
     if setup.qemu.rom_option:
@@ -61,36 +63,53 @@ def provide(stack: ExitStack, home: Home, setup: Setup, place: MachineDir, froze
 
 
 def check(spec: Spec) -> None:
-    """Raise HostLacks if shared RAM was asked for and the jail cannot be given a /proc of its own to open it by."""
-    if spec.ram == "shared" and "pid" not in jail.probe().namespaces:
+    """Raise HostLacks if RAM in a descriptor was asked for and the jail cannot be given a /proc of its own to open it by, or for a want of
+    huge pages; InvalidSpec for memory that is no number of these."""
+    huge.check(spec)
+    if (spec.ram == "shared" or spec.hugepages == "reserved") and "pid" not in jail.probe().namespaces:
         raise HostLacks("this host lets no machine share its RAM: there are no pid namespaces", hint="see `trivisor doctor`")
 
 
-def own(stack: ExitStack, size: int) -> Ram:
+def empty(stack: ExitStack, size: int, *, in_huge_pages: bool = False) -> Ram:
     """Return empty RAM of `size` bytes that others can map, for a machine that is booted."""
-    fd = os.memfd_create(_OWN, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    fd = os.memfd_create(_OWN, _flags(in_huge_pages))
     stack.callback(os.close, fd)
-    os.ftruncate(fd, size)
+    if in_huge_pages:
+        huge.reserve(fd, size)
+    else:
+        os.ftruncate(fd, size)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SIZED)
     return Ram("shared", fd=fd)
+
+
+def _flags(in_huge_pages: bool) -> int:
+    return os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | (os.MFD_HUGETLB | os.MFD_HUGE_2MB if in_huge_pages else 0)
 
 
 class _Filling:
     """A memfd that a thread fills from the ice; `finish` waits for that and seals it."""
 
-    def __init__(self, name: str, frozen: Ice, seals: int = _SEALS) -> None:
+    def __init__(self, name: str, frozen: Ice, seals: int = _SEALS, *, in_huge_pages: bool = False) -> None:
         self._seals = seals
-        self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self._huge = in_huge_pages
+        self.fd = os.memfd_create(name, _flags(in_huge_pages))
         self._failure: OSError | None = None
         # QEMU compares the size when it opens it, which may be before the thread has run.
-        os.ftruncate(self.fd, frozen.facts.memory)
+        try:
+            if in_huge_pages:
+                huge.reserve(self.fd, frozen.facts.memory)
+            else:
+                os.ftruncate(self.fd, frozen.facts.memory)
+        except BaseException:
+            os.close(self.fd)
+            raise
         self._thread = threading.Thread(target=self._fill, args=(frozen.ram,), name="filling RAM", daemon=True)
         self._thread.start()
 
     def _fill(self, ram: Path) -> None:
         try:
             with ram.open("rb") as source:
-                files.copy_sparse(source.fileno(), self.fd)
+                (huge.fill if self._huge else files.copy_sparse)(source.fileno(), self.fd)
         except OSError as error:
             self._failure = error
 
