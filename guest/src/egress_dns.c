@@ -144,7 +144,7 @@ static void handle(struct dns *dns, const uint8_t *message, size_t size, const s
         return;
     if (!type)
         answer(dns, asker, message, end, NOTIMP, NULL, 0, 0);
-    else if (!egress_asks(dns->egress, name)) { /* a name with another byte than those of hosts has a '?', and equals none */
+    else if (strchr(name, '?') || !egress_asks(dns->egress, name)) { /* '?' stands for a byte that no host's name has */
         egress_say(dns->egress, 0, "dns", NULL, 53, name, "no rule allows this name");
         answer(dns, asker, message, end, NXDOMAIN, NULL, 0, 0);
     } else if (type != TYPE_A)

@@ -46,6 +46,7 @@ def test_targets(text: str, network: str, ports: tuple[int, int] | None) -> None
         "localhost",
         "*",
         "*example.com",
+        "*.com",
         "a..example",
         "example.com:0",
         "example.com/tcp",
