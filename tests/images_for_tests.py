@@ -9,6 +9,7 @@ It has sh and the coreutils below with the libraries that they load (ldd(1)), ro
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
@@ -16,8 +17,12 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import msgspec
+
 from trivisor.core.paths import Home
+from trivisor.images import model
 from trivisor.images.catalog import Image, Images
+from trivisor.images.pack import LayerWriter
 
 PROGRAMS = (
     "sh cat true false ls echo sleep id env pwd stat head wc dd mkdir rm mv cp ln chmod chown touch date uname tty stty sync"
@@ -52,6 +57,26 @@ def mini_image(home: Home, name: str = "mini") -> Image:
     home.open()
     with tempfile.TemporaryDirectory() as folder:
         return Images(home).import_(mini_root(Path(folder) / "root"), name)
+
+
+def layered_image(home: Home, base: str, tars: list[bytes], name: str, **config: object) -> Image:
+    """Make the image `name` of the image `base` with more layers (plain tars) on top; `config` are fields of its RunConfig."""
+    images = Images(home)
+    below = images.documents(images.get(base).digest)
+    with images.workspace() as work:
+        layers, diffs = list(below.manifest.layers), list(below.config.rootfs.diff_ids)
+        for number, tar in enumerate(tars):
+            with LayerWriter(work.path / str(number)) as writer:
+                writer.write(tar)
+                layer = writer.close()
+            images.store.adopt(layer.path, work.owner, known=layer.digest)
+            layers.append(layer.descriptor)
+            diffs.append(layer.diff_id)
+        made = msgspec.structs.replace(below.config, rootfs=model.RootFs("layers", diffs), config=model.RunConfig(**config))  # type: ignore[arg-type]
+        data = model.encode(made)
+        described = model.Descriptor(model.OCI_CONFIG, images.store.add(io.BytesIO(data), work.owner), len(data))
+        manifest = model.encode(model.Manifest(described, layers, 2, model.OCI_MANIFEST))
+        return images.add(manifest, model.OCI_MANIFEST, name, "a test", work)
 
 
 def _libraries(program: str) -> list[str]:
