@@ -30,6 +30,7 @@ from trivisor.launch.net import provide
 from trivisor.vmm.engine import Box
 from trivisor.vmm.engines.vm import kit, modules, passthrough, sharing
 from trivisor.vmm.engines.vm.qmp import Qmp
+from trivisor.vos.devices import place
 
 PREFIX = "hot-"
 UNPLUG = 10.0
@@ -64,8 +65,9 @@ class Hotplug:
             raise InvalidSpec(
                 f"the {name} kernel has no driver for {driver}", machine=self._box.spec.name, hint='make the machine with kernel="full"'
             )
-        parameters = modules.PARAMETERS
-        return tuple(f"{known} {parameters[known]}" if known in parameters else known for known in found.devices.get(driver, ()))
+        parameters, spared = modules.PARAMETERS, modules.NO_STICK if place.where(device) == "usb-storage" else frozenset()
+        wanted = (known for known in found.devices.get(driver, ()) if known not in spared)
+        return tuple(f"{known} {parameters[known]}" if known in parameters else known for known in wanted)
 
     def plugged(self) -> set[str]:
         """Return the names of the devices that QEMU has. Raises EngineError."""

@@ -31,6 +31,8 @@ DEVICES = {
 }
 """Loaded when a machine is given such a device; cloud kernels have only the last two of these."""
 OPTIONAL = frozenset({"virtio_rng", "crc32c_generic", *SHARES}.union(*DEVICES.values()))
+NO_STICK = frozenset({"hid", "usbhid", "hid_generic", "cdc_acm", "evdev"})
+"""What of USB's a stick needs not: under TCG loading takes half a second."""
 PARAMETERS = {"usb_storage": "delay_use=0"}
 """It gives a stick a second to settle, which ours do not need."""
 
