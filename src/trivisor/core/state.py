@@ -38,6 +38,7 @@ LEGAL: dict[str, tuple[State, ...]] = {
     "dedupe": (_C, _R, _P, _S, _F),
     "network": (_C, _R, _P, _S, _F),
     "capture": (_R, _P),
+    "commit": (_C, _R, _P, _S, _F),
 }
 
 

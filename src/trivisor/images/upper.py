@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from trivisor.core.errors import ImageError
 from trivisor.images import view as views
@@ -61,6 +65,29 @@ def pack(
     with LayerWriter(target) as layer:
         emit(reader.tree, [reader.files], layer.write, root=bool(lowers))
         return layer.close()
+
+
+def main(argv: Sequence[str]) -> None:
+    """Pack as another process, which may be another user or see other mounts: `upper REQUEST`, both sides JSON in files."""
+    request = Path(argv[0])
+    asked = msgspec.json.decode(request.read_bytes(), type=Request)
+    more: dict[str, Any] = {"users": asked.users, "groups": asked.groups} if asked.users is not None and asked.groups is not None else {}
+    lowers = [Path(lower) for lower in asked.lowers]
+    packed = pack(Path(asked.upper), lowers, Path(asked.target), without=asked.without, latest=asked.latest, **more)
+    answer = [packed.diff_id, packed.digest, packed.size]
+    request.with_suffix(".answer").write_bytes(msgspec.json.encode(answer))
+
+
+class Request(msgspec.Struct):
+    """What `pack` is asked for in another process."""
+
+    upper: str
+    lowers: list[str]
+    target: str
+    users: list[Range] | None
+    groups: list[Range] | None
+    without: list[str]
+    latest: int | None
 
 
 class _Reader:
@@ -190,3 +217,7 @@ def _marks(place: Path) -> dict[str, bytes]:
             if name.startswith(prefix):
                 found[name.removeprefix(prefix)] = os.getxattr(place, name, follow_symlinks=False)
     return found
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

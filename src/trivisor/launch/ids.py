@@ -16,7 +16,7 @@ import os
 import pwd
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -162,14 +162,22 @@ def probe(home: Path) -> Shape:
     return _probe(os.geteuid(), home, home.stat().st_dev)
 
 
-def remove_tree(path: Path, timeout: float = 600.0) -> None:
-    """Remove a folder as root: of this host, or of a user namespace with the ids that containers get. Raises EngineError."""
+def run_as_root(argv: Sequence[str], timeout: float = 600.0) -> None:
+    """Run a program as root: of this host, or of a user namespace with the ids that containers get. Raises EngineError."""
     said = ""
     for shape in _shapes():
         plan: list[Op] = []
         if os.geteuid() != 0:
             plan += [("namespaces", "user"), *shape.ids(0).plan()]
-        status, said = _run((*plan, ("exec", shutil.which("rm") or "/bin/rm", "-rf", "--", str(path))), timeout)
+        status, said = _run((*plan, ("exec", *argv)), timeout)
         if not status:
             return
-    raise EngineError(f"{path} cannot be removed", output=said)
+    raise EngineError(f"{argv[0]} failed", command=list(argv), output=said)
+
+
+def remove_tree(path: Path, timeout: float = 600.0) -> None:
+    """Remove a folder as root, as `run_as_root` has it. Raises EngineError."""
+    try:
+        run_as_root([shutil.which("rm") or "/bin/rm", "-rf", "--", str(path)], timeout)
+    except EngineError as error:
+        raise EngineError(f"{path} cannot be removed", output=error.output) from error

@@ -64,11 +64,11 @@ def ready(box: Box) -> Iterator[list[Layer]]:
     Raises StorageError.
     """
     found = layers(box)
-    if not _sized(box.spec):
+    if not sized(box.spec):
         yield found
         return
     place = box.dir.root / "layers"
-    with loop.attached(_disk(box)) as device:
+    with loop.attached(disk_file(box)) as device:
         # Within the disk they lie as they do within the folder that it was made from.
         yield [replace(layer, upper="/" / Path(str(layer.upper)).relative_to(place), device=device) for layer in found]
 
@@ -76,12 +76,12 @@ def ready(box: Box) -> Iterator[list[Layer]]:
 def volatile(spec: Spec) -> bool:
     """Whether what is written need not survive the host, so that nothing is waited for. Not on a disk of its own, where overlayfs's mark
     of it would bar the next start."""
-    return spec.disk == "ram" or (spec.lifetime == "process" and not _sized(spec))
+    return spec.disk == "ram" or (spec.lifetime == "process" and not sized(spec))
 
 
 def possible(spec: Spec) -> None:
     """Raise HostLacks if a disk of the size that was asked for cannot be enforced here."""
-    if _sized(spec):
+    if sized(spec):
         try:
             loop.check()
             process.find("mkfs.ext4", "e2fsprogs")
@@ -100,11 +100,11 @@ def disk_sizes() -> tuple[bool, str]:
     return True, "its size is enforced when asked for (ext4 in a file); else the file system of the home is the bound"
 
 
-def _sized(spec: Spec) -> bool:
+def sized(spec: Spec) -> bool:
     return "disk" in spec.asked and spec.disk != "ram"
 
 
-def _disk(box: Box) -> Path:
+def disk_file(box: Box) -> Path:
     return box.dir.root / "layers.ext4"
 
 
@@ -113,7 +113,7 @@ def make(box: Box, owner: tuple[int, int]) -> None:
     for layer in layers(box):
         if isinstance(layer.upper, Path):
             _make(layer.upper, layer.lower if box.host_root and layer.target != "/" else None, owner)
-    if _sized(box.spec):
+    if sized(box.spec):
         _make_disk(box)
 
 
@@ -124,8 +124,8 @@ def check(box: Box, shape: Shape) -> None:
         if not isinstance(layer.upper, Path):
             continue
         try:
-            if _sized(box.spec):
-                _disk(box).stat()
+            if sized(box.spec):
+                disk_file(box).stat()
             found = (layer.upper / "upper").stat()
         except OSError as error:
             raise StorageError(f"the writable layer {layer.upper} is gone: {error.strerror}", machine=box.spec.name) from error
@@ -174,7 +174,7 @@ def _make(folder: Path, like: Path | None, owner: tuple[int, int]) -> None:
 
 def _make_disk(box: Box) -> None:
     """Make the disk, with a copy of the empty layers in it. Some 5 ms and 200 KB, whatever its size."""
-    file = _disk(box)
+    file = disk_file(box)
     assert isinstance(box.spec.disk, int)
     options = ["-q", "-F", "-b", "4096", "-m", "0", "-G", "64", "-O", "^resize_inode"]
     options += ["-E", "nodiscard,assume_storage_prezeroed=1,lazy_itable_init=0,lazy_journal_init=1"]

@@ -17,7 +17,8 @@ import msgspec
 from trivisor.core.errors import NotFound, WaitTimeout
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.state import State, check
-from trivisor.vmm import life, limits, logs, memory, modify, network, reconcile, watch
+from trivisor.images.catalog import Image
+from trivisor.vmm import commit, life, limits, logs, memory, modify, network, reconcile, watch
 from trivisor.vmm.context import Context
 from trivisor.vmm.devices import MachineDevices
 from trivisor.vmm.engine import Progress
@@ -159,6 +160,15 @@ class Machine:
         InvalidState for a virtual machine that is paused, GuestError, GuestShort (vos.memory.service.Memory.limit), HostLacks, OverBudget.
         """
         return modify.modify(self._context, self.id, lambda: self.files, cpus=cpus, memory=memory, dry_run=dry_run, timeout=timeout)
+
+    def commit(self, name: str, *, config: Mapping[str, Any] | None = None, author: str = "", message: str = "") -> Image:
+        """Make the image `name` of its image and what it wrote: one more layer. While it runs it stands still for that.
+
+        `config` changes how the image wants to be run: `env`, `labels` (dicts, over what there is), `entrypoint`, `cmd` (lists), `user`,
+        `working_dir`, `exposed_ports`, `volumes`, `stop_signal`. What lies in volumes is not in it. Raises InvalidSpec, InvalidState, Busy,
+        ImageError, EngineError, StorageError, HostLacks.
+        """
+        return commit.commit(self._context, self.id, name, config=config or {}, author=author, message=message)
 
     # -- what runs in it --------------------------------------------------------------------------
 

@@ -1,0 +1,66 @@
+"""What a container or gVisor machine wrote, packed as an image's layer out of its writable layer (images/upper.py).
+
+The machine stands still meanwhile. As root its files are read here; a disk of its own size is mounted in a mount namespace that
+ends with the reader; without root the reader is root of a user namespace, who alone may read files of the machine's other users.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import msgspec
+
+from trivisor.core import process
+from trivisor.core.errors import InvalidSpec, StorageError
+from trivisor.images import upper
+from trivisor.images.pack import PackedLayer
+from trivisor.images.upper import Request
+from trivisor.launch import ids, loop
+from trivisor.vmm import layers
+from trivisor.vmm.engine import Box
+
+FURNISHED = ("etc/hosts", "etc/hostname", "etc/resolv.conf", "etc/machine-id", ".trivisor")
+"""What the machine is given at its start, and is none of its image's."""
+_TIMEOUT = 1800.0
+_MOUNT = 'mount -t ext4 "$1" "$2" && shift 2 && exec "$@"'
+"""Not read-only: one file system is mounted in one way, and the machine's own mount may be there still."""
+
+
+def pack(box: Box, target: Path, *, without: tuple[str, ...] = (), latest: int | None = None) -> PackedLayer:
+    """Write the layer to the new file `target`. Raises InvalidSpec, ImageError, StorageError, EngineError, HostLacks."""
+    if box.host_root:
+        raise InvalidSpec("a machine on the host's own root has no image to add to", machine=box.spec.name)
+    if box.spec.disk == "ram":
+        raise InvalidSpec("what it wrote is in its memory alone", machine=box.spec.name, hint='make it without disk="ram"')
+    place = layers.layers(box)[0]
+    assert isinstance(place.upper, Path)
+    shape = layers.shape(box)
+    own = shape.ids(box.slot)
+    lowers = list(box.lowers)
+    left_out = [*FURNISHED, *without]
+    if shape.kind in ("own", "same") and not layers.sized(box.spec):
+        return upper.pack(place.upper / "upper", lowers, target, users=own.users, groups=own.groups, without=left_out, latest=latest)
+    request, names = target.with_suffix(".request"), [str(lower) for lower in lowers]
+    program = [sys.executable, "-m", "trivisor.images.upper", str(request)]
+    if layers.sized(box.spec):
+        mounted = target.with_suffix(".mounted")
+        mounted.mkdir()
+        inside = mounted / place.upper.relative_to(box.dir.root / "layers") / "upper"
+        _ask(request, Request(str(inside), names, str(target), list(own.users), list(own.groups), left_out, latest))
+        with loop.attached(layers.disk_file(box)) as device:
+            process.run(
+                [process.find("unshare", "util-linux"), "--mount", "sh", "-c", _MOUNT, "sh", device, mounted, *program], timeout=_TIMEOUT
+            )
+    else:
+        _ask(request, Request(str(place.upper / "upper"), names, str(target), None, None, left_out, latest))
+        ids.run_as_root(program, _TIMEOUT)
+    diff_id, digest, size = msgspec.json.decode(request.with_suffix(".answer").read_bytes(), type=tuple[str, str, int])
+    return PackedLayer(target, diff_id, digest, size)
+
+
+def _ask(request: Path, asked: Request) -> None:
+    try:
+        request.write_bytes(msgspec.json.encode(asked))
+    except OSError as error:
+        raise StorageError(f"{request} cannot be written: {error.strerror}") from error

@@ -1,0 +1,95 @@
+"""Machine.commit: what a machine wrote becomes a layer, and with what is below it an image.
+
+The layer is packed in a workspace of the store, whose lease holds it until the image names it: killed anywhere, nothing is left but what
+the next collection removes, and the machine is as it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from trivisor.core.errors import InvalidSpec
+from trivisor.core.state import State
+from trivisor.images import compose
+from trivisor.images.catalog import Image
+from trivisor.images.compose import Stacked
+from trivisor.images.model import History, RunConfig
+from trivisor.images.pack import PackedLayer
+from trivisor.vmm import changes, life
+from trivisor.vmm.context import Context
+from trivisor.vmm.records import Row
+
+FIELDS = ("env", "entrypoint", "cmd", "user", "working_dir", "labels", "exposed_ports", "volumes", "stop_signal")
+
+
+def commit(context: Context, machine: str, name: str, *, config: Mapping[str, Any], author: str, message: str) -> Image:
+    """Make the image `name` of the machine's image and what the machine wrote. Raises what Machine.commit raises."""
+    images = context.images
+    now = time.time()
+    with images.workspace() as work, still(context, machine) as row:
+        documents = images.documents(row.digest)
+        run = changed(documents.config.run, config)
+        packed = pack(context, row, work.path / "layer")
+        size = packed.size
+        digest = images.store.adopt(packed.path, work.owner, expected=packed.digest)
+        layers = [*compose.stack_of(documents), Stacked(packed.descriptor, packed.diff_id)]
+        entry = History(compose.stamp(now), f"commit of {row.name}", author, message)
+        image = compose.add(
+            images,
+            work,
+            layers,
+            run,
+            [*(documents.config.history or ()), entry],
+            name=name,
+            source=f"commit of {row.name}",
+            created=now,
+            author=author or documents.config.author,
+            platform=documents.config.platform,
+        )
+        context.records.note("committed", f"{row.name} as {image.name} ({digest[:19]}, {size} bytes)")
+        return image
+
+
+def pack(context: Context, row: Row, target: Path, *, without: Sequence[str] = (), latest: int | None = None) -> PackedLayer:
+    """Write what the machine `row`, which stands still, has changed as a layer to the new file `target`."""
+    return changes.pack(context.box(row), target, without=tuple(without), latest=latest)
+
+
+@contextmanager
+def still(context: Context, machine: str) -> Iterator[Row]:
+    """Hold the machine, frozen for as long as the `with` lasts if it runs. Raises InvalidState, Busy, EngineError."""
+    with life.operation(context, machine, "commit") as row:
+        engine, box = context.engine(row.spec.wall, row.name), context.box(row)
+        if row.state is State.RUNNING:
+            engine.pause(box)
+        try:
+            yield row
+        finally:
+            if row.state is State.RUNNING:
+                engine.resume(box)
+        context.records.update(row.id, operation="", operator=None)
+
+
+def changed(run: RunConfig, wishes: Mapping[str, Any]) -> RunConfig:
+    """Return a config with the changes that a caller asks for. Raises InvalidSpec."""
+    if unknown := wishes.keys() - set(FIELDS):
+        raise InvalidSpec(f"an image's config has no {', '.join(sorted(unknown))}", hint=f"it has {', '.join(FIELDS)}")
+    values = {**wishes}
+    if isinstance(values.get("env"), Mapping):
+        old = dict(pair.split("=", 1) for pair in run.env or () if "=" in pair)
+        values["env"] = [f"{key}={value}" for key, value in {**old, **values["env"]}.items()]
+    if isinstance(values.get("labels"), Mapping):
+        values["labels"] = {**(run.labels or {}), **values["labels"]}
+    for field in ("exposed_ports", "volumes"):
+        if isinstance(values.get(field), list | tuple):
+            values[field] = {str(key): {} for key in values[field]}
+    try:
+        return msgspec.convert(msgspec.structs.replace(run, **values), RunConfig, from_attributes=True)
+    except (msgspec.ValidationError, TypeError) as error:
+        raise InvalidSpec(f"config: {error}") from None
