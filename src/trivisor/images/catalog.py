@@ -12,18 +12,18 @@ import builtins
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
 from trivisor.core.errors import ImageError, InvalidSpec, NotFound, StorageError
 from trivisor.core.paths import Home
-from trivisor.images import bootstrap, host, model
+from trivisor.images import bootstrap, host, model, older
 from trivisor.images.derived import Derived, Progress
 from trivisor.images.documents import Documents, Library
+from trivisor.images.image import Image
 from trivisor.images.intake import Bytes, Intake
 from trivisor.images.limits import DEFAULT, Limits
-from trivisor.images.model import Descriptor, History, ImageConfig, Manifest, Platform, RootFs
+from trivisor.images.model import Descriptor, History, Manifest, Platform
 from trivisor.images.reference import Reference, normalise
 from trivisor.images.registry.access import Access
 from trivisor.images.registry.pull import pull
@@ -31,36 +31,8 @@ from trivisor.images.registry.push import neighbours, push
 from trivisor.store.store import Ref, Store
 from trivisor.store.workspace import Workspace
 
+__all__ = ["Image", "Images"]
 _PREFIX = "image:"
-_NO_CONFIG = ImageConfig("", "", RootFs("layers", []))
-
-
-@dataclass(frozen=True)
-class Image:
-    """One image. `digest` is its manifest's, `size` the bytes of its layers as they are stored, `created` when it came here (seconds
-    since the epoch), `layers` the lowest first, `rootfs` where the squashfs of its root is or will be.
-
-    Images of a home made before images were OCI images have no layers; `digest` and `size` are of their squashfs.
-    """
-
-    name: str
-    digest: str
-    rootfs: Path
-    size: int
-    created: float
-    source: str
-    config: ImageConfig = _NO_CONFIG
-    layers: tuple[Descriptor, ...] = ()
-    media_type: str = ""
-
-    @property
-    def platform(self) -> Platform:
-        return self.config.platform
-
-    @property
-    def history(self) -> list[History]:
-        """How it came about, the oldest step first."""
-        return self.config.history or []
 
 
 class Images:
@@ -197,12 +169,10 @@ class Images:
     def documents(self, digest: str) -> Documents:
         """Return manifest (struct and bytes), config and chain of the image with this digest.
 
-        Raises NotFound, ImageError for one of a home made before images were OCI images.
+        One of a home made before images were OCI images becomes one, in some seconds (older.py); then the digest is another. Raises
+        NotFound, StorageError, and where it cannot ImageError.
         """
-        documents = self._library.read(digest)
-        if documents is None:
-            raise ImageError(f"{digest} is no OCI image: it was made by an older Trivisor", hint="get or import the image again")
-        return documents
+        return self._library.read(digest) or self._converted(digest)
 
     def manifest(self, digest: str) -> Manifest:
         """Return its manifest. Raises what `documents` raises."""
@@ -309,6 +279,30 @@ class Images:
         pinned = (digest for digest, _ in self._store.pins())
         return {*more, host.digest(), *pinned, *(ref.digest for ref in self._store.refs(_PREFIX))}
 
+    def _converted(self, digest: str) -> Documents:
+        """Make an OCI image of what an older Trivisor made, and let its names mean that."""
+        refs = self._store.refs(_PREFIX)
+        there = [ref.digest for ref in refs if ref.value.get(older.FROM) == digest]
+        named = [ref for ref in refs if ref.digest == digest]
+        with self.workspace() as work:
+            if not there:
+                squashfs = self._store.path(digest)
+                run = older.config(named[0].value["config"] if named else {}).run
+                manifest, media_type = older.convert(self._store, digest, run, work)
+                there = [self.add(manifest, media_type, "", "an older Trivisor", work).digest]
+                self._derived.inherit(squashfs, there[0])
+            for ref in named:
+                value = {
+                    "created": ref.value["created"],
+                    "source": ref.value["source"],
+                    "media_type": model.OCI_MANIFEST,
+                    older.FROM: digest,
+                }
+                self._name(Ref(ref.name, there[0], value))
+            documents = self._library.read(there[0])
+        assert documents is not None
+        return documents
+
     def _name(self, ref: Ref) -> Image:
         """Let the name mean the digest from now on, and remove what it meant before if nobody needs that."""
         before = [found.digest for found in self._store.refs(ref.name) if found.name == ref.name]
@@ -344,7 +338,7 @@ class Images:
             # It is listed, and removed, like any other; `get` says what it lacks.
             return Image(name, ref.digest, self._store.locate(ref.digest), ref.value.get("size", 0), **known)
         if documents is None:
-            return Image(name, ref.digest, rootfs, ref.value["size"], config=_older(ref.value["config"]), **known)
+            return Image(name, ref.digest, rootfs, ref.value["size"], config=older.config(ref.value["config"]), **known)
         layers = tuple(documents.manifest.layers)
         kind = ref.value.get("media_type", model.OCI_MANIFEST)
         return Image(name, ref.digest, rootfs, documents.size, config=documents.config, layers=layers, media_type=kind, **known)
@@ -372,11 +366,3 @@ def _free(name: str) -> str:
     if (whole := normalise(name)) == normalise(host.NAME):
         raise InvalidSpec('the image "host" is the host\'s own root', hint="choose another name")
     return whole
-
-
-def _older(config: dict[str, Any]) -> ImageConfig:
-    """Return the config that an older Trivisor kept with a name."""
-    env = [f"{key}={value}" for key, value in config.get("env", {}).items()] or None
-    run = model.RunConfig(env, config.get("entrypoint"), config.get("cmd"), config.get("user"), config.get("workdir"))
-    here = Platform.host()
-    return ImageConfig(here.architecture, here.os, RootFs("layers", []), run)

@@ -13,10 +13,9 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from trivisor.core import process
 from trivisor.core.errors import ImageError, NotFound, StorageError
 from trivisor.core.paths import Home
-from trivisor.images import host, squash
+from trivisor.images import host, older, squash
 from trivisor.images.documents import Documents, Library
 from trivisor.images.layer import apply
 from trivisor.images.layers import ROOT, Unstackable, unpack_layers
@@ -29,7 +28,6 @@ from trivisor.images.tree import Tree
 from trivisor.store.store import Store
 
 Progress = Callable[[str], None]
-UNPACK_TIMEOUT = 1800.0
 LOST = "without root: owners, setuid bits and file capabilities of the image are lost"
 _SQUASHFS = "root.squashfs"
 _LOST = "lost"
@@ -126,6 +124,14 @@ class Derived:
 
         return [*self._trees.keep(names), *self._roots.keep(names)]
 
+    def inherit(self, squashfs: Path, digest: str) -> None:
+        """Let the image with this digest have `squashfs` for its root, which it was made of."""
+
+        def link(made: Path) -> None:
+            (made / _SQUASHFS).hardlink_to(squashfs)
+
+        self._roots.get(self.key(digest), link)
+
     def _documents(self, digest: str) -> Documents | None:
         return None if digest.startswith(host.PREFIX) else self._library.read(digest)
 
@@ -141,10 +147,7 @@ class Derived:
     def _make_tree(self, digest: str, progress: Progress, made: Path) -> None:
         squashfs = self.rootfs(digest, progress)
         progress("unpacking the image")
-        argv = [process.find("unsquashfs", "squashfs-tools"), "-no-progress", "-quiet", "-dest", str(made / ROOT)]
-        if os.geteuid() != 0:
-            argv.append("-user-xattrs")  # the others are root's to give, and refused they make it fail
-        process.run([*argv, squashfs], timeout=UNPACK_TIMEOUT)
+        older.unsquash(squashfs, made / ROOT)
         if os.geteuid() != 0:
             (made / _LOST).write_text(LOST + "\n")
 

@@ -19,7 +19,7 @@ from trivisor.images.archive import Archive, Packed
 from trivisor.images.folder import read_folder
 from trivisor.images.layer import apply
 from trivisor.images.limits import Limits
-from trivisor.images.model import Descriptor, History, ImageConfig, Manifest, Platform, RootFs
+from trivisor.images.model import Descriptor, History, ImageConfig, Manifest, Platform, RootFs, RunConfig
 from trivisor.images.pack import LayerWriter, PackedLayer
 from trivisor.images.source import FolderSource
 from trivisor.images.stream import CHUNK, Hashed, Section, Stream, packing, unpack
@@ -72,6 +72,11 @@ class Intake:
         _usable(tree, source)
         return self._single(self._as_it_is(section), by, platform)
 
+    def folder(self, source: Path, platform: Platform, by: str, run: RunConfig) -> tuple[bytes, str]:
+        """Return the manifest of an image of one layer: what is in `source`, even if that looks like an archive."""
+        tree = Tree(self._limits, source.name)
+        return self._single(self._packed(tree, read_folder(tree, source, self._limits)), by, platform, run)
+
     # One layer
 
     def _packed(self, tree: Tree, files: FolderSource) -> tuple[Descriptor, str]:
@@ -103,9 +108,9 @@ class Intake:
         self._store.adopt(layer.path, self._work.owner, known=layer.digest)
         return layer.descriptor, layer.diff_id
 
-    def _single(self, layer: tuple[Descriptor, str], by: str, platform: Platform) -> tuple[bytes, str]:
+    def _single(self, layer: tuple[Descriptor, str], by: str, platform: Platform, run: RunConfig | None = None) -> tuple[bytes, str]:
         descriptor, diff = layer
-        config = ImageConfig(platform.architecture, platform.os, RootFs("layers", [diff]), history=[History(created_by=by)])
+        config = ImageConfig(platform.architecture, platform.os, RootFs("layers", [diff]), run, [History(created_by=by)])
         return self._manifest(model.encode(config), [descriptor])
 
     # Several
