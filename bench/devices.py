@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from bench import plugging
 from bench.common import Row, Series, main, row
 from trivisor import VMM, Machine
 from trivisor.core.units import MIB
@@ -63,11 +64,13 @@ def rows(quick: bool) -> list[Row]:
         came, went = _plug(vm, raw, rounds)
         made, _ = _plug(vm, python, rounds)
         file, ours = _read(vm, raw, rounds), _read(vm, python, rounds)
+        kinds = plugging.rows(vmm, IMAGE, rounds)
     return [
         row("disk attached to a running VM, until it can be used", came, "ms", bound=1000),
         row("disk made of Python attached, until it can be used", made, "ms", bound=1000),
         row("disk detached", went, "ms"),
         row("64 MiB read from a disk made of Python", ours, "ms", bound=2 * file.median, peer="a raw file", against=file),
+        *kinds,
     ]
 
 
