@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import threading
 from collections.abc import Callable
@@ -35,6 +36,10 @@ NOBODY = Credentials()
 
 def digest_of(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
+
+
+LAYER = os.urandom(1 << 20)
+DIGEST = digest_of(LAYER)
 
 
 class Request(BaseHTTPRequestHandler):
@@ -184,3 +189,8 @@ class Puller:
     def empty(self) -> bool:
         """Tell whether nothing was stored."""
         return not list((self.store.root / "blobs").rglob("*/*"))
+
+
+def ranges(fake: Fake) -> list[str]:
+    """The Range header of each request for the layer."""
+    return [headers.get("Range", "") for _, path, headers in fake.seen if DIGEST in path]

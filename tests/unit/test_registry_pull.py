@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from registry_support import Fake, Puller, Request, digest_of
 
-from trivisor.core.errors import ImageError, NotFound, RegistryError, StorageError
+from trivisor.core.errors import HostError, ImageError, NotFound, RegistryError, StorageError
 from trivisor.images import model
 from trivisor.images.model import Platform
 from trivisor.images.registry import partial
@@ -186,11 +186,11 @@ def test_manifest_without_a_length_is_cut(fake: Fake, puller: Puller) -> None:
 def test_manifest_of_another_digest_is_refused(fake: Fake, puller: Puller) -> None:
     name, other = fake.image(), digest_of(b"other")
     fake.manifests[f"some/app/{other}"] = fake.manifests["some/app/1"]
-    with pytest.raises(ImageError, match=f"for {other}"):
+    with pytest.raises(ImageError, match=f"for '{other}'"):
         puller(f"{name}@{other}")
     data, kind = fake.manifests["some/app/1"]
     fake.hook = when("/manifests/", lambda request: request.answer(200, data, Content_Type=kind, Docker_Content_Digest=other))
-    with pytest.raises(ImageError, match=f"for {other}"):
+    with pytest.raises(ImageError, match=f"for '{other}'"):
         puller(name)
     assert puller.empty()
 
@@ -236,6 +236,23 @@ def test_index_of_itself_ends(fake: Fake, puller: Puller) -> None:
         name = fake.manifest("some/app", "1", inner, kind)
     with pytest.raises(ImageError, match="index of indexes"):
         puller(name)
+
+
+def test_nothing_that_a_registry_says_moves_our_cursor(fake: Fake, puller: Puller) -> None:
+    evil = "\x1b[2J"
+    name = fake.image()
+    data, kind = fake.manifests["some/app/1"]
+    for hook in (
+        lambda request: request.answer(200, data, Content_Type=kind, Docker_Content_Digest=f"sha256:{evil}"),
+        lambda request: request.answer(200, b"{}", Content_Type=evil),
+        lambda request: request.answer(302, Location=f"ftp://{evil}"),
+        lambda request: request.wfile.write(f"HTTP/{evil}\r\n\r\n".encode()),
+        lambda request: request.answer(401, WWW_Authenticate=f'Bearer realm="ftp://{evil}"'),
+    ):
+        fake.hook = when("/manifests/", hook)
+        with pytest.raises(HostError) as caught:
+            puller(name)
+        assert "\x1b" not in f"{caught.value}{caught.value.hint}"
 
 
 def test_what_is_not_there_is_not_found(fake: Fake, puller: Puller) -> None:

@@ -155,5 +155,5 @@ def test_upload_to_nowhere_is_refused(fake: Fake, puller: Puller, there: str) ->
 
 def test_registry_that_changes_the_manifest_is_said(fake: Fake, puller: Puller) -> None:
     Taker(fake).digest = digest_of(b"another")
-    with pytest.raises(RegistryError, match="made sha256:"):
+    with pytest.raises(RegistryError, match="made 'sha256:"):
         send(fake, puller)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import email.utils
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -25,12 +24,11 @@ from trivisor.images.reference import REGISTRY as HUB
 from trivisor.images.registry.auth import Auth
 from trivisor.images.registry.bounds import DEFAULT, ERROR, Bounds
 from trivisor.images.registry.credentials import HUB_HOST, Credentials, stored
-from trivisor.images.registry.wire import Answer, Wire, address, loopback
+from trivisor.images.registry.wire import UNPRINTABLE, Answer, Wire, address, loopback
 
 Body = bytes | Callable[[], IO[bytes]] | None
 _REDIRECTS = (301, 302, 303, 307, 308)
 _AGAIN = (408, 429, 500, 502, 503, 504)
-_UNPRINTABLE = re.compile(r"[^\x20-\x7e]+")
 
 
 class Patience:
@@ -205,7 +203,7 @@ def _origin(url: str) -> tuple[str, str, int]:
 
 
 def _said(answer: Answer) -> str:
-    """What the registry says is wrong: it is printed, so nothing that moves a terminal's cursor is let through."""
+    """What the registry says is wrong, if it says it as registries do."""
     try:
         errors = msgspec.json.decode(answer.document(ERROR, "the error"), type=dict[str, Any]).get("errors")
     except (RegistryError, msgspec.MsgspecError):
@@ -214,7 +212,7 @@ def _said(answer: Answer) -> str:
     if not isinstance(first, dict):
         return ""
     words = [str(first.get(key)) for key in ("code", "message") if isinstance(first.get(key), str)]
-    return _UNPRINTABLE.sub(" ", ": ".join(words))[:200].strip()
+    return UNPRINTABLE.sub(" ", ": ".join(words))[:200].strip()
 
 
 def _retry_after(answer: Answer) -> float | None:

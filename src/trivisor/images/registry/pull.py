@@ -124,7 +124,7 @@ def _document(client: Client, reference: Reference, wanted: str) -> tuple[bytes,
     for other in (said if said.startswith("sha256:") else "", wanted if ":" in wanted else ""):
         if other and other != digest:
             raise ImageError(
-                f"{client.registry} gave {digest} for {other[:80]}", hint="its copy is damaged, or it is not the one you meant"
+                f"{client.registry} gave {digest} for {other[:80]!r}", hint="its copy is damaged, or it is not the one you meant"
             )
     return data, _kind(data, served, what), digest
 

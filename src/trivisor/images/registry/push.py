@@ -136,7 +136,7 @@ class Target:
             said = answer.headers.get("Docker-Content-Digest", digest)
         if said.startswith("sha256:") and said != digest:
             raise RegistryError(
-                f"{self._client.registry} made {said[:80]} of {digest}", hint="it changes what is pushed: use another registry"
+                f"{self._client.registry} made {said[:80]!r} of {digest}", hint="it changes what is pushed: use another registry"
             )
 
     def _there(self, digest: str, size: int) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import http.client
 import ipaddress
+import re
 import socket
 import ssl
 import threading
@@ -35,6 +36,8 @@ AGENT = "trivisor"
 READ = 256 << 10
 SEND = 32 << 10
 """Sent at a time, each within the connect timeout: 3 KiB a second will do."""
+UNPRINTABLE = re.compile(r"[^\x20-\x7e]+")
+"""What a registry says is printed: nothing that moves a terminal's cursor is let through."""
 _FOREIGN = (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError)
 _using = threading.local()
 
@@ -309,18 +312,18 @@ def _cut(connection: HTTPConnection) -> None:
 
 def _translated(error: Exception, url: str) -> RegistryError:
     host = urlsplit(url).netloc.rpartition("@")[2]
-    text = str(error.args[-1] if error.args else error)
+    why = UNPRINTABLE.sub(" ", str(error))[:300]  # it may quote what the other side sent
     if isinstance(error, urllib3.exceptions.NameResolutionError):
         return RegistryError(f"the host {host} is not known", hint="check the name, and the DNS of this host", transient=True)
-    if isinstance(error, urllib3.exceptions.SSLError) and ("CERTIFICATE" in text.upper() or "hostname" in text):
+    if isinstance(error, urllib3.exceptions.SSLError) and ("CERTIFICATE" in why.upper() or "hostname" in why):
         hint = "set SSL_CERT_FILE to its authority's certificate, or allow this registry to be insecure"
-        return RegistryError(f"the certificate of {host} is not trusted: {error}", hint=hint)
+        return RegistryError(f"the certificate of {host} is not trusted: {why}", hint=hint)
     if isinstance(error, urllib3.exceptions.ProxyError):
-        return RegistryError(f"the proxy on the way to {host} failed: {error}", hint="check HTTPS_PROXY and NO_PROXY", transient=True)
+        return RegistryError(f"the proxy on the way to {host} failed: {why}", hint="check HTTPS_PROXY and NO_PROXY", transient=True)
     if isinstance(error, urllib3.exceptions.ConnectTimeoutError):
         return RegistryError(f"{host} did not take a connection in time", hint="check the network, or HTTPS_PROXY", transient=True)
     if isinstance(error, urllib3.exceptions.ReadTimeoutError | TimeoutError):
         return RegistryError(f"{host} stalled: it sent nothing more", hint="try again later; what has come is kept", transient=True)
     if isinstance(error, ValueError) and not isinstance(error, urllib3.exceptions.HTTPError):
-        return RegistryError(f"{url[:200]!r} cannot be asked for: {error}", hint="is this a registry?")
-    return RegistryError(f"the connection to {host} broke: {error}", hint="try again; what has come is kept", transient=True)
+        return RegistryError(f"{url[:200]!r} cannot be asked for: {why}", hint="is this a registry?")
+    return RegistryError(f"the connection to {host} broke: {why}", hint="try again; what has come is kept", transient=True)
