@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
+from math import isfinite
 
 from trivisor.core.errors import TrivisorError
 from trivisor.core.paths import MachineDir
@@ -52,8 +53,8 @@ def _fired(folder: MachineDir) -> Iterator[tuple[float, str]]:
     for line in lines:
         if b'"WATCHDOG"' not in line:
             continue
-        with suppress(ValueError, TypeError, KeyError):
+        with suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
             said = json.loads(line)
             at = said["timestamp"]["seconds"] + said["timestamp"]["microseconds"] / 1e6
-            if said["event"] == "WATCHDOG" and _ACTION.fullmatch(said["data"]["action"]):
+            if said["event"] == "WATCHDOG" and isfinite(at) and _ACTION.fullmatch(said["data"]["action"]):
                 yield float(at), said["data"]["action"]

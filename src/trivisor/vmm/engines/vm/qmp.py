@@ -163,7 +163,7 @@ class Qmp:
                 del self._buffer[: end + 1]
                 try:
                     message = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise EngineError("QEMU answered with something that is not JSON", machine=self._machine) from error
                 if isinstance(message, dict):
                     return message
