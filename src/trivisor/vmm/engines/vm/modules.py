@@ -33,8 +33,8 @@ DEVICES = {
 OPTIONAL = frozenset({"virtio_rng", "crc32c_generic", *SHARES}.union(*DEVICES.values()))
 NO_STICK = frozenset({"hid", "usbhid", "hid_generic", "cdc_acm", "evdev"})
 """What of USB's a stick needs not: under TCG loading takes half a second."""
-PARAMETERS = {"usb_storage": "delay_use=0"}
-"""It gives a stick a second to settle, which ours do not need."""
+PARAMETERS = {"usb_storage": "delay_use=0", "usbcore": "old_scheme_first=1"}
+"""A stick is given a second to settle, and each device a second reset, which ours do not need."""
 
 
 def load_order(tree: Path, wanted: tuple[str, ...] = WANTED) -> list[tuple[str, bytes]]:
