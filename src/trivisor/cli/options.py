@@ -179,6 +179,11 @@ _SPEC_OPTIONS: tuple[Callable[[Callable[..., object]], Callable[..., object]], .
     click.option("--disk", metavar="SIZE|ram", help="The writable layer; ram: kept in memory, gone at stop.  [default: 8G]"),
     click.option("--kernel", metavar="micro|full|PATH", help="The kernel it boots.  [default: micro]"),
     click.option("--swap", metavar="SIZE", help="Of the host's swap beyond the memory; 0: none."),
+    click.option(
+        "--oom", type=click.Choice(["kill", "stop"]), help="When memory runs out: kill a program, or stop it all.  [default: kill]"
+    ),
+    click.option("--hugepages", type=click.Choice(["transparent", "reserved"]), help="Its RAM in huge pages (vm)."),
+    click.option("--dedupe", is_flag=True, default=None, help="Let the host keep pages once that other machines have, too."),
     click.option("--cpuset", metavar="LIST", help="The host's processors that it may run on, such as 0-1."),
     click.option("--pids", type=int, help="How many processes and threads there may be."),
     click.option("--io", multiple=True, metavar="LIMIT=N", help="read-bps, write-bps, read-iops or write-iops, such as write-bps=10M."),

@@ -42,6 +42,7 @@ VERBS: dict[str, Verb] = {
     "wait": _own("wait", "Wait until machines no longer run; print their exit status."),
     "images": _own("images", "List, import, bootstrap and remove images."),
     "volume": _own("volume", "List, make and remove volumes."),
+    "memory": _own("memory", "Say what machines take of the host's memory; bound it."),
     "doctor": _own("doctor", "Say what this host offers, and what is missing."),
     "completion": _own("completion", "Print the completion script of a shell."),
     "version": _own("version", "Print versions."),

@@ -24,7 +24,7 @@ import msgspec
 
 from trivisor.core.errors import HostError, InvalidSpec, OverBudget
 from trivisor.core.state import State
-from trivisor.core.units import parse_size
+from trivisor.core.units import format_size, parse_size
 from trivisor.launch.cgroups import Cgroup
 from trivisor.vmm import reconcile
 from trivisor.vmm.context import Context
@@ -202,3 +202,10 @@ def _reclaim(rows: Sequence[Row], context: Context, lacking: int) -> None:
 def _read(context: Context) -> Budget | None:
     said = context.records.setting(_SETTING)
     return msgspec.json.decode(said, type=Budget) if said is not None else None
+
+
+def words(budget: Budget | None) -> str:
+    """Return a budget as a person reads it."""
+    if budget is None:
+        return "none"
+    return format_size(budget.memory) + (f", overcommitted {budget.overcommit:g} times" if budget.overcommit > 1 else "")

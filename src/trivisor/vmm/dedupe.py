@@ -20,6 +20,7 @@ from typing import Protocol, runtime_checkable
 import msgspec
 
 from trivisor.core.errors import HostLacks, InvalidSpec
+from trivisor.core.units import format_size
 from trivisor.vmm import procs
 from trivisor.vmm.context import Context
 from trivisor.vmm.engine import Box
@@ -54,6 +55,11 @@ class Merged:
     """Of `saved`, what remains when the kernel's own notes are taken off; None before Linux 6.1."""
     scans: int
     """How often all has been looked at since the host was booted."""
+
+    def __str__(self) -> str:
+        if not self.available:
+            return "this host's kernel cannot merge them"
+        return f"{'looked for' if self.scanning else 'not looked for'}, {format_size(self.saved)} saved"
 
 
 class Dedupe:
