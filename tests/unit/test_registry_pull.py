@@ -49,7 +49,7 @@ def test_image_is_stored_whole(fake: Fake, puller: Puller) -> None:
     pulled = puller(fake.image(layers=[b"one", b"two" * 100_000]))
     assert puller.holds(pulled.manifest) and puller.holds(b"one") and puller.holds(b"two" * 100_000)
     assert pulled.media_type == model.OCI_MANIFEST and pulled.digest == digest_of(pulled.manifest)
-    assert puller.states(digest_of(b"one")) == ["downloading", "done"]
+    assert puller.states(digest_of(b"one")) == ["queued", "downloading", "done"]
     assert puller.events[-1].done == puller.events[-1].total
     assert puller.pieces() == {}
 

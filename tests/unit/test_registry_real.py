@@ -106,15 +106,15 @@ def test_we_read_what_skopeo_pushes(registry: Registry, tmp_path: Path, kind: st
 
 def test_what_is_there_is_not_sent_again(registry: Registry, puller: Puller) -> None:
     digest = made(puller, layer(twice=b"sent once"))
-    assert {event.state for event in send(puller, f"{registry.host}/twice/a:1", digest)} == {"uploading", "done"}
-    assert {event.state for event in send(puller, f"{registry.host}/twice/a:2", digest)} == {"exists"}
+    assert {event.state for event in send(puller, f"{registry.host}/twice/a:1", digest)} == {"queued", "uploading", "done"}
+    assert {event.state for event in send(puller, f"{registry.host}/twice/a:2", digest)} == {"queued", "exists"}
 
 
 def test_blobs_are_mounted_from_a_neighbour(registry: Registry, puller: Puller) -> None:
     digest = made(puller, layer(mounted=b"from there"))
     send(puller, f"{registry.host}/mount/a:1", digest)
     events = send(puller, f"{registry.host}/mount/b:1", digest, mount_from=["no/such", "mount/a"])
-    assert {event.state for event in events} == {"exists"}
+    assert {event.state for event in events} == {"queued", "exists"}
     assert len(registry.requests("POST /v2/mount/b/blobs/uploads/?mount=")) == 4
     assert not registry.requests("PUT /v2/mount/b/blobs/")
 

@@ -20,7 +20,10 @@ APART = 0.05
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a blob is. `state`: "waiting" for another pull of it, "downloading", "uploading", "done", or "exists" already."""
+    """How far a blob is. `state`: "queued", "waiting" for another pull of it, "downloading", "uploading", "done", or "exists" already.
+
+    Each blob is "queued" before anything else is done, so that a bar can be drawn for each from the start.
+    """
 
     digest: str
     done: int
@@ -46,6 +49,8 @@ def together(jobs: Sequence[tuple[str, int, Job]], width: int, report: Report, c
     count = min(width, len(jobs))
     threads = [threading.Thread(target=_work, args=(todo, events), name=f"blob-{n}", daemon=True) for n in range(count)]
     try:
+        for digest, size, _ in jobs:
+            report(Progress(digest, 0, size, "queued"))
         for thread in threads:
             thread.start()
         _hear(events, len(threads), report)
