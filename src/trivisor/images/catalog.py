@@ -11,7 +11,7 @@ from __future__ import annotations
 import builtins
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -314,10 +314,13 @@ class Images:
 
     def _clean(self, digest: str) -> None:
         """Remove what the image with this digest left nobody to need."""
-        derived = self._derived.names([digest])
+        derived: set[str] = set()
+        with suppress(StorageError):  # of a damaged one the sweep finds what is left
+            derived = self._derived.names([digest])
         self._store.collect()
-        if not self._store.exists(digest):
-            self._derived.drop(derived - self._derived.names(self._needed()))
+        if derived and not self._store.exists(digest):
+            with suppress(StorageError):
+                self._derived.drop(derived - self._derived.names(self._needed()))
 
     def _find(self, ref: str) -> Image:
         name = normalise(ref)

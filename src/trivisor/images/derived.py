@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from trivisor.core.errors import ImageError, NotFound, StorageError
+from trivisor.core.errors import ImageError, NotFound
 from trivisor.core.paths import Home
 from trivisor.images import host, older, squash
 from trivisor.images.documents import Documents, Library
@@ -101,10 +101,13 @@ class Derived:
         return LOST if any((path.parent / _LOST).exists() for path in self.lower_paths(digest)) else ""
 
     def names(self, digests: Iterable[str]) -> set[str]:
-        """Return the names of all that may be derived of these images; of one that is gone or damaged nothing is known."""
+        """Return the names of all that may be derived of these images; of one that is gone nothing is known.
+
+        Raises StorageError for one that cannot be read: what it needs must not be taken for needless.
+        """
         found = set()
         for digest in digests:
-            with contextlib.suppress(NotFound, StorageError):
+            with contextlib.suppress(NotFound):
                 documents = self._documents(digest)
                 chain = documents.chain if documents else []
                 found |= {self.key(digest), *chain, *(_MERGED + name for name in chain[-1:])}
