@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -205,6 +206,45 @@ def test_a_watchdog_ends_a_machine(wall_vmm: VMM, full: Machine) -> None:
     assert machine.state == "failed"
     assert machine.info()["reason"] == "its watchdog fired: reset"
     assert "watchdog" in {event.kind for event in wall_vmm.events() if event.machine == machine.id}
+
+
+@pytest.mark.parametrize("bus", ["nvme", "usb"])
+def test_limits_hold_at_each_bus(machine: Machine, tmp_path: Path, bus: str) -> None:
+    """As many operations as it may do in 1.5 s, and as many bytes: reading, and writing to a qcow2."""
+    path = tmp_path / "disk.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "16M"], check=True)
+    for given, command in (
+        ({"iops": 20}, "if={} of=/dev/null bs=512 count=30 iflag=direct"),
+        ({"bandwidth": "1M"}, "if=/dev/zero of={} bs=256K count=6 oflag=direct conv=fsync"),
+    ):
+        machine.devices.attach(Disk(path, bus=bus, **given), "few")  # type: ignore[arg-type]
+        begun = time.monotonic()
+        machine.exec(f"dd {command.format(machine.devices.node('few'))}", check=True)
+        assert time.monotonic() - begun > 1, given
+        machine.devices.detach("few")
+
+
+def test_what_is_kept_is_there_at_the_next_start(wall_vmm: VMM, tmp_path: Path) -> None:
+    """A card, a port and a folder of a machine that does not run are plugged when it starts, and gone when it has stopped."""
+    before = taps()
+    machine = wall_vmm.create("debian", wall="vm", ram="shared")
+    for device in (NetworkCard("blue"), SerialSocket(tmp_path / "port"), SharedFolder(tmp_path, "/mnt/kept")):
+        assert not machine.devices.attach(device).plugged
+    machine.start()
+    assert [(device.name, device.plugged) for device in machine.devices.list()] == [
+        ("network1", True),
+        ("serial1", True),
+        ("folder1", True),
+    ]
+    assert machine.exec("[ -e /mnt/kept/port ] && cat /proc/net/route | grep -c eth", check=True).text == "3\n", "it has no other network"
+    assert len(taps() - before) == 1
+    machine.stop()
+    assert taps() == before
+    assert [device.plugged for device in machine.devices.list()] == [False] * 3
+    machine.start()
+    machine.devices.detach("network1")
+    assert taps() == before
+    machine.delete(force=True)
 
 
 def device(kind: str, folder: Path) -> object:
