@@ -48,7 +48,7 @@ class Images:
     # Names
 
     def get(self, ref: str) -> Image:
-        """Return the image called `ref`; "host" is the host's own root (host.py).
+        """Return the image called `ref`, or with that digest; "host" is the host's own root (host.py).
 
         Raises NotFound, InvalidSpec, StorageError if it is damaged.
         """
@@ -323,8 +323,13 @@ class Images:
                 self._derived.drop(derived - self._derived.names(self._needed()))
 
     def _find(self, ref: str) -> Image:
-        name = normalise(ref)
         refs = self._store.refs(_PREFIX)
+        if model.is_digest(ref):
+            named = [found for found in refs if found.digest == ref]
+            if not named and not self._store.exists(ref):
+                raise NotFound(f"there is no image {ref}", hint="`trivisor images` lists those that have a name")
+            return self._image(named[0] if named else Ref(_PREFIX + ref, ref, {"created": 0.0, "source": ""}))
+        name = normalise(ref)
         for found in refs:
             if found.name == _PREFIX + name:
                 return self._image(found)

@@ -199,6 +199,11 @@ class ImageConfig(msgspec.Struct, omit_defaults=True):
         return self.run.labels or {}
 
 
+def is_digest(text: str) -> bool:
+    """Tell whether `text` names a blob."""
+    return _DIGEST.fullmatch(text) is not None
+
+
 def digest_of(data: bytes) -> str:
     """Return the digest of a document."""
     return f"sha256:{hashlib.sha256(data).hexdigest()}"

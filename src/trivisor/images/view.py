@@ -117,9 +117,11 @@ def everything(view: View, top: Node) -> Iterator[Node]:
 class FolderView:
     """A folder of the host, without what `ignored` says of its relative paths."""
 
-    def __init__(self, root: Path, ignored: Callable[[str], bool] = lambda _: False) -> None:
+    def __init__(self, root: Path, ignored: Callable[[str], bool] | None = None) -> None:
         self._root = root
-        self._ignored = ignored
+        self._ignored = ignored or (lambda _: False)
+        self.whole = ignored is None
+        """Whether all of the folder is seen."""
 
     def at(self, path: str) -> Node | None:
         if path and self._ignored(path):

@@ -61,6 +61,12 @@ def pack(context: Context, row: Row, target: Path, *, without: Sequence[str] = (
     return changes.pack(context.box(row), target, without=tuple(without), latest=latest)
 
 
+def layer(context: Context, machine: str, target: Path, *, without: Sequence[str], latest: int | None) -> PackedLayer:
+    """Write what a machine changed as a layer to the new file `target`. Raises what Machine.layer raises."""
+    with still(context, machine) as row:
+        return pack(context, row, target, without=without, latest=latest)
+
+
 @contextmanager
 def still(context: Context, machine: str) -> Iterator[Row]:
     """Hold the machine, frozen for as long as the `with` lasts if it runs. Raises InvalidState, Busy, EngineError."""

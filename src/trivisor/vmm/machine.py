@@ -7,8 +7,9 @@ Machines of one machine, in one process or in many, agree.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,6 +19,7 @@ from trivisor.core.errors import NotFound, WaitTimeout
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.state import State, check
 from trivisor.images.catalog import Image
+from trivisor.images.pack import PackedLayer
 from trivisor.vmm import commit, life, limits, logs, memory, modify, network, reconcile, watch
 from trivisor.vmm.context import Context
 from trivisor.vmm.devices import MachineDevices
@@ -170,6 +172,13 @@ class Machine:
         """
         return commit.commit(self._context, self.id, name, config=config or {}, author=author, message=message)
 
+    def layer(self, target: str | os.PathLike[str], *, without: Sequence[str] = (), latest: int | None = None) -> PackedLayer:
+        """Write what it changed of its image's root to the new file `target`, as an OCI layer (tar, gzip). It stands still for that.
+
+        `without` are paths that are left out; no file in it is newer than `latest` (seconds since the epoch). Raises what `commit` raises.
+        """
+        return commit.layer(self._context, self.id, Path(target), without=without, latest=latest)
+
     # -- what runs in it --------------------------------------------------------------------------
 
     def exec(
@@ -315,13 +324,12 @@ class Machine:
             return False
 
     def _processes(self, verb: str) -> Processes:
-        return Processes(
-            self._line_for(verb),
-            self.name,
-            self._first.spec.env,
-            self.syscalls,
-            lambda: memory.starved(self._context, self.id, lambda: self.files),
-        )
+        known: list[int] = []
+
+        def starved() -> bool:
+            return memory.starved(self._context, self.id, lambda: self.files, known[0] if known else 0)
+
+        return Processes(self._line_for(verb, known), self.name, self._first.spec.env, self.syscalls, starved)
 
     def _trace(self, *args: Any, **named: Any) -> Trace:
         return self._processes("exec").trace(*args, **named)
@@ -343,9 +351,11 @@ class Machine:
     def _port(self) -> SyscallPort:
         return self._context.engine(self.wall, self.name).syscalls(self._context.box(self._first))
 
-    def _line_for(self, verb: str) -> Callable[[], Line]:
+    def _line_for(self, verb: str, killed: list[int]) -> Callable[[], Line]:
+        """Return what checks that a verb is legal and gives the line; it puts into `killed` how many kills for memory are known by then."""
+
         def line() -> Line:
-            self._check(verb)
+            killed[:] = [self._check(verb).oom_kills]
             return self._context.lines.of(self.id, self._folder.line, self.name).get()
 
         return line

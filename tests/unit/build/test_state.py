@@ -21,7 +21,9 @@ BASE = ImageConfig(
 
 def stage(text: str, base: ImageConfig | None = None, outer: dict[str, str] | None = None, **given: str) -> tuple[RunConfig, list[Step]]:
     file = parse(text)
-    state = State.begin(file, given, outer or {}, base)
+    state = State(file, given, outer or {})
+    if base is not None:
+        state.take(base.run, base.author)
     steps = [step for found in file.instructions if (step := state.read(found)) is not None]
     return state.final(), steps
 

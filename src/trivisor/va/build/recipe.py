@@ -16,6 +16,8 @@ from trivisor.va.build.parse import Containerfile, Instruction
 from trivisor.va.build.words import WordError, expand, split, unquote
 
 SCRATCH = "scratch"
+AUTOMATIC = tuple(f"{side}{part}" for side in ("BUILD", "TARGET") for part in ("PLATFORM", "OS", "ARCH", "VARIANT"))
+"""Arguments that a FROM may use without an ARG."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def recipe(file: Containerfile, arguments: Mapping[str, str]) -> Recipe:
         raise RecipeError(file.name, wrong.line, f"{wrong.name} before the first FROM", hint="only ARG may stand there")
     if first is None:
         raise RecipeError(file.name, 1, "there is no FROM in it", hint="begin with FROM, for example `FROM debian`")
-    values: dict[str, str] = {}
+    values = {name: arguments[name] for name in AUTOMATIC if name in arguments}
     for found in before:
         for name, default in pairs(file, found, values, bare=True):
             value = arguments.get(name, default)

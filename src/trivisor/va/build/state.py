@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import msgspec
 
 from trivisor.core.errors import RecipeError
-from trivisor.images.model import Healthcheck, ImageConfig, RunConfig
+from trivisor.images.model import Healthcheck, RunConfig
 from trivisor.va.build.mounts import Mount
 from trivisor.va.build.parse import Containerfile, Heredoc, Instruction
 from trivisor.va.build.recipe import mounts, pairs
@@ -86,15 +86,11 @@ class State:
     arguments: dict[str, str] = field(default_factory=dict)
     _cmd_here: bool = False
 
-    @classmethod
-    def begin(cls, file: Containerfile, given: Mapping[str, str], outer: Mapping[str, str], base: ImageConfig | None) -> State:
-        """Begin a stage on `base`; None is scratch."""
-        state = cls(file, given, outer)
-        if base is not None:
-            state.config = msgspec.structs.replace(base.run, on_build=None)
-            state.author = base.author
-            state.env = base.env
-        return state
+    def take(self, run: RunConfig, author: str) -> None:
+        """Begin with the config of what a FROM names."""
+        self.config = msgspec.structs.replace(run, on_build=None)
+        self.author = author
+        self.env = dict(pair.split("=", 1) for pair in run.env or () if "=" in pair[1:])
 
     @property
     def workdir(self) -> str:

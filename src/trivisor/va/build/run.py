@@ -1,0 +1,153 @@
+"""RUN: a command in a machine of its own, behind the wall that was chosen, on the root as the steps before left it.
+
+The machine ends with the build, however that ends. What it is lent for the step (mounts, secrets) is not in the layer: folders are
+shared where the wall shares folders, and copied into the machine elsewhere; caches are volumes of the home.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trivisor.core.errors import BuildFailed, ExecTimeout, RecipeError
+from trivisor.core.wishes import Volume
+from trivisor.images.pack import PackedLayer
+from trivisor.va.build.mounts import Mount
+from trivisor.va.build.options import Options
+from trivisor.va.build.state import Run
+from trivisor.vmm.machine import Machine
+from trivisor.vmm.manager import VMM
+
+SCRIPT = "/.trivisor-run"
+_TAIL = 4096
+_FOLDER_WALLS = ("container", "gvisor")
+
+
+@dataclass
+class Lent:
+    """What a step's machine has beside its root."""
+
+    volumes: dict[str, Volume] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
+    files: list[tuple[str, bytes, Mount]] = field(default_factory=list)
+    trees: list[tuple[Path, str]] = field(default_factory=list)
+
+    @property
+    def without(self) -> list[str]:
+        """The paths that are not the image's."""
+        return [target for target, *_ in self.files] + [target for _, target in self.trees] + list(self.volumes)
+
+
+def run(
+    vmm: VMM, image: str, step: Run, options: Options, file: str, lend: Callable[[Mount], Path], said: Callable[[bytes], None], target: Path
+) -> PackedLayer:
+    """Carry out `step` on the image with the digest `image`, and write what it changed as a layer to the new file `target`.
+
+    `lend` says where the files of a bind mount lie; `said` gets what the command says. Raises BuildFailed, RecipeError, and what machines
+    raise.
+    """
+    with ExitStack() as stack:
+        lent = _lend(vmm, step, options, file, lend, stack)
+        network = "none" if step.network == "none" else options.network
+        wishes: dict[str, Any] = {"network": network, "memory": options.memory, "cpus": options.cpus, "volumes": lent.volumes or None}
+        if options.wall == "vm" and lent.volumes:
+            wishes["kernel"] = "full"  # the one that has 9p
+        machine = stack.enter_context(vmm.run(image, wall=options.wall, **wishes))
+        for local, remote in lent.trees:
+            machine.files.upload(local, remote)
+        for path, data, mount in lent.files:
+            machine.files.mkdir(path.rpartition("/")[0] or "/", parents=True)
+            machine.files.write(path, data, mode=mount.mode)
+        _exec(machine, step, options, file, lent, said)
+        without = [*lent.without, SCRIPT]
+        return machine.layer(target, without=without, latest=options.latest)
+
+
+def _exec(machine: Machine, step: Run, options: Options, file: str, lent: Lent, said: Callable[[bytes], None]) -> None:
+    argv = list(step.argv)
+    if step.script:
+        machine.files.write(SCRIPT, step.script.encode("utf-8", "surrogateescape"), mode=0o755)
+        argv = [SCRIPT]
+    tail = bytearray()
+
+    def hear(data: bytes) -> None:
+        tail.extend(data)
+        del tail[:-_TAIL]
+        said(data)
+
+    env = {**step.env, **lent.env}
+    try:
+        done = machine.exec(argv, env=env, cwd=step.cwd, user=step.user or "0", timeout=options.timeout, on_stdout=hear, on_stderr=hear)
+    except ExecTimeout as error:
+        raise BuildFailed(file, step.line, f"it did not end in {options.timeout:g} s", output=bytes(tail)) from error
+    if done.exit_code:
+        raise BuildFailed(file, step.line, f"ended with status {done.exit_code}", exit_code=done.exit_code, output=bytes(tail))
+
+
+def _lend(vmm: VMM, step: Run, options: Options, file: str, lend: Callable[[Mount], Path], stack: ExitStack) -> Lent:
+    lent = Lent()
+    for mount in step.mounts:
+        if mount.kind == "secret":
+            _secret(lent, mount, step, options, file)
+        elif mount.kind == "cache":
+            lent.volumes[mount.target] = Volume(_cache(vmm, mount, stack), mount.readonly)
+        elif mount.kind == "tmpfs":
+            if mount.size is not None:
+                raise RecipeError(file, step.line, "--mount=type=tmpfs: no size can be set", hint="leave out size=")
+            # Not in the home, of which nothing is shared.
+            _folder(lent, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trivisor-build-"))), mount, options)
+        else:
+            place = lend(mount)
+            if place.is_dir():
+                _folder(lent, place, mount, options)
+            else:
+                lent.files.append((mount.target, place.read_bytes(), mount))
+    return lent
+
+
+def _folder(lent: Lent, place: Path, mount: Mount, options: Options) -> None:
+    if options.wall in _FOLDER_WALLS:
+        lent.volumes[mount.target] = Volume(str(place), mount.readonly and mount.kind == "bind")
+    else:
+        lent.trees.append((place, mount.target))
+
+
+def _secret(lent: Lent, mount: Mount, step: Run, options: Options, file: str) -> None:
+    data = options.secret(mount.id)
+    if data is None:
+        if mount.required:
+            raise RecipeError(file, step.line, f"there is no secret {mount.id}", hint=f"give it with --secret id={mount.id},src=FILE")
+        return
+    if mount.env:
+        lent.env[mount.env] = data.decode("utf-8", "surrogateescape")
+    if mount.target:
+        lent.files.append((mount.target, data, mount))
+
+
+def _cache(vmm: VMM, mount: Mount, stack: ExitStack) -> str:
+    """Return the name of the cache's volume, which nobody else has at the same time if it is asked for as locked or private."""
+    name = "build-" + hashlib.sha256(mount.id.encode("utf-8", "surrogateescape")).hexdigest()[:24]
+    if mount.sharing == "shared":
+        return name
+    number = 0
+    while True:
+        tried = f"{name}-{number}" if number else name
+        with contextlib.suppress(BlockingIOError):
+            stack.enter_context(_locked(vmm.home / "tmp" / f"{tried}.lock", wait=mount.sharing == "locked"))
+            return tried
+        number += 1
+
+
+@contextlib.contextmanager
+def _locked(path: Path, *, wait: bool) -> Iterator[None]:
+    with path.open("ab") as file:
+        # A build that holds it ends, or is killed: the kernel lets go of it then.
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
