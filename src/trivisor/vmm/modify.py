@@ -190,14 +190,16 @@ def _deflated(context: Context, row: Row, files: Callable[[], Files], size: int 
     engine = context.engine(row.spec.wall, row.name)
     growth = _growth(context, row, "be reclaimed from")
     sizes = growth.sizes()
-    before = engine.usage(context.box(row)).private
+    before = engine.usage(context.box(row))
     growth.balloon(sizes.balloon, TIMEOUT)
     files().write("/proc/sys/vm/drop_caches", b"1\n")
     free = min(_free(files) or 0, sizes.base - sizes.balloon) - 2 * _MARGIN
     if free > 0:
         growth.balloon(sizes.balloon + (free if size is None else min(size, free)) // _PAGE * _PAGE, TIMEOUT)
         growth.balloon(sizes.balloon, TIMEOUT)
-    return max(0, before - engine.usage(context.box(row)).private)
+    after = engine.usage(context.box(row))
+    # RAM that a daemon maps, too, counts as shared.
+    return max(0, before.private + before.shared - after.private - after.shared)
 
 
 def has(context: Context, row: Row) -> int:

@@ -97,7 +97,7 @@ class Growth:
                 self._load("memory")
                 _plug(qmp, self._box, wanted)
             before = found.more.size if found.more else 0
-            self._note(max(wanted, before))
+            self._note(wanted, before)
             path = f"/machine/peripheral/{_MEMORY}"
             qmp.ask("qom-set", {"path": path, "property": "requested-size", "value": wanted})
             reached = _settled(lambda: _extent(qmp), lambda extent: extent.size == wanted, timeout)
@@ -167,10 +167,10 @@ class Growth:
         finally:
             line.close()
 
-    def _note(self, size: int) -> None:
+    def _note(self, size: int, before: int) -> None:
         """Write down how far beyond its start the machine's memory may reach (memory.py looks no further)."""
         try:
-            if size > reach(self._box):
+            if not before or size > reach(self._box):
                 (self._box.dir.root / "grown").write_text(f"{size}\n")
         except OSError as error:
             raise files.storage(error, "writing the machine's folder") from error
@@ -235,7 +235,8 @@ def _plug(qmp: Qmp, box: Box, wanted: int) -> None:
     """Plug a device that can hold all there is room for, at least `wanted` bytes, and holds nothing yet."""
     port, size = _port(qmp, box), room(box)
     # Daemons that share folders map all of a machine's memory.
-    kind = {"qom-type": "memory-backend-memfd", "share": True} if box.spec.volumes else {"qom-type": "memory-backend-ram"}
+    mapped = box.spec.volumes or box.spec.ram == "shared"
+    kind = {"qom-type": "memory-backend-memfd", "share": True} if mapped else {"qom-type": "memory-backend-ram"}
     while True:
         try:
             qmp.ask("object-add", {**kind, "id": f"{_MEMORY}-ram", "size": size})
