@@ -1,4 +1,4 @@
-"""Folders that a running container is given, and gives back."""
+"""Folders that a running machine is given, and gives back: behind each wall that can."""
 
 from __future__ import annotations
 
@@ -7,20 +7,38 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from machine_home import VmHome
 
 from trivisor import VMM, Machine
-from trivisor.core.errors import EngineError, InvalidSpec, UnsupportedByWall
+from trivisor.core.errors import EngineError, HostLacks, InvalidSpec, UnsupportedByWall
+from trivisor.core.spec import Wall
 from trivisor.vos.devices import SharedFolder, Watchdog
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.geteuid() != 0, reason="needs root: a mount from outside")]
+pytestmark = [pytest.mark.slow, pytest.mark.walls("vm", "container"), pytest.mark.skipif(os.geteuid() != 0, reason="needs root")]
+
+
+@pytest.fixture(scope="module")
+def open_machine(wall_home: VmHome, wall: Wall, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    """One running machine that folders can be given to."""
+    with VMM(wall_home.root) as vmm:
+        machine = vmm.run("debian", wall=wall, ram="shared" if wall == "vm" else "private")
+        try:
+            machine.devices.attach(SharedFolder(tmp_path_factory.mktemp("probe"), "/mnt/probe"), "probe")
+        except HostLacks as error:
+            machine.delete(force=True)
+            pytest.skip(f"needs what serves folders: {error}")
+        machine.devices.detach("probe")
+        yield machine
+        machine.delete(force=True)
 
 
 @pytest.fixture
-def machine(wall_vmm: VMM) -> Iterator[Machine]:
-    report = {report.wall: report for report in wall_vmm.walls()}["container"]
-    if not report.available:
-        pytest.skip(f"needs the container wall: {report.why}")
-    yield wall_vmm.run("debian", wall="container")
+def machine(open_machine: Machine) -> Iterator[Machine]:
+    yield open_machine
+    if open_machine.state != "running":
+        open_machine.start()
+    for device in open_machine.devices.list():
+        open_machine.devices.detach(device.name)
 
 
 @pytest.fixture
@@ -29,8 +47,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_it_comes_and_goes(machine: Machine, folder: Path) -> None:
-    for _ in range(20):
+def test_it_comes_and_goes(machine: Machine, wall: Wall, folder: Path) -> None:
+    for _ in range(20 if wall == "container" else 3):
         attached = machine.devices.attach(SharedFolder(folder, "/mnt/deep/shared"), "folder")
         assert (attached.kind, attached.plugged, attached.path) == ("folder", True, str(folder))
         assert machine.devices.node("folder") == "/mnt/deep/shared"
@@ -49,7 +67,7 @@ def test_its_ids_are_the_machines(machine: Machine, folder: Path) -> None:
     assert b"Permission denied" in machine.exec("cat /mnt/shared/null").stderr, "no device in it works"
 
 
-def test_it_is_kept_for_each_start(wall_vmm: VMM, machine: Machine, folder: Path) -> None:
+def test_it_is_kept_for_each_start(machine: Machine, folder: Path) -> None:
     machine.stop()
     assert not machine.devices.attach(SharedFolder(folder, "/mnt/shared"), "folder").plugged
     machine.start()
@@ -60,6 +78,7 @@ def test_it_is_kept_for_each_start(wall_vmm: VMM, machine: Machine, folder: Path
     assert machine.exec("ls /mnt/shared").text == ""
 
 
+@pytest.mark.walls("container")
 def test_no_link_of_the_container_leads_elsewhere(machine: Machine, folder: Path) -> None:
     """The mount is made by the host's root: where a link led it would be the container's choice."""
     machine.exec("ln -s /srv /mnt/link; mkdir -p /new/there /srv/there", check=True)
@@ -75,8 +94,18 @@ def test_no_link_of_the_container_leads_elsewhere(machine: Machine, folder: Path
     machine.devices.detach("folder")
 
 
-def test_what_it_cannot_be_given(machine: Machine, folder: Path) -> None:
+@pytest.mark.walls("container", "gvisor")
+def test_other_devices_are_of_virtual_machines(running: Machine, folder: Path, wall: Wall) -> None:
     with pytest.raises(UnsupportedByWall):
-        machine.devices.attach(Watchdog())
+        running.devices.attach(Watchdog())
+    if wall == "gvisor":
+        with pytest.raises(UnsupportedByWall):
+            running.devices.attach(SharedFolder(folder, "/mnt/x"))
+
+
+def test_what_cannot_be_shared(machine: Machine, folder: Path) -> None:
+    machine.devices.attach(SharedFolder(folder, "/mnt/x"), "there")
+    with pytest.raises(InvalidSpec, match="already"):
+        machine.devices.attach(SharedFolder(folder, "/mnt/x"))
     with pytest.raises(InvalidSpec, match="cannot be shared"):
-        machine.devices.attach(SharedFolder("/proc", "/mnt/x"))
+        machine.devices.attach(SharedFolder("/proc", "/mnt/y"))
