@@ -25,11 +25,12 @@ from trivisor.vos.devices import (
     Serial,
     SerialSocket,
     SharedFolder,
+    UsbStorage,
     Watchdog,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.walls("vm")]
-KINDS = ("virtio", "nvme", "usb", "random", "serial", "network", "folder", "watchdog", "block", "char", "keyboard")
+KINDS = ("virtio", "nvme", "usb", "random", "serial", "network", "folder", "watchdog", "block", "char", "keyboard", "stick")
 
 
 class Zeros(BlockDevice):
@@ -260,6 +261,7 @@ def device(kind: str, folder: Path) -> object:
         "block": lambda: Zeros(1 << 20, readonly=True),
         "char": CharDevice,
         "keyboard": Keyboard,
+        "stick": lambda: UsbStorage(Zeros(1 << 20, readonly=True)),
     }
     return made[kind]() if kind in made else Disk(disk, bus=kind)  # type: ignore[arg-type]
 
@@ -279,7 +281,7 @@ def again(machine: Machine, folder: Path, kind: str, times: int) -> None:
         assert kind in ("random", "folder", "serial") or not machine.files.exists(str(node))
         assert machine.devices.list() == []
     assert taps() == links
-    if kind not in ("usb", "keyboard"):  # their controller stays
+    if kind not in ("usb", "keyboard", "stick"):  # their controller stays
         assert machine.exec("lspci 2>/dev/null | wc -l; ls /sys/bus/pci/devices | wc -l").text == modules
 
 
