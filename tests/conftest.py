@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from images_for_tests import mini_image
 from machine_home import VmHome
 from missing import lacks
 
-from trivisor import VMM
+from trivisor import VMM, HostLacks
 from trivisor.core.paths import Home
+from trivisor.vmm.engines.vm import kit
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,7 +30,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def image_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the workers share, for what one of them makes for all (`workers.once`)."""
+    return workers.shared(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def image_home(shared_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The home that set-up made (scripts/setup.sh): it holds the image "debian", and keeps kit and ice between runs.
 
     Tests that use it delete the machines they make. Of several workers each has a copy of it, with ice for the image.
@@ -40,7 +48,7 @@ def image_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield home
         return
     base = tmp_path_factory.mktemp("image")
-    with workers.once(base.parents[1], "ice") as first:
+    with workers.once(shared_folder, "ice") as first:
         if first:
             make_ice(home)
         copy = VmHome(base / "home", home)
@@ -59,9 +67,12 @@ def iced_home(image_home: Path) -> Path:
 
 
 def make_ice(home: Path) -> None:
+    """Make ice for the image, and the kit of the full kernel, which has to be fetched: the tests that need it say so if it is not there."""
     with VMM(home) as vmm:
         if not next(report for report in vmm.walls() if report.wall == "vm").available:
             return
+        with suppress(HostLacks):
+            kit.get(Home(home), "full", lambda _: None)
         for _ in range(2):  # an image's own ice is made at its second start
             with vmm.run("debian", wall="vm", disk="8G"):
                 pass

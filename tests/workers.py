@@ -23,6 +23,8 @@ COUNT = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 NUMBER = int(WORKER.removeprefix("gw") or 0)
 """The number of this one, for what two of them may not have alike: an account's id, a fixed port."""
+_WITH = {"tests/walls/test_vm_usb_made.py": "tests/walls/test_vm_usb.py"}
+"""Files that are tested with others, whose ice they can have."""
 _WALL = re.compile(r"\[(vm|gvisor|container)[-\]]")
 
 
@@ -35,7 +37,7 @@ class Session:
 
     def pytest_sessionstart(self, session: pytest.Session) -> None:
         base = session.config._tmp_path_factory.getbasetemp()
-        self._shared = base.parent if WORKER else base
+        self._shared = shared(base)
         self._before = Leftovers(base)
 
     @pytest.hookimpl(wrapper=True)
@@ -74,11 +76,16 @@ class Session:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+def shared(base: Path) -> Path:
+    """The folder of the whole session, by that of this process."""
+    return base.parent if WORKER else base
+
+
 @contextmanager
-def once(base: Path, what: str) -> Iterator[bool]:
-    """Whether this worker is the first to do `what`; the others wait for it. `base` is the session's folder."""
-    done = base / f"{what}-done"
-    with locked(base / what):
+def once(folder: Path, what: str) -> Iterator[bool]:
+    """Whether this worker is the first to do `what`; the others wait for it. `folder` is the one they share."""
+    done = folder / f"{what}-done"
+    with locked(folder / f"{what}-lock"):
         yield not done.exists()
         done.touch()
 
@@ -98,4 +105,5 @@ def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
 def scope(nodeid: str) -> str:
     """What is not divided between workers: a file's tests behind one wall."""
     found = _WALL.search(nodeid)
-    return nodeid.partition("::")[0] + (f" {found[1]}" if found else "")
+    file = nodeid.partition("::")[0]
+    return _WITH.get(file, file) + (f" {found[1]}" if found else "")

@@ -60,7 +60,10 @@ def keeper(machine: Machine) -> int:
 @pytest.mark.usefixtures("patience")
 @pytest.mark.parametrize(
     ("mode", "size"),
-    [("random", 200_000), ("random", 0), ("frames", 20_000), ("frames", 0), ("header", 12), ("header", 0), ("steal", 0)],
+    [
+        *[("random", 0), ("frames", 20_000), ("header", 12), ("steal", 0)],
+        *[pytest.param(*case, marks=pytest.mark.soak) for case in (("random", 200_000), ("frames", 0), ("header", 0))],
+    ],
 )
 def test_the_line_is_written_to_by_another(make: Make, writer: Path, mode: str, size: int) -> None:
     machine = make()
@@ -69,7 +72,7 @@ def test_the_line_is_written_to_by_another(make: Make, writer: Path, mode: str, 
     machine.exec("echo kept >/root/file; sync", check=True)
     with contextlib.suppress(*REFUSALS):  # it may be quicker than the answer that it has begun
         machine.spawn(["/root/writer", str(size), mode], detach=True)
-    outcomes = [attempt(machine) for _ in range(6)]
+    outcomes = [attempt(machine) for _ in range(6 if size else 3)]  # what never ends may be left earlier
     if size == 0 and mode != "steal":
         assert "works" not in outcomes[1:], outcomes
     elif size > 12:

@@ -16,7 +16,7 @@ from trivisor.core.spec import Wall
 BOUND = 60.0
 SECRET = "the host's secret"
 READ = """\
-for _ in range(3000):
+for _ in range(1000):
     try:
         text = open("/data/link/file").read()
     except OSError:
@@ -105,7 +105,7 @@ def test_a_race_of_links_in_a_volume(make: Make, secret: Path, tmp_path: Path) -
     try:
         result = machine.exec(["python3", "-c", READ], timeout=BOUND)
         assert result.ok, result.stderr
-        for _ in range(100):
+        for _ in range(40):
             with suppress(FileError):
                 assert machine.files.read("/data/link/file") == b"shared\n"
             with suppress(FileError):
@@ -116,24 +116,25 @@ def test_a_race_of_links_in_a_volume(make: Make, secret: Path, tmp_path: Path) -
     unharmed(secret)
 
 
-def test_a_volume_within_a_hostile_volume(make: Make, secret: Path, tmp_path: Path) -> None:
+def test_a_volume_within_a_hostile_volume(make: Make, wall: Wall, secret: Path, tmp_path: Path) -> None:
     """What a machine left in one volume does not decide where on the host the next is mounted."""
     shared, inner = tmp_path / "shared", tmp_path / "inner"
     for folder in (shared, inner):
         folder.mkdir()
     (inner / "mark").write_text("inner")
-    for target in (str(secret), "../secret", "/etc", "../../../../../../../../../../etc"):
+    targets = (str(secret), "../secret", "/etc", "../../../../../../../../../../etc")
+    for target in targets[:2] if wall == "vm" else targets:  # where the launcher mounts it is the same for all
         link = shared / "in"
         if link.is_dir() and not link.is_symlink():
             link.rmdir()  # where the link led nowhere in the machine, a folder to mount on has taken its place
         link.unlink(missing_ok=True)
         link.symlink_to(target)
-        before = sorted(os.listdir("/etc"))
+        before = Path("/etc/new").exists()
         with suppress(HostError, GuestError):  # refused, or mounted within the machine
             machine = make(volumes={"/data": shared, "/data/in": inner})
             machine.exec("echo x >/data/in/new", timeout=BOUND)
             machine.delete(force=True)
-        assert sorted(os.listdir("/etc")) == before
+        assert Path("/etc/new").exists() == before
         assert not any(f" {path} " in line for line in Path("/proc/self/mountinfo").read_text().splitlines() for path in (secret, "/etc"))
         unharmed(secret)
 
@@ -161,7 +162,7 @@ def test_an_image_whose_folders_are_links(wall_vmm: VMM, wall: Wall, secret: Pat
 def test_the_hosts_root_is_an_allow_list(wall_vmm: VMM, wall: Wall, tmp_path: Path) -> None:
     """image="host": programs and libraries, and nothing of who uses the host."""
     (tmp_path / "key").write_text(SECRET)
-    home = Path.home() / ".trivisor-test-secret"
+    home = Path.home() / f".trivisor-test-secret-{os.getpid()}"
     home.write_text(SECRET)
     try:
         machine = wall_vmm.create("host", wall=wall)

@@ -25,6 +25,7 @@ from trivisor.core.wishes import IoLimits
 from trivisor.launch import cgroup_freeze, cgroup_layout, cgroups
 from trivisor.launch.cgroup_layout import Layout
 from trivisor.launch.cgroup_limits import DEFAULT_PIDS, Limits, device, settings
+from trivisor.launch.cgroup_place import poll_until
 from trivisor.launch.cgroups import Cgroup
 from trivisor.vos.syscalls.direct import DirectListener
 from trivisor.vos.syscalls.listener import CONTINUE, Notification
@@ -310,11 +311,13 @@ def test_frozen_while_a_call_is_held(home: Home, layout: Layout, call: str) -> N
         (place.path / "cgroup.procs").write_text(str(child.pid))
         notification = _held(child.listener)
         group.freeze(2)
-        assert group.frozen and cgroup_freeze.still(place)
+        # Told to freeze, a task that waits looks about for an instant and waits on.
+        assert group.frozen and poll_until(lambda: cgroup_freeze.still(place), 2)
         child.listener.answer(notification, 0, 0, CONTINUE)
         with pytest.raises(TimeoutError):
             child.result(0.5)  # nothing of the program runs before the thaw
-        assert group.frozen and cgroup_freeze.still(place)
+        # Told to freeze, a task that waits looks about for an instant and waits on.
+        assert group.frozen and poll_until(lambda: cgroup_freeze.still(place), 2)
         group.thaw()
         assert not group.frozen
         assert child.result() == str(child.pid)

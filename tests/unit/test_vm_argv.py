@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -115,21 +116,19 @@ def test_this_qemu_accepts_it(tmp_path: Path, binary: str, network: bool) -> Non
     os.truncate(ram, 256 * MIB)
     shape = Shape("tcg", 2, 256 * MIB, upper=True, network=network, spare_cpus=2, room=1 << 30)
     words = argv.command(found.path, shape, "ice" if found.rom_option else "copy", boot=False, blank=True, places=Places(ram=str(ram)))
-    pairs = [socket.socketpair() for _ in range(4)]
-    inherited = {argv.LINE: pairs[0][1], argv.SERIAL: pairs[1][1], argv.NET: pairs[3][1]}
+    numbers = (argv.QMP, argv.LINE, argv.SERIAL, argv.NET, argv.EVENTS)
+    pairs = [socket.socketpair() for _ in numbers]
+    given = {str(number): str(pair[1].fileno()) for number, pair in zip(numbers, pairs, strict=True)}
     # QMP over a connected socket here: what is listened on is the runner's affair.
-    words = [word.replace(f"fd={argv.QMP},server=on,wait=off", f"fd={pairs[2][1].fileno()}") for word in words]
-    for number, sock in inherited.items():
-        words = [
-            word.replace(f"fd={number}", f"fd={sock.fileno()}").replace(f"addr.str={number}", f"addr.str={sock.fileno()}") for word in words
-        ]
+    words = [word.replace(f"fd={argv.QMP},server=on,wait=off", f"fd={argv.QMP}") for word in words]
+    words = [re.sub(r"(\bfd=|addr\.str=)(\d+)\b", lambda found: found[1] + given.get(found[2], found[2]), word) for word in words]
     process = subprocess.Popen(words, pass_fds=[pair[1].fileno() for pair in pairs], stderr=subprocess.PIPE)
     try:
-        pairs[2][0].settimeout(10)
-        pairs[2][0].sendall(b'{"execute": "qmp_capabilities"}\n{"execute": "query-status"}\n{"execute": "quit"}\n')
+        pairs[0][0].settimeout(10)
+        pairs[0][0].sendall(b'{"execute": "qmp_capabilities"}\n{"execute": "query-status"}\n{"execute": "quit"}\n')
         _, errors = process.communicate(timeout=20)
         assert process.returncode == 0, errors.decode()
-        assert b"inmigrate" in pairs[2][0].recv(65536)
+        assert b"inmigrate" in pairs[0][0].recv(65536)
     finally:
         process.kill()
         process.wait()

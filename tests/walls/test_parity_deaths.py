@@ -285,7 +285,8 @@ def test_an_engine_that_hangs(make: Make) -> None:
 
 @pytest.mark.walls("container")
 @pytest.mark.usefixtures("impatient")
-def test_a_keeper_that_hangs(make: Make) -> None:
+def test_a_keeper_that_hangs(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trivisor.vmm.life._KEEPER_LATE", 1.0)
     machine = make()
     os.kill(keeper(machine), signal.SIGSTOP)
     with pytest.raises((ExecTimeout, GuestGone)):

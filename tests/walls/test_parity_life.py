@@ -11,6 +11,7 @@ import pytest
 from wall_fixtures import Make
 
 from trivisor import VMM, EngineError, InvalidSpec, InvalidState, Machine, State, WaitTimeout
+from trivisor.launch import keeper
 
 BOUND = 60.0
 COUNT = "i=0; while :; do i=$((i + 1)); echo $i; done"
@@ -170,9 +171,10 @@ def test_ttl(make: Make) -> None:
     assert machine.exec(["true"]).ok
 
 
-@pytest.mark.walls("container")  # the keeper's own clock, and its ten seconds of grace
-def test_ttl_of_a_paused_machine(make: Make) -> None:
+@pytest.mark.walls("container")  # the keeper's own clock
+def test_ttl_of_a_paused_machine(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A frozen guest cannot power itself off: it is switched off when its grace is over, not before its time and not never."""
+    monkeypatch.setitem(keeper.spawn.__kwdefaults__, "grace", 1.5)
     machine = make(ttl=1)
     machine.pause()
     machine.wait(BOUND)

@@ -19,32 +19,50 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount 
 SIZE = 800 << 20
 
 
-@pytest.fixture
-def small(tmp_path: Path, iced_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A home on a file system of its own (ext4 as most are, not a tmpfs), with kit, image and ice."""
-    mount, device = tmp_path / "small", tmp_path / "device"
-    mount.mkdir()
-    with device.open("wb") as stream:
-        stream.truncate(SIZE)
-    subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", device], check=True, env={"PATH": "/usr/sbin:/sbin:/usr/bin:/bin"})
+@contextlib.contextmanager
+def mounted(device: Path, mount: Path) -> Iterator[Path]:
+    """The home on the file system in the file `device`."""
+    mount.mkdir(exist_ok=True)
     done = subprocess.run(["mount", "-o", "loop", device, mount], capture_output=True, check=False)
     if done.returncode:
         pytest.skip("needs the right to mount a file")
     try:
-        home = mount / "home"
+        yield mount / "home"
+    finally:
+        subprocess.run(["umount", "-l", mount], check=True)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory, iced_home: Path) -> Iterator[Path]:
+    """A file system (ext4 as most are, not a tmpfs) with a home that has kit, image and blank ice, in a file."""
+    folder = tmp_path_factory.mktemp("full")
+    device = folder / "device"
+    with device.open("wb") as stream:
+        stream.truncate(SIZE)
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", device], check=True, env={"PATH": "/usr/sbin:/sbin:/usr/bin:/bin"})
+    with mounted(device, folder / "small") as home:
         shutil.copytree(iced_home, home, ignore=shutil.ignore_patterns("ice", "ran-*", "path-*", "full-*", "trees"), symlinks=True)
         (home / "ice").mkdir()
         with VMM(home) as vmm, vmm.run("debian", wall="vm", disk="1G"):
             pass
+        subprocess.run(["sync", "--file-system", home], check=True)
+    yield device
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def small(tmp_path: Path, template: Path) -> Iterator[Path]:
+    """A home on a file system of its own, at the one place where the ice finds its kit."""
+    device = tmp_path / "device"
+    subprocess.run(["cp", "--sparse=always", template, device], check=True)
+    with mounted(device, template.with_name("small")) as home:
         yield home
-        (mount / "filler").unlink(missing_ok=True)
+        (home.parent / "filler").unlink(missing_ok=True)
         with VMM(home) as vmm:
             for machine in vmm.list():
                 machine.delete(force=True)
         assert_nothing_left(home, set())
-    finally:
-        subprocess.run(["umount", "-l", mount], check=True)
-        device.unlink()
+    device.unlink()
 
 
 def fill(home: Path, leave: int = 0) -> Path:

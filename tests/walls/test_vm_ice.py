@@ -19,7 +19,7 @@ from wall_fixtures import Make
 
 from trivisor import VMM, HostLacks, Machine
 from trivisor.launch import tvinit
-from trivisor.vmm.engines.vm import ice, kit, qemu
+from trivisor.vmm.engines.vm import ice, qemu
 
 BOUND = 60.0
 
@@ -128,10 +128,10 @@ def overwritten(path: Path) -> None:
         ("image", "ram", truncated),
         ("image", "state", overwritten),
         ("image", "disk.qcow2", overwritten),
-        ("image", "disk.qcow2", Path.unlink),
+        pytest.param("image", "disk.qcow2", Path.unlink, marks=pytest.mark.soak),
         ("image", "ice.json", Path.unlink),
         ("blank", "ram", Path.unlink),
-        ("blank", "ice.json", truncated),
+        pytest.param("blank", "ice.json", truncated, marks=pytest.mark.soak),
     ],
 )
 def test_damaged_ice_is_made_again(iced: VmHome, kind: str, name: str, harm: Callable[[Path], None]) -> None:
@@ -205,20 +205,22 @@ def test_another_qemu_has_ice_of_its_own(iced: VmHome, monkeypatch: pytest.Monke
     assert set(before.values()) < {folder for folder in (iced.root / "ice").iterdir() if folder.is_dir()}
 
 
-def test_no_ice_wanted(bare_home: VmHome, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_ice_wanted(iced: VmHome, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is used, and none is made."""
+    before = ices(iced.root)
     monkeypatch.setenv("TRIVISOR_ICE", "off")
-    with VMM(bare_home.root) as vmm:
+    with VMM(iced.root) as vmm:
         machine = vmm.create("debian", wall="vm")
         machine.start()
         assert way(machine) == "booted"
         machine.exec("echo kept >/root/file", check=True)
         machine.stop()
         monkeypatch.delenv("TRIVISOR_ICE")
-        assert not any((bare_home.root / "ice").iterdir())
-    with VMM(bare_home.root) as vmm:
+        assert ices(iced.root) == before
+    with VMM(iced.root) as vmm:
         machine = vmm.get(machine.id)
         machine.start()
-        assert way(machine) == "from blank ice"
+        assert way(machine) == "from blank ice", "an image's ice has a disk of its own"
         assert machine.files.read_text("/root/file") == "kept\n"
 
 
@@ -249,17 +251,3 @@ def test_a_kernel_of_ones_own(wall_home: VmHome, make: Make, tmp_path: Path) -> 
     machine = make(kernel=tmp_path / "boot/vmlinuz", disk="ram")
     assert machine.exec(["uname", "-r"]).text.strip() == facts["release"] == machine.info()["facts"]["kernel"]
     assert machine.spec.kernel == str(tmp_path / "boot/vmlinuz")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_full_kernel(image_home: Path) -> None:
-    """Debian's generic kernel. Its kit stays in the home that set-up made, since it has to be fetched."""
-    with VMM(image_home) as vmm:
-        try:
-            kit.get(vmm._context.home, "full", lambda _: None)
-        except HostLacks as error:
-            pytest.skip(f"needs the network once: {error}")
-        with vmm.run("debian", wall="vm", kernel="full", disk="ram") as machine:
-            assert not machine.exec(["uname", "-r"]).text.strip().endswith("cloud-amd64")
-            assert machine.exec(["echo", "here"]).text == "here\n"

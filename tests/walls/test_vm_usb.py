@@ -39,6 +39,10 @@ def full(wall_home: VmHome, wall: Wall) -> Iterator[Machine]:
         machine.delete(force=True)
 
 
+def test_the_kernel_is_the_generic_one(full: Machine) -> None:
+    assert not full.exec(["uname", "-r"]).text.strip().endswith("cloud-amd64")
+
+
 @pytest.fixture(scope="module")
 def redirecting(full: Machine) -> Machine:
     """The same, where QEMU can redirect USB."""

@@ -30,6 +30,8 @@ from trivisor.vmm.engine import Progress
 from trivisor.vmm.records import Row
 
 _FORCE_WAIT = 15.0
+_KEEPER_LATE = 10.0
+"""Seconds that a keeper has to end after the grace of its guest."""
 _IDLE: dict[str, Any] = {"operation": "", "operator": None}
 
 
@@ -116,7 +118,7 @@ def stop(context: Context, machine: str, timeout: float) -> Row:
                 context.engine(row.spec.wall, row.name).resume(context.box(row))
             except HostError:
                 grace = 0
-        keeper.stop(context.folder(row), grace=grace, reason="stop", timeout=grace + 10)
+        keeper.stop(context.folder(row), grace=grace, reason="stop", timeout=grace + _KEEPER_LATE)
         return reconcile.ended(context, row) or row
 
 
