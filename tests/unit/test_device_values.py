@@ -62,10 +62,16 @@ def test_a_socket_whose_listener_is_gone_is_replaced(tmp_path: Path) -> None:
             caller.connect(f"/proc/self/fd/{at}/port")
         os.close(at)
     endpoint.remove(path)
+    with endpoint.listen(path):
+        endpoint.forget(path)
+        assert Path(path).is_socket(), "somebody listens"
+    endpoint.forget(path)
+    assert not Path(path).exists()
     Path(path).write_text("a file")
     with pytest.raises(AlreadyExists):
         endpoint.listen(path)
     endpoint.remove(path)
+    endpoint.forget(path)
     assert Path(path).read_text() == "a file", "what is no socket is left alone"
     with pytest.raises(StorageError):
         endpoint.listen(str(tmp_path / "none" / "port"))

@@ -78,6 +78,18 @@ def test_it_is_kept_for_each_start(machine: Machine, folder: Path) -> None:
     assert machine.exec("ls /mnt/shared").text == ""
 
 
+def test_one_whose_attach_was_cut_short(machine: Machine, wall_home: VmHome, folder: Path) -> None:
+    """Written down, and not plugged: a detach forgets it, a start plugs it."""
+    written = wall_home.root / "machines" / machine.id / "devices.json"
+    machine.devices.attach(SharedFolder(folder, "/mnt/shared"), "folder")
+    known = written.read_bytes()
+    machine.devices.detach("folder")
+    written.write_bytes(known)
+    assert [device.plugged for device in machine.devices.list()] == [False]
+    machine.devices.detach("folder")
+    assert machine.devices.list() == []
+
+
 @pytest.mark.walls("container")
 def test_no_link_of_the_container_leads_elsewhere(machine: Machine, folder: Path) -> None:
     """The mount is made by the host's root: where a link led it would be the container's choice."""

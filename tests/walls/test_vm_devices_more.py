@@ -241,6 +241,7 @@ def test_what_is_kept_is_there_at_the_next_start(wall_vmm: VMM, tmp_path: Path) 
     assert len(taps() - before) == 1
     machine.stop()
     assert taps() == before
+    assert not (tmp_path / "port").exists()
     assert [device.plugged for device in machine.devices.list()] == [False] * 3
     machine.start()
     machine.devices.detach("network1")

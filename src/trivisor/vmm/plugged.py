@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from trivisor.core.devices import KINDS, Device, Served, check_name, kind_of
+from trivisor.core.devices import KINDS, Device, Served, check_name, kind_of, path_of
 from trivisor.core.errors import InvalidSpec, StorageError
 from trivisor.core.process import Who
 
@@ -96,6 +96,13 @@ def cards(folder: Path) -> list[Entry]:
     """Return the network cards that a machine is given, now or at its next start."""
     with suppress(StorageError):
         return [found for found in read(folder).values() if found.network is not None]
+    return []
+
+
+def sockets(folder: Path) -> list[str]:
+    """Return where a machine's serial ports are met on the host."""
+    with suppress(StorageError):
+        return [path_of(found.device) for found in read(folder).values() if found.serial is not None]
     return []
 
 

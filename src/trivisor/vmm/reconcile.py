@@ -31,6 +31,7 @@ from trivisor.launch.net import networks
 from trivisor.vmm import fired, limits, locks, plugged
 from trivisor.vmm.context import Context, pin_owner
 from trivisor.vmm.records import Row
+from trivisor.vos.devices import endpoint
 
 _BY_HAND = "remove it by hand, then delete again"
 LIVE = (State.RUNNING, State.PAUSED)
@@ -116,7 +117,9 @@ def _put_right(context: Context, row: Row, event: tuple[str, str], **changes: An
 
 
 def _leave(context: Context, row: Row) -> None:
-    """Have nobody look for a machine on its networks."""
+    """Have nobody look for a machine any more, on its networks or at its serial ports."""
+    for path in plugged.sockets(context.folder(row).root):
+        endpoint.forget(path)
     for network in {row.spec.network, *(link.network for link in plugged.links(context.folder(row).root))}:
         networks.leave(context.home, network, row.name)
 

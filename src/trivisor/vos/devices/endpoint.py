@@ -38,6 +38,17 @@ def listen(path: str) -> socket.socket:
     return made
 
 
+def forget(path: str) -> None:
+    """Remove a socket's name if nobody listens there any more."""
+    folder, name = os.path.split(path)
+    with suppress(OSError):
+        at = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _clear(path, f"/proc/self/fd/{at}/{name}")
+        finally:
+            os.close(at)
+
+
 def remove(path: str) -> None:
     """Remove a socket's name, if it is one."""
     with suppress(OSError):

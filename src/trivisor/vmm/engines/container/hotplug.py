@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from trivisor.core.devices import Device, SharedFolder
@@ -37,7 +38,7 @@ class Hotplug:
     def plugged(self) -> set[str]:
         """Return the names of the devices that it has. Raises GuestError, GuestGone."""
         folders = self._folders()
-        mounts = self._mounts() if folders else set()
+        mounts = self._mounts() if folders else {}
         return self._chars.plugged() | {name for name, folder in folders.items() if folder.target in mounts}
 
     def place(self, name: str) -> str:
@@ -63,21 +64,30 @@ class Hotplug:
         folder = self._folders().get(name)
         if folder is None:
             self._chars.unplug(name)
-        else:
+        elif folder.target in (there := self._mounts()) or _moved(there, str(folder.path)):
             bring.take(self._pid(), folder.target)
 
     def _folders(self) -> dict[str, SharedFolder]:
         known = plugged.read(self._box.dir.root)
         return {name: device for name, entry in known.items() if isinstance(device := entry.device, SharedFolder)}
 
-    def _mounts(self) -> set[str]:
-        """Return where something is mounted in it (proc(5), mountinfo)."""
+    def _mounts(self) -> dict[str, str]:
+        """Return where something is mounted in it, and what of its file system (proc(5), mountinfo)."""
         try:
             text = Path(f"/proc/{self._pid()}/mountinfo").read_text()
         except OSError as error:
             raise GuestError("its mounts cannot be read", machine=self._box.spec.name) from error
-        return {re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), line.split()[4]) for line in text.splitlines()}
+        return {_plain(line.split()[4]): _plain(line.split()[3]) for line in text.splitlines()}
 
     def _pid(self) -> int:
         with memory.hold(self._box, False) as still:
             return still.pid
+
+
+def _plain(word: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), word)
+
+
+def _moved(mounts: Mapping[str, str], source: str) -> bool:
+    """Whether what is mounted may be `source`, of which a mount says where it is within its file system."""
+    return any(root != "/" and source.endswith(root) for root in mounts.values())
