@@ -119,14 +119,14 @@ def test_templates_made_at_once(home: Home) -> None:
     assert list(home.tmp.iterdir()) == []
 
 
-def make_ice(home: Home, name: str, needs: dict[str, str] | None = None) -> Path:
+def make_ice(home: Home, name: str, needs: dict[str, str] | None = None, form: int = 2) -> Path:
     folder = home.ice / name
     folder.mkdir()
     (folder / "ram").write_bytes(bytes(4096))
     (folder / "state").write_bytes(b"state")
     digest = hashlib.sha256(b"state").hexdigest()
     facts = {
-        "format": 1,
+        "format": form,
         "key": name,
         "argv": [],
         "needs": needs or {},
@@ -153,13 +153,13 @@ def test_sweep_takes_what_is_of_no_use(home: Home, tmp_path: Path) -> None:
     program = tmp_path / "qemu"
     program.write_text("1")
     needs = {str(program): ice.identity(program)}
-    for name in "abcd":
-        make_ice(home, name * 32, needs)
+    for name in "abcde":
+        make_ice(home, name * 32, needs, form=1 if name == "e" else 2)
     (home.ice / ("b" * 32) / "ice.json").write_text("{")
     os.utime(home.ice / ("c" * 32), (0, 0))
     said = ice.sweep(home)
     assert [path.name for path in sorted(home.ice.iterdir()) if path.is_dir()] == ["a" * 32, "d" * 32]
-    assert len(said) == 2
+    assert len(said) == 3 and said[-1].endswith("this version cannot use it")
     with ice.using(home, "a" * 32, lambda _: None) as held:
         assert held is not None
         program.write_text("another")

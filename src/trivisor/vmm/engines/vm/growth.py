@@ -106,6 +106,7 @@ class Growth:
             if wanted > before:
                 # What it did not take it shall not take later, unseen.
                 qmp.ask("qom-set", {"path": path, "property": "requested-size", "value": before})
+                _settled(lambda: _extent(qmp), lambda extent: extent.size == before, timeout)
                 raise self._failed(f"the guest took {reached.size - before} of {wanted - before} bytes of memory in {timeout:g} s")
         has = found.base + reached.size
         raise GuestShort(
@@ -148,9 +149,15 @@ class Growth:
                     "device_add", {"driver": "virtio-balloon-pci", "id": _BALLOON, "bus": _port(qmp, self._box), "deflate-on-oom": True}
                 )
             qmp.ask("balloon", {"value": base - size})
-            reached = _settled(lambda: base - int(qmp.ask("query-balloon")["actual"]), lambda has: has == size, timeout)
+
+            def taken() -> int:
+                return base - int(qmp.ask("query-balloon")["actual"])
+
+            reached = _settled(taken, lambda has: has == size, timeout)
             if reached != size:
+                # It stays as it is; a guest that was still at it comes back to that.
                 qmp.ask("balloon", {"value": base - reached})
+                reached = _settled(taken, lambda has: has == reached, timeout)
             return reached
 
     def _load(self, kind: str) -> None:
