@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import threading
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from trivisor.core.errors import InvalidSpec, InvalidState
 from trivisor.vos.devices import Endpoint, Interface, Keyboard, Mouse, Setup, Stall, Tablet, UsbDevice
 from trivisor.vos.devices import usbredir as wire
 from trivisor.vos.devices.serving import ProtocolError
+from trivisor.vos.devices.usb import MAX_READS
 from trivisor.vos.devices.usbredir import Session, Status, Type
 
 
@@ -72,6 +74,33 @@ def test_what_functions_answer() -> None:
         assert engine.control(0xC0, 2)[0] == Status.IO_ERROR
         assert engine.control(0xC0, 4)[0] == Status.IO_ERROR
         assert [type(fault) for fault in device.faults] == [TypeError, KeyError]
+
+
+def test_a_flood_of_reads_is_refused() -> None:
+    """What waits for data is bounded, and served once there is some."""
+    device = Thing()
+    with attached(device) as engine:
+        for number in range(300):
+            engine.socket.sendall(bulk(0x81, 8, number=number))
+        refused = [engine.packet() for _ in range(300 - MAX_READS)]
+        assert {(number >= MAX_READS, body[1]) for _, number, body in refused} == {(True, Status.IO_ERROR)}
+        device.send(0x81, b"first")
+        _, number, body = engine.packet()
+        assert (number, body[1], body[10:]) == (0, Status.SUCCESS, b"first")
+
+
+def test_a_halted_endpoint() -> None:
+    device = Thing()
+    with attached(device) as engine:
+        engine.socket.sendall(bulk(0x81, 8))
+        while not device._line._waiting:  # type: ignore[union-attr]
+            time.sleep(0.001)  # nobody tells of what has come
+        device.halt(0x81)
+        assert engine.packet()[2][1] == Status.STALL, "what waited is refused"
+        assert engine.bulk(0x81, 8)[0] == Status.STALL
+        assert engine.bulk(2, 2, b"ok") == (0, b""), "others go on"
+        engine.clear_halt(0x81)
+        assert engine.bulk(0x81, 8) == (0, b"ok")
 
 
 def test_a_function_that_hangs() -> None:
