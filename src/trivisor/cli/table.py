@@ -40,6 +40,7 @@ VERBS: dict[str, Verb] = {
     "forward": _own("forward", "Forward a port of this host to a port in a machine."),
     "modify": _own("modify", "Change a machine's memory and processors, while it runs where that can be."),
     "wait": _own("wait", "Wait until machines no longer run; print their exit status."),
+    "build": _own("build", "Build an image from a Containerfile."),
     "images": _own("images", "List, import, bootstrap and remove images."),
     "volume": _own("volume", "List, make and remove volumes."),
     "memory": _own("memory", "Say what machines take of the host's memory; bound it."),

@@ -10,7 +10,7 @@ from threading import Lock
 
 import msgspec
 
-from trivisor.core.errors import InvalidSpec, NotFound, RecipeError
+from trivisor.core.errors import InvalidSpec, NotFound, RecipeError, RegistryError
 from trivisor.images import compose
 from trivisor.images.catalog import Image
 from trivisor.images.model import Platform
@@ -36,7 +36,7 @@ def build(
     """Build the image that the Containerfile in the folder `context`, or `file`, describes; it is called by each of `tags` then.
 
     Without a tag it stays for as long as it is in the store (`Images.collect`). Raises RecipeError and BuildFailed, which name the line;
-    NotFound, RegistryError, ImageError (bases); InvalidSpec, StorageError, and what machines raise.
+    ImageError (bases); InvalidSpec, StorageError, and what machines raise.
     """
     chosen = options or Options()
     for tag in tags:
@@ -121,8 +121,9 @@ class _Bases:
             pass
         try:
             return images.pull(name, platform=platform, **self._options.access)
-        except NotFound as error:
-            raise RecipeError(self._file.name, stage.line, f"there is neither a stage nor an image {name[:60]}: {error}") from error
+        except (NotFound, RegistryError) as error:
+            message = f"there is neither a stage nor an image {name[:60]} here, and its registry has none: {error}"
+            raise RecipeError(self._file.name, stage.line, message, hint=error.hint) from error
 
 
 def _read(folder: Path, file: Path | str | None) -> tuple[Path, str]:
