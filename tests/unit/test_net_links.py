@@ -103,6 +103,27 @@ assert forward.read_text() == "1\\n"
     run(code, tmp_path)
 
 
+def test_a_sweep_comes_before_a_link_or_sees_it(tmp_path: Path) -> None:
+    code = """
+given, said = host.network, []
+def swept_after(place):
+    number, host.network = given(place), given
+    assert host.sweep()
+    return number
+host.network = swept_after
+with host.held(Path("/tmp")) as (chosen, number):
+    assert host._whole() and (host.RUN / "allowed" / str(number)).exists()
+    sweeper = threading.Thread(target=lambda: said.append(host.sweep()))
+    sweeper.start()
+    sweeper.join(0.2)
+    assert not said  # it waits
+    link = links.veth(pool.blocks(chosen, "one", number), "one", "52:54:00:00:00:01")
+sweeper.join(20)
+assert said == [False] and host._whole()
+"""
+    run(code, tmp_path)
+
+
 def test_a_flushed_table_is_made_again_before_the_next_link(tmp_path: Path) -> None:
     code = """
 from trivisor.launch.net import table

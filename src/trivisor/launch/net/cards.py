@@ -52,9 +52,8 @@ def check() -> None:
 def make(home: Home, card: str, network: str) -> Iterator[Card]:
     """Make a card's link; `card` is what follows from which its address is. Raises HostLacks, EngineError."""
     check()
-    chosen = host.ready()
-    number = host.network(networks.place(home, network)) if networks.named(network) else None
-    link = links.tap(pool.blocks(chosen, card, number), card.split(maxsplit=1)[0])
+    with host.held(networks.place(home, network) if networks.named(network) else None) as (chosen, number):
+        link = links.tap(pool.blocks(chosen, card, number), card.split(maxsplit=1)[0])
     try:
         block = link.block
         yield Card(link.fd, network, block.interface, block.address, block.gateway, block.length)

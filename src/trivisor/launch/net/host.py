@@ -20,6 +20,7 @@ from trivisor.launch.net.netlink import Netlink
 
 RUN = Path("/run/trivisor")
 WAIT = 30.0
+_TRIES = 10
 _INET = 1
 _FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 
@@ -29,18 +30,34 @@ def ready() -> str:
 
     Raises HostLacks.
     """
-    with contextlib.suppress(FileNotFoundError):
-        chosen = (RUN / "pool").read_text().strip()
-        if _forwards() and _whole():
-            return chosen
+    if (chosen := _ready()) is not None:
+        return chosen
     with _locked():
         return _prepare()
 
 
+@contextlib.contextmanager
+def held(place: Path | None = None) -> Iterator[tuple[str, int | None]]:
+    """Have the host ready for the link that is made within; yield the pool, and the number of the network whose folder is `place`.
+
+    Another home's `sweep` waits until this ends, and then sees the link. Raises HostLacks.
+    """
+    for _ in range(_TRIES):
+        chosen = ready()
+        number = None if place is None else network(place)
+        with _locked(fcntl.LOCK_SH):
+            if _ready() == chosen and (number is None or _given(number) == place):  # no sweep came between
+                yield chosen, number
+                return
+    raise HostLacks(
+        f"what networks need of the host is taken back as soon as it is made, {_TRIES} times", hint="see who changes its nftables"
+    )
+
+
 def network(place: Path) -> int:
     """Return the number of the named network whose folder is `place`, given if it has none yet. Raises HostLacks when all are given."""
-    chosen = ready()
     with _locked():
+        chosen = _ready() or _prepare()
         book = RUN / "networks"
         book.mkdir(mode=0o700, exist_ok=True)
         given = {int(entry.name): entry for entry in book.iterdir() if entry.name.isdecimal()}
@@ -77,6 +94,21 @@ def sweep() -> bool:
             for entry in (RUN / folder).iterdir() if (RUN / folder).is_dir() else ():
                 entry.unlink()
     return True
+
+
+def _ready() -> str | None:
+    """Return the pool if all is there."""
+    with contextlib.suppress(FileNotFoundError):
+        chosen = (RUN / "pool").read_text().strip()
+        if _forwards() and _whole():
+            return chosen
+    return None
+
+
+def _given(number: int) -> Path | None:
+    with contextlib.suppress(FileNotFoundError):
+        return (RUN / "networks" / str(number)).readlink()
+    return None
 
 
 def _prepare() -> str:
@@ -149,7 +181,7 @@ def _routes() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _locked() -> Iterator[None]:
+def _locked(how: int = fcntl.LOCK_EX) -> Iterator[None]:
     RUN.mkdir(mode=0o700, exist_ok=True)
     if RUN.stat().st_uid != os.geteuid():
         raise StorageError(f"{RUN} is not ours", hint="remove it")
@@ -157,7 +189,7 @@ def _locked() -> Iterator[None]:
     with open(RUN / "lock", "ab") as file:
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, how | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:

@@ -106,9 +106,9 @@ def provide(
     with ExitStack() as stack:
         listening = relay.listen(stack, spec.ports, spec.name)
         folder = networks.place(home, spec.network) if networks.named(spec.network) else None
-        chosen = host.ready()
-        blocks = pool.blocks(chosen, machine, None if folder is None else host.network(folder))
-        link = links.tap(blocks, machine) if kind == "tap" else links.veth(blocks, machine, mac(machine))
+        with host.held(folder) as (chosen, number):
+            blocks = pool.blocks(chosen, machine, number)
+            link = links.tap(blocks, machine) if kind == "tap" else links.veth(blocks, machine, mac(machine))
         stack.callback(os.close, link.fd)
         servers = resolvers()
         # A machine asks the host's resolvers itself if it can; on a named network its relay knows the names of the others.
