@@ -15,12 +15,13 @@ from pathlib import Path
 
 from trivisor.core.errors import ImageError, NotFound
 from trivisor.core.paths import Home
-from trivisor.images import host, older, squash
+from trivisor.images import host, older, rootless, squash
 from trivisor.images.documents import Documents, Library
 from trivisor.images.layer import apply
 from trivisor.images.layers import ROOT, Unstackable, unpack_layers
 from trivisor.images.limits import DEFAULT
 from trivisor.images.model import Platform, digest_of
+from trivisor.images.place import Owners
 from trivisor.images.roots import Cache
 from trivisor.images.source import LayerSource, Source
 from trivisor.images.stream import Hashed, Section, unpack
@@ -28,7 +29,8 @@ from trivisor.images.tree import Tree
 from trivisor.store.store import Store
 
 Progress = Callable[[str], None]
-LOST = "without root: owners, setuid bits and file capabilities of the image are lost"
+LOST = "without root or subordinate ids: owners, setuid bits and file capabilities of the image are lost"
+LOST_SOME = "without root: owners of the image that are beyond this user's subordinate ids are lost"
 _SQUASHFS = "root.squashfs"
 _LOST = "lost"
 _MERGED = "merged-"
@@ -98,7 +100,8 @@ class Derived:
 
     def lost(self, digest: str) -> str:
         """Say what the unpacked root lacks of the image, "" if nothing."""
-        return LOST if any((path.parent / _LOST).exists() for path in self.lower_paths(digest)) else ""
+        notes = (path.parent / _LOST for path in self.lower_paths(digest))
+        return next((note.read_text().strip() for note in notes if note.exists()), "")
 
     def names(self, digests: Iterable[str]) -> set[str]:
         """Return the names of all that may be derived of these images; of one that is gone nothing is known.
@@ -142,10 +145,18 @@ class Derived:
         there = [self._trees.path(name) for name in documents.chain]
         folders = [work / path.name if name in missing else path for name, path in zip(documents.chain, there, strict=True)]
         numbers = [number for number, name in enumerate(documents.chain) if name in missing]
-        owners = os.geteuid() == 0
-        unpack_layers(self._store, documents, folders, numbers, work, progress, owners=owners)
-        for number in numbers if not owners else ():
-            (folders[number] / _LOST).write_text(LOST + "\n")
+        lost = ""
+        done = rootless.unpack_as_root(self._store, documents, folders, numbers, work, progress) if os.geteuid() != 0 else None
+        if done is None:
+            owners = Owners(kept=os.geteuid() == 0)
+            unpack_layers(self._store, documents, folders, numbers, work, progress, owners)
+            lost = LOST if owners.lost else ""
+        elif done:
+            lost = LOST_SOME
+        for number in numbers if lost else ():
+            (folders[number] / _LOST).write_text(lost + "\n")
+        if lost:
+            progress(lost)
 
     def _make_tree(self, digest: str, progress: Progress, made: Path) -> None:
         squashfs = self.rootfs(digest, progress)

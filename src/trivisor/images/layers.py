@@ -19,7 +19,7 @@ from trivisor.images.delta import Delta
 from trivisor.images.documents import Documents
 from trivisor.images.layer import lay
 from trivisor.images.limits import DEFAULT, Limits
-from trivisor.images.place import Staged, stage, write
+from trivisor.images.place import Owners, Staged, stage, write
 from trivisor.images.stream import Hashed, Section, unpack
 from trivisor.images.tarread import Meter
 from trivisor.store.store import Store
@@ -40,13 +40,13 @@ def unpack_layers(
     missing: Sequence[int],
     work: Path,
     progress: Progress,
+    owners: Owners,
     *,
-    owners: bool,
     limits: Limits = DEFAULT,
 ) -> None:
     """Unpack the layers with the numbers `missing` into their `folders`, of which the others are there. `work` is for half-made things.
 
-    With `owners` files are given to those whom the image says. Raises ImageError, NotFound, OSError, Unstackable.
+    Raises ImageError, NotFound, OSError, Unstackable.
     """
     stop, meter = Event(), Meter()
     with ExitStack() as stack:
@@ -59,7 +59,7 @@ def unpack_layers(
             with store.path(layer.digest).open("rb") as file:
                 section = Section(file.fileno(), 0, layer.size, layer.digest)
                 stream = Hashed(unpack(section, limits), limits, ahead)
-                return stage(stream, work / f"staged-{number}", limits, meter, stop, owners=owners)
+                return stage(stream, work / f"staged-{number}", limits, meter, stop, owners)
 
         reading = [(number, pool.submit(read, number)) for number in missing]
         for number, future in reading:
@@ -74,7 +74,7 @@ def unpack_layers(
             delta.need()
             folders[number].mkdir(mode=0o755)
             try:
-                write(delta, staged, folders[number] / ROOT, owners=owners)
+                write(delta, staged, folders[number] / ROOT, owners)
             except OSError as error:
                 if error.errno == errno.ENOTSUP:
                     raise Unstackable from error

@@ -7,8 +7,10 @@ last name within an open folder that it made itself: no path is looked up, and n
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
@@ -27,6 +29,36 @@ OPAQUE = "user.overlay.opaque"
 
 
 @dataclass
+class Owners:
+    """To whom files are given: to those whom the image says, if it is root who unpacks, of the host or of a user namespace.
+
+    `lost` is set where one was not to be had: an id that the namespace does not have.
+    """
+
+    kept: bool
+    lost: bool = False
+
+    def give(self, fd: int, uid: int, gid: int) -> None:
+        """Give an open file or folder to its owner."""
+        self._tried(lambda: os.fchown(fd, uid, gid))
+
+    def give_at(self, name: str, folder: int, uid: int, gid: int) -> None:
+        """The same, by its name in an open folder; a link is not followed."""
+        self._tried(lambda: os.chown(name, uid, gid, dir_fd=folder, follow_symlinks=False))
+
+    def _tried(self, change: Callable[[], None]) -> None:
+        if not self.kept:
+            self.lost = True
+            return
+        try:
+            change()
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self.lost = True
+
+
+@dataclass
 class Staged:
     """A layer that was read: its entries in order, those of files with their number as position, and what the whole tar's digest is."""
 
@@ -35,8 +67,8 @@ class Staged:
     digest: str = ""
 
 
-def stage(stream: Hashed, folder: Path, limits: Limits, meter: Meter, stop: Event, *, owners: bool) -> Staged:
-    """Write the files of a layer to the new `folder`. With `owners` they are given to those whom the layer says.
+def stage(stream: Hashed, folder: Path, limits: Limits, meter: Meter, stop: Event, owners: Owners) -> Staged:
+    """Write the files of a layer to the new `folder`.
 
     It ends soon after `stop` is set, with half of them. Raises ImageError, OSError.
     """
@@ -59,7 +91,7 @@ def stage(stream: Hashed, folder: Path, limits: Limits, meter: Meter, stop: Even
     return staged
 
 
-def _store(stream: Hashed, entry: Entry, name: str, place: int, owners: bool) -> None:
+def _store(stream: Hashed, entry: Entry, name: str, place: int, owners: Owners) -> None:
     file = os.open(name, _NEW, 0o600, dir_fd=place)
     try:
         if entry.sparse is None:
@@ -85,18 +117,17 @@ def _copy(stream: Hashed, file: int, size: int) -> None:
             view = view[os.write(file, view) :]
 
 
-def _dress(fd: int, mode: int, uid: int, gid: int, mtime: int, xattrs: dict[str, bytes], owners: bool) -> None:
+def _dress(fd: int, mode: int, uid: int, gid: int, mtime: int, xattrs: dict[str, bytes], owners: Owners) -> None:
     """Give an open file or folder what the layer says of it. Owners first: a change of them takes setuid bits and capabilities away."""
-    if owners:
-        os.fchown(fd, uid, gid)
-    os.fchmod(fd, mode if owners else mode & ~_SETID)
+    owners.give(fd, uid, gid)
+    os.fchmod(fd, mode if owners.kept else mode & ~_SETID)
     for name, value in xattrs.items():
-        if owners or name.startswith("user."):
+        if owners.kept or name.startswith("user."):
             os.setxattr(fd, name, value)
     os.utime(fd, (mtime, mtime))
 
 
-def write(delta: Delta, staged: Staged, target: Path, *, owners: bool) -> None:
+def write(delta: Delta, staged: Staged, target: Path, owners: Owners) -> None:
     """Make the folder `target` of what the layer changes; the staged files are moved into it. Raises ImageError, OSError."""
     target.mkdir(mode=0o700)
     source = os.open(staged.folder, _FOLDER)
@@ -107,7 +138,7 @@ def write(delta: Delta, staged: Staged, target: Path, *, owners: bool) -> None:
 
 
 class _Writer:
-    def __init__(self, delta: Delta, source: int, owners: bool) -> None:
+    def __init__(self, delta: Delta, source: int, owners: Owners) -> None:
         self._delta = delta
         self._source = source
         self._owners = owners
@@ -171,10 +202,9 @@ class _Writer:
             os.symlink(node.target, name, dir_fd=here)
         else:
             os.mkfifo(name, 0o600, dir_fd=here)
-        if self._owners:
-            os.chown(name, node.uid, node.gid, dir_fd=here, follow_symlinks=False)
+        self._owners.give_at(name, here, node.uid, node.gid)
         if node.kind == "p":
-            os.chmod(name, node.mode if self._owners else node.mode & ~_SETID, dir_fd=here)
+            os.chmod(name, node.mode if self._owners.kept else node.mode & ~_SETID, dir_fd=here)
         os.utime(name, (node.mtime, node.mtime), dir_fd=here, follow_symlinks=False)
 
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from trivisor.core.errors import StorageError
+from trivisor.launch import ids
 from trivisor.store import workspace
 from trivisor.store.faults import from_os, translated
 
@@ -139,12 +140,15 @@ def _taken() -> Iterator[None]:
 
 
 def remove(tree: Path) -> None:
-    """Remove a tree, with folders that even their owner may not write to."""
-    for folder, _, _ in os.walk(tree):
-        mode = os.lstat(folder).st_mode
-        if mode & stat.S_IRWXU != stat.S_IRWXU and os.geteuid() != 0:
-            Path(folder).chmod(stat.S_IMODE(mode) | stat.S_IRWXU)
-    shutil.rmtree(tree)
+    """Remove a tree, with folders that even their owner may not write to, and with what belongs to subordinate ids."""
+    try:
+        for folder, _, _ in os.walk(tree):
+            mode = os.lstat(folder).st_mode
+            if mode & stat.S_IRWXU != stat.S_IRWXU and os.geteuid() != 0:
+                Path(folder).chmod(stat.S_IMODE(mode) | stat.S_IRWXU)
+        shutil.rmtree(tree)
+    except PermissionError:
+        ids.remove_tree(tree)
 
 
 @contextlib.contextmanager
