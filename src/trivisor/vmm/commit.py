@@ -16,7 +16,7 @@ import msgspec
 
 from trivisor.core.errors import InvalidSpec
 from trivisor.core.state import State
-from trivisor.images import compose
+from trivisor.images import compose, host
 from trivisor.images.catalog import Image
 from trivisor.images.compose import Stacked
 from trivisor.images.model import History, RunConfig
@@ -33,6 +33,8 @@ def commit(context: Context, machine: str, name: str, *, config: Mapping[str, An
     images = context.images
     now = time.time()
     with images.workspace() as work, still(context, machine) as row:
+        if row.digest.startswith(host.PREFIX):
+            raise InvalidSpec("a machine on the host's own root has no image to add to", machine=row.name)
         documents = images.documents(row.digest)
         run = changed(documents.config.run, config)
         packed = pack(context, row, work.path / "layer")
