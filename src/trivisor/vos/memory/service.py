@@ -101,8 +101,8 @@ class Memory:
     def balloon(self, size: int | str, *, timeout: float = 10.0) -> int:
         """Have a virtual machine's guest give up `size` bytes of what it was started with, in all; 0 gives everything back to it.
 
-        For machines whose RAM is their own: ram="shared", or with volumes. Raises GuestShort, with what it gave up in `timeout` seconds
-        (and keeps), UnsupportedByWall, InvalidSpec, InvalidState unless it runs.
+        For machines whose RAM is their own: ram="shared", hugepages="transparent", or with volumes. Raises GuestShort, with what it gave up
+        in `timeout` seconds (and keeps), UnsupportedByWall, InvalidSpec, InvalidState unless it runs.
         """
         return self._balloon(size, timeout)
 

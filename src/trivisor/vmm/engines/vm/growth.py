@@ -246,7 +246,7 @@ def _plug(qmp: Qmp, box: Box, wanted: int) -> None:
     kind = {"qom-type": "memory-backend-memfd", "share": True} if mapped else {"qom-type": "memory-backend-ram"}
     while True:
         try:
-            qmp.ask("object-add", {**kind, "id": f"{_MEMORY}-ram", "size": size})
+            qmp.ask("object-add", {**kind, "id": f"{_MEMORY}-ram", "size": size, "merge": box.spec.dedupe})
             break
         except EngineError:
             # A host that promises no more memory than it has (vm.overcommit_memory=2) may have less to promise.
