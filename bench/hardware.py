@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from bench import merging
+from bench import merging, network
 from bench.common import Row, Series, main, row
 from trivisor import VMM, Machine
 from trivisor.core.units import MIB
@@ -83,6 +83,7 @@ def rows(quick: bool) -> list[Row]:
         row('256 MB of guest memory through view(), ram="shared"', mapped, "ms", bound=200, peer=peer, against=copied),
         row("list of 50 processes, read from a paused VM", ours, "ms", bound=300, peer="exec of such a list inside", against=inside),
         *merging.rows(quick),
+        *network.rows(quick),
     ]
 
 

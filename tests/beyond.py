@@ -66,11 +66,14 @@ class Web(socketserver.StreamRequestHandler):
                     for _ in range(size >> 20):
                         self.request.sendall(block)
                 elif data.startswith((b"GET ", b"echo")):
-                    said = self.request.getsockname()[0].encode() + b" " + data
+                    said = pages.get(data.split()[1] if b" " in data else b"", self.request.getsockname()[0].encode() + b" " + data)
                     self.request.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(said) + said)
+                    if b"Connection: close" in data:
+                        break
         except OSError:
             pass
 block = bytes(1 << 20)
+pages = {b"/simple/thing/": b'<a href="/files/thing-1.0.tar.gz#sha256=0">thing</a>', b"/files/thing-1.0.tar.gz": bytes(100000)}
 size = int(sys.argv[3])
 context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
 context.load_cert_chain(folder / "cert.pem", folder / "key.pem")

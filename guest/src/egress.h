@@ -115,6 +115,8 @@ struct dns {
     struct question pending[DNS_PENDING];
     struct dns_client clients[DNS_CLIENTS];
     unsigned next, serial;
+    char refused[PEEK_NAME]; /* the last that was said, and when: programs ask for two types of address at once, and again */
+    int64_t refused_at;
     int64_t budget, spent; /* questions passed on: how many may be, in thousandths, and when that was reckoned */
 };
 

@@ -21,6 +21,7 @@
 #define KEPT_LEAST 600
 #define KEPT_MOST 3600
 #define CLIENT_WAITS 10000
+#define SAID_ONCE 1000 /* milliseconds */
 #define QUESTIONS 100 /* a second, and twice as many at once, that are passed on */
 
 static uint16_t get16(const uint8_t *at) {
@@ -130,6 +131,15 @@ static void pass_on(struct dns *dns, const struct asker *asker, const char *name
     }
 }
 
+static void say_refused(struct dns *dns, const char *name) {
+    int64_t now = egress_now();
+    if (now < dns->refused_at + SAID_ONCE && !strcmp(dns->refused, name))
+        return;
+    memcpy(dns->refused, name, sizeof dns->refused);
+    dns->refused_at = now;
+    egress_say(dns->egress, 0, "dns", NULL, 53, name, "no rule allows this name");
+}
+
 static void handle(struct dns *dns, const uint8_t *message, size_t size, const struct asker *asker) {
     uint8_t made[2 + NAMES_MESSAGE];
     char name[PEEK_NAME] = "";
@@ -145,7 +155,7 @@ static void handle(struct dns *dns, const uint8_t *message, size_t size, const s
     if (!type)
         answer(dns, asker, message, end, NOTIMP, NULL, 0, 0);
     else if (strchr(name, '?') || !egress_asks(dns->egress, name)) { /* '?' stands for a byte that no host's name has */
-        egress_say(dns->egress, 0, "dns", NULL, 53, name, "no rule allows this name");
+        say_refused(dns, name);
         answer(dns, asker, message, end, NXDOMAIN, NULL, 0, 0);
     } else if (type != TYPE_A)
         answer(dns, asker, message, end, 0, NULL, 0, 0);

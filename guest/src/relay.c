@@ -24,6 +24,7 @@
 
 #define CONNECTIONS 512
 #define CHUNK 16384
+#define SWEEP 1000 /* milliseconds between looks at what has waited too long */
 
 /* One way of a connection. */
 struct way {
@@ -150,6 +151,7 @@ static int changed(const char *text, size_t size) {
 
 /* Serves those who ask for names, and who connects beyond. `polls` are as egress_polls made them. */
 static void serve_egress(const struct pollfd *polls) {
+    static int64_t expires;
     int64_t now = egress_now();
     for (int i = -1; i < names.upstreams; i++) {
         if (!polls[1 + i].revents)
@@ -169,6 +171,9 @@ static void serve_egress(const struct pollfd *polls) {
     for (int i = 0; i < DNS_CLIENTS; i++)
         if (polls[2 + i].revents && polls[2 + i].fd == dns.clients[i].fd)
             dns_read(&dns, i);
+    if (now < expires)
+        return;
+    expires = now + SWEEP;
     dns_expire(&dns, now);
     gate_expire(&gate, now);
 }
@@ -186,7 +191,7 @@ static int egress_polls(struct pollfd *polls) {
 }
 
 static int patience(void) {
-    return gate.busy ? 0 : gate.count || egress.policy.kind == POLICY_NAMES ? 1000 : -1;
+    return gate.busy ? 0 : gate.count || egress.policy.kind == POLICY_NAMES ? SWEEP : -1;
 }
 
 static int loop(void) {
