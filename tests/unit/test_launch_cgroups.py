@@ -262,6 +262,9 @@ def test_cpus_and_cpuset(home: Home, layout: Layout) -> None:
         assert affinity == "{0}"
         assert float(used) < 0.5, "a fifth of a processor for a second, and what the period rounds up to"
         assert 0 < group.usage().cpu_seconds < 0.7
+        assert group.limit_cpus(Limits(cpus=1.5, asked=frozenset({"cpus"})), home)
+        place = next(place for place in group._places if "cpu" in place.controllers)
+        assert "150000" in place.read("cpu.max" if place.unified else "cpu.cfs_quota_us")
         group.remove()
 
 
