@@ -256,15 +256,10 @@ def test_cpus_and_cpuset(home: Home, layout: Layout) -> None:
     with make(home, Limits(cpus=0.2, cpuset="0", asked=frozenset({"cpus", "cpuset"})), layout) as group:
         code = "import os, time\nprint(os.sched_getaffinity(0), flush=True)\nend = time.monotonic() + 1\nwhile time.monotonic() < end: pass"
         code += "\nprint(time.process_time(), flush=True)"
-        busy = run(group, code)
-        out, _ = busy.communicate(timeout=60)
+        out, _ = run(group, code).communicate(timeout=60)
         affinity, used = out.decode().splitlines()
-        assert affinity == "{0}"
-        assert float(used) < 0.5, "a fifth of a processor for a second, and what the period rounds up to"
+        assert affinity == "{0}" and float(used) < 0.5, "a fifth of a processor for a second, and what the period rounds up to"
         assert 0 < group.usage().cpu_seconds < 0.7
-        assert group.limit_cpus(Limits(cpus=1.5, asked=frozenset({"cpus"})), home)
-        place = next(place for place in group._places if "cpu" in place.controllers)
-        assert "150000" in place.read("cpu.max" if place.unified else "cpu.cfs_quota_us")
         group.remove()
 
 
