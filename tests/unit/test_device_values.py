@@ -10,6 +10,7 @@ import pytest
 
 from trivisor.core.devices import KINDS, Disk, NetworkCard, Random, SerialSocket, Served, SharedFolder, Value, Watchdog, kind_of
 from trivisor.core.errors import AlreadyExists, InvalidSpec, StorageError
+from trivisor.launch.net.cards import Card
 from trivisor.vmm import plugged
 from trivisor.vmm.plugged import Link
 from trivisor.vos.devices import endpoint
@@ -75,3 +76,15 @@ def test_a_socket_whose_listener_is_gone_is_replaced(tmp_path: Path) -> None:
     assert Path(path).read_text() == "a file", "what is no socket is left alone"
     with pytest.raises(StorageError):
         endpoint.listen(str(tmp_path / "none" / "port"))
+
+
+def test_what_a_guest_is_told_of_a_card() -> None:
+    """It is the way to its own network, and to the rest only where there is no other way."""
+    named = Card(-1, "blue", "trv8214", "10.213.128.90", "10.213.128.89", 30)
+    address = ("address", "eth1", "10.213.128.90", "30")
+    route = ("route", "eth1", "10.213.128.0", "24", "10.213.128.89")
+    assert named.steps("eth1", alone=False) == [address, route]
+    assert named.steps("eth1", alone=True) == [(*address, "10.213.128.89"), route]
+    nat = Card(-1, "nat", "trv1", "10.213.0.6", "10.213.0.5", 30)
+    assert nat.steps("eth1", alone=False) == [("address", "eth1", "10.213.0.6", "30")]
+    assert nat.steps("eth1", alone=True)[0] == ("address", "eth1", "10.213.0.6", "30", "10.213.0.5")
