@@ -150,6 +150,18 @@ def test_the_owners_death_ends_the_machine(tmp_path: Path) -> None:
         assert ended is not None and ended.reason == "owner"
 
 
+def test_the_end_of_its_memory_ends_the_machine(tmp_path: Path) -> None:
+    told = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    try:
+        with life(tmp_path, oom=told) as one:
+            assert keeper.alive(one.machine)
+            os.eventfd_write(told, 1)
+            ended = one.wait_end()
+            assert ended is not None and (ended.reason, ended.how) == ("out of memory", "signaled")
+    finally:
+        os.close(told)
+
+
 def test_an_owner_that_died_before(tmp_path: Path) -> None:
     owner = subprocess.Popen(["/bin/true"])
     owner.wait()

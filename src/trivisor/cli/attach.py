@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from trivisor.cli import render
 from trivisor.core.errors import ExecTimeout, HostLacks, TrivisorError
 from trivisor.vmm.machine import Machine
 from trivisor.vos import terminal
@@ -53,6 +54,11 @@ def run_joined(machine: Machine, argv: Sequence[str], how: Joined) -> int:
         status = _ended(process, how.timeout, machine.name)
         for pump in pumps:
             pump.finish()
+        if process.out_of_memory():
+            render.error(
+                f"{machine.name} ran out of memory, and the command was killed",
+                f"trivisor modify --memory SIZE {machine.name} gives it more",
+            )
         return status
 
 

@@ -89,19 +89,20 @@ def merge(context: Context, machine: str, on: bool) -> None:
         context.records.update(row.id, spec=spec, event=("dedupe", "on" if on else "off"), **_IDLE)
 
 
-def starved(context: Context, machine: str, files: Callable[[], Files]) -> bool:
-    """Say whether the kernel killed something in a machine for want of memory that its record does not know of; then it does."""
+def starved(context: Context, machine: str, files: Callable[[], Files], known: int) -> bool:
+    """Say whether the kernel killed more in a machine for want of memory than the `known`; then its record says so."""
     row = context.records.row(machine)
     if row is None:
         return False
-    if limits.note(context, row).oom_kills > row.oom_kills:
+    if limits.note(context, row).oom_kills > known:
         return True
-    if row.spec.wall != "vm":
+    # A guest's kernel of its own.
+    if not isinstance(context.engine(row.spec.wall, row.name), dedupe.Merging):
         return False
     with suppress(TrivisorError):
         said = files().read(_FIGURES["vmstat"], 0, _FIGURES_MAX).decode("ascii", "replace")
         found = re.search(r"^oom_kill (\d{1,9})$", said, re.MULTILINE)
-        if found is not None and int(found[1]) > row.oom_kills:
+        if found is not None and int(found[1]) > known:
             limits.await_console(context, row, int(found[1]))
             return True
     return False

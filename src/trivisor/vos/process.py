@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Callable
+from signal import SIGKILL
 from types import TracebackType
 from typing import Self
 
@@ -113,8 +115,9 @@ class Process:
     Output that nobody reads stops the command after 256 KiB, as a full pipe does.
     """
 
-    def __init__(self, command: Command, argv: tuple[str, ...], pid: int, *, pty: bool) -> None:
+    def __init__(self, command: Command, argv: tuple[str, ...], pid: int, *, pty: bool, starved: Callable[[], bool] | None = None) -> None:
         self._command = command
+        self._starved = starved
         self.argv = argv
         self.pid = pid
         """Its pid in the machine."""
@@ -151,6 +154,10 @@ class Process:
     def signal(self) -> int | None:
         """The signal that killed it, if one did."""
         return None if self._command.exited is None else self._command.exited.signal
+
+    def out_of_memory(self) -> bool:
+        """Say whether it was killed (SIGKILL), and the machine's memory ran out since it was started. False while it runs."""
+        return self.poll() == 128 + SIGKILL and self._starved is not None and self._starved()
 
     def kill(self, signal: int = 9, *, group: bool = True) -> None:
         """Send `signal` to its process group, or to the process alone."""

@@ -56,7 +56,7 @@ class ExecResult:
     peak_memory: int
     truncated: bool = False
     out_of_memory: bool = False
-    """It was killed (SIGKILL), and the machine's memory ran out: the kernel killed something in it that nobody had yet asked about."""
+    """It was killed (SIGKILL), and the machine's memory ran out since it was started."""
 
     @property
     def ok(self) -> bool:
@@ -251,7 +251,7 @@ class Processes:
         except KeyboardInterrupt:
             command.abort()
             raise
-        return Process(command, words, pid, pty=pty)
+        return Process(command, words, pid, pty=pty, starved=self._starved)
 
     def _environment(self, env: Mapping[str, str] | None) -> list[str]:
         merged = {**self._env, **(env or {})}
