@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from trivisor.core.paths import Home
+from trivisor.launch.cgroup_layout import Hierarchy
 from trivisor.launch.net import passt
-from trivisor.vmm.engines.vm import argv, qemu
+from trivisor.vmm.engines.vm import argv, limits, qemu
 from trivisor.vmm.engines.vm.argv import Places, Shape
 
 MIB = 1 << 20
@@ -82,6 +83,17 @@ def test_what_may_come_while_it_runs_is_left_room_for() -> None:
     assert "cpus=4,sockets=1,cores=4,threads=1" in words and "size=256M,maxmem=1280M" in words
     assert "maxcpus=1" in argv.append(roomy) and "online_policy=auto-movable" in argv.append(roomy)
     assert "maxmem" not in " ".join(command()) and "maxcpus" not in argv.append(SHAPE) and "size=256M" in command()
+
+
+def test_no_vcpus_to_spare_where_nothing_bounds_them(tmp_path: Path) -> None:
+    assert not limits.shared_out(None)
+    group = Hierarchy(tmp_path, frozenset({"cpu"}), unified=True)
+    assert limits.shared_out(Hierarchy(tmp_path, frozenset({"cpu"}), unified=False)) and limits.shared_out(group), "the host's own root"
+    (tmp_path / "cgroup.events").touch()
+    for procs, controllers, expected in (("1\n", "memory", False), ("", "memory", True), ("1\n", "cpu memory", True)):
+        (tmp_path / "cgroup.procs").write_text(procs)
+        (tmp_path / "cgroup.subtree_control").write_text(controllers)
+        assert limits.shared_out(group) is expected
 
 
 def test_without_namespaces_the_places_are_the_hosts() -> None:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from trivisor.core.errors import UnsupportedByWall
 from trivisor.core.spec import Spec
 from trivisor.launch import cgroup_layout, cgroups
+from trivisor.launch.cgroup_layout import Hierarchy
 from trivisor.launch.cgroups import Cgroup, Limits
 from trivisor.vmm.engine import Box
 
@@ -34,7 +35,7 @@ def check(spec: Spec) -> None:
 
 def spare_cpus(spec: Spec) -> int:
     """Return how many vCPUs a machine has beyond those it begins with: as many as the host has processors for, and one in any case."""
-    if cgroup_layout.layout().of("cpu") is None:
+    if not shared_out(cgroup_layout.layout().of("cpu")):
         return 0
     return max(0, min(max(2, os.cpu_count() or 1), MAX_SPARE) - int(spec.cpus))
 
@@ -48,6 +49,18 @@ def group(box: Box) -> Iterator[Sequence[int]]:
         return
     with Cgroup.create(box.home, box.id, limits) as made:
         yield made.fds
+
+
+def shared_out(found: Hierarchy | None) -> bool:
+    """Whether groups there can be given shares of processors: one of version 2 hands no controller down while processes live in it."""
+    if found is None:
+        return False
+    if not found.unified or not (found.base / "cgroup.events").exists():
+        return True
+    try:
+        return "cpu" in (found.base / "cgroup.subtree_control").read_text().split() or not (found.base / "cgroup.procs").read_text().strip()
+    except OSError:
+        return False
 
 
 def share(box: Box, cpus: float) -> None:
