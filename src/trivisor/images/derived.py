@@ -44,6 +44,7 @@ class Derived:
     def __init__(self, home: Home, store: Store, library: Library) -> None:
         self._store = store
         self._library = library
+        self._places: dict[str, tuple[Path, tuple[Path, ...]]] = {}
         self._trees = Cache(home.cache / "trees", home.tmp)
         self._roots = Cache(home.cache / "roots", home.tmp)
 
@@ -71,11 +72,13 @@ class Derived:
 
     def lower_paths(self, digest: str) -> tuple[Path, ...]:
         """Return where `lowers` puts them, without making them. Raises NotFound."""
-        documents = self._documents(digest)
-        if documents is None or not documents.chain:
-            return (self._trees.path(self.key(digest)) / ROOT,)
-        merged = self._trees.path(_MERGED + documents.chain[-1]) / ROOT
-        return (merged,) if merged.exists() else tuple(self._trees.path(name) / ROOT for name in reversed(documents.chain))
+        if digest not in self._places:
+            documents = self._documents(digest)
+            chain = documents.chain[::-1] if documents and documents.chain else [self.key(digest)]
+            merged = self._trees.path(_MERGED + chain[0]) / ROOT
+            self._places[digest] = merged, tuple(self._trees.path(name) / ROOT for name in chain)
+        merged, stacked = self._places[digest]
+        return (merged,) if os.path.exists(merged) else stacked  # noqa: PTH110 - a machine's verbs ask several times
 
     def lowers(self, digest: str, progress: Progress) -> tuple[Path, ...]:
         """Return the unpacked root, made if it is not there: folders to lay over one another, the uppermost first.
@@ -83,7 +86,7 @@ class Derived:
         Raises NotFound, ImageError, EngineError, HostLacks, StorageError.
         """
         paths = self.lower_paths(digest)
-        if all(path.exists() for path in paths):
+        if all(map(os.path.exists, paths)):
             return paths
         documents = self._documents(digest)
         if digest.startswith(host.PREFIX):
