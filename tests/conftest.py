@@ -6,9 +6,9 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
+import iced
 import pytest
 import workers
 from host_state import assert_nothing_left
@@ -16,9 +16,8 @@ from images_for_tests import mini_image
 from machine_home import VmHome
 from missing import lacks
 
-from trivisor import VMM, HostLacks
+from trivisor import VMM
 from trivisor.core.paths import Home
-from trivisor.vmm.engines.vm import kit
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,7 +49,7 @@ def image_home(shared_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     base = tmp_path_factory.mktemp("image")
     with workers.once(shared_folder, "ice") as first:
         if first:
-            make_ice(home)
+            iced.make(home)
         copy = VmHome(base / "home", home)
     yield copy.root
     copy.clear()
@@ -62,20 +61,8 @@ def image_home(shared_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 def iced_home(image_home: Path) -> Path:
     """The same once it has ice for its image, so that no copy of it boots; as it is where there is no vm wall."""
     if workers.COUNT == 1:
-        make_ice(image_home)
+        iced.make(image_home)
     return image_home
-
-
-def make_ice(home: Path) -> None:
-    """Make ice for the image, and the kit of the full kernel, which has to be fetched: the tests that need it say so if it is not there."""
-    with VMM(home) as vmm:
-        if not next(report for report in vmm.walls() if report.wall == "vm").available:
-            return
-        with suppress(HostLacks):
-            kit.get(Home(home), "full", lambda _: None)
-        for _ in range(2):  # an image's own ice is made at its second start
-            with vmm.run("debian", wall="vm", disk="8G"):
-                pass
 
 
 @pytest.fixture(scope="session")

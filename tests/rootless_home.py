@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import workers
 from host_state import assert_nothing_left
 from machine_home import VmHome, in_child
 
@@ -19,11 +20,11 @@ from trivisor import VMM, Machine
 from trivisor.core.spec import Wall
 from trivisor.launch import ids, tvinit
 
-NOBODY = 61234
+NOBODY = 61234 + 10 * workers.NUMBER
 """An id that no account has, so no subordinate ids either."""
-ACCOUNT = 61235
+ACCOUNT = 61235 + 10 * workers.NUMBER
 """The id of an account that is there for as long as a test."""
-SUBORDINATE = 1_300_000_000
+SUBORDINATE = 1_300_000_000 + 65536 * workers.NUMBER
 
 
 def as_user(user: int, work: Callable[[], object]) -> None:

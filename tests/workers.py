@@ -23,8 +23,15 @@ COUNT = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 NUMBER = int(WORKER.removeprefix("gw") or 0)
 """The number of this one, for what two of them may not have alike: an account's id, a fixed port."""
-_WITH = {"tests/walls/test_vm_usb_made.py": "tests/walls/test_vm_usb.py"}
-"""Files that are tested with others, whose ice they can have."""
+_TOGETHER = {
+    # They make another host for their machines to reach, with names and addresses that there can only be once.
+    **dict.fromkeys(("walls/test_parity_names.py", "walls/test_parity_network.py", "walls/test_vm_nat.py"), "another host"),
+    # They look at what the whole host has left.
+    "security/test_parity_hogs.py": "hogs",
+    # They start a machine with the full kernel, and can have the same ice.
+    **dict.fromkeys(("walls/test_vm_usb.py", "walls/test_vm_usb_made.py"), "full kernel"),
+}
+"""Files whose tests are one worker's, behind whatever wall."""
 _WALL = re.compile(r"\[(vm|gvisor|container)[-\]]")
 
 
@@ -40,6 +47,12 @@ class Session:
         self._shared = shared(base)
         self._before = Leftovers(base)
 
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Machines first, so that what is short fills the end, where a worker has nobody to share the rest with."""
+        if COUNT > 1:
+            items.sort(key=lambda item: item.path.parent.name not in ("walls", "security"))
+
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         if COUNT == 1:
@@ -54,6 +67,8 @@ class Session:
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_make_scheduler(self, config: pytest.Config, log: object) -> object:
         from xdist.scheduler import LoadScopeScheduling
+
+        config.option.loadscopereorder = False  # the order is ours
 
         class Scheduler(LoadScopeScheduling):
             """A file's tests behind one wall are one worker's, so that they share the machine of their module."""
@@ -103,7 +118,7 @@ def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
 
 
 def scope(nodeid: str) -> str:
-    """What is not divided between workers: a file's tests behind one wall."""
+    """What is not divided between workers: a file's tests behind one wall, and what has to be one after the other."""
     found = _WALL.search(nodeid)
     file = nodeid.partition("::")[0]
-    return _WITH.get(file, file) + (f" {found[1]}" if found else "")
+    return _TOGETHER.get(file.removeprefix("tests/")) or file + (f" {found[1]}" if found else "")

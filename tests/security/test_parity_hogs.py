@@ -20,6 +20,8 @@ from trivisor.launch import cgroup_layout
 
 BOUND = 60.0
 MIB = 1 << 20
+ENOUGH = 2048 * MIB
+"""More than machines of other tests take meanwhile, less than what has no bound takes."""
 BOMB = "bomb() { bomb | bomb & }; bomb"
 MEMORY = "a = []\nwhile True: a.append(b'x' * (1 << 20))"
 DEAF = "trap '' TERM INT HUP QUIT; (trap '' TERM INT HUP QUIT; while :; do sleep 0.1; done) & while :; do sleep 0.1; done"
@@ -86,7 +88,7 @@ def test_a_memory_hog(make: Make, wall: Wall, neighbour: Machine, sentinel: Sent
     before = available()
     with suppress(GuestError, InvalidState):
         machine.exec(["python3", "-c", MEMORY], timeout=20)
-    assert before - available() < 600 * MIB, "others use the host at the same time"
+    assert before - available() < ENOUGH
     assert neighbour.exec(["echo", "here"], timeout=BOUND).text == "here\n"
     ends_well(machine)
 
@@ -164,6 +166,6 @@ def test_a_disk_in_memory_is_bounded_by_it(make: Make, wall: Wall, neighbour: Ma
     before = available()
     with suppress(GuestError):
         assert not machine.exec("tr '\\0' x </dev/zero >/root/big", timeout=BOUND).ok
-    assert before - available() < 600 * MIB
+    assert before - available() < ENOUGH
     assert neighbour.exec(["echo", "here"], timeout=BOUND).text == "here\n"
     ends_well(machine)

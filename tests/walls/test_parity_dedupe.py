@@ -45,6 +45,7 @@ def merged(machine: Machine, least: int) -> int:
     return found
 
 
+@pytest.mark.alone  # the host's kernel scans, which others would see
 @pytest.mark.walls("vm", "container")
 def test_equal_pages_of_two_machines_are_kept_once(make: Make, wall_vmm: VMM, scanning: None) -> None:
     one, two = make(dedupe=True), make(dedupe=True)

@@ -58,6 +58,7 @@ def hold(machine: Machine) -> Process:
     return process
 
 
+@pytest.mark.alone  # the host has swap meanwhile, which others would see
 @pytest.mark.walls("container", "gvisor")
 def test_a_machine_is_driven_into_swap_as_far_as_it_may(make: Make, swap_space: None) -> None:
     needs_swap_to_be_counted()
@@ -74,6 +75,7 @@ def test_a_machine_is_driven_into_swap_as_far_as_it_may(make: Make, swap_space: 
     process.kill()
 
 
+@pytest.mark.alone
 @pytest.mark.walls("container")
 def test_without_swap_the_program_is_killed(make: Make, swap_space: None) -> None:
     needs_swap_to_be_counted()
