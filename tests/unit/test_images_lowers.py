@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
@@ -195,14 +196,15 @@ def test_sparse_files_stay_sparse(home: Home) -> None:
     assert (root / "big").read_bytes()[1 << 20 :][:5] == b"data\0"
 
 
-def test_where_layers_cannot_be_stacked(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system without user attributes: one folder then holds all."""
+@pytest.mark.parametrize(("call", "number"), [("setxattr", errno.ENOTSUP), ("mknod", errno.EPERM)])
+def test_where_layers_cannot_be_stacked(home: Home, monkeypatch: pytest.MonkeyPatch, call: str, number: int) -> None:
+    """A file system without user attributes, and one that is an overlay itself: one folder then holds all."""
 
     def refuse(*_: object, **__: object) -> None:
-        raise OSError(95, "Operation not supported")
+        raise OSError(number, os.strerror(number))
 
     image = made(home, [BASE, SECOND])
-    monkeypatch.setattr(os, "setxattr", refuse)
+    monkeypatch.setattr(os, call, refuse)
     images = Images(home)
     (root,) = images.lowers(image.digest)
     assert (root / "usr/lib/through").read_bytes() == b"through" and images.lower_paths(image.digest) == (root,)

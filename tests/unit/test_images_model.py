@@ -60,6 +60,7 @@ BAD = {
     "sha512": (manifest(layers=layer_of(model.OCI_LAYER, digest="sha512:" + "a" * 128)), "", "not a digest"),
     "size": (manifest(layers=layer_of(model.OCI_LAYER, size=-1)), "", "-1 bytes"),
     "size-huge": (manifest(layers=layer_of(model.OCI_LAYER, size=1 << 60)), "", "bytes"),
+    "config-huge": (manifest(config={"mediaType": model.OCI_CONFIG, "digest": DIGEST, "size": 1 << 30}), "", "over the limit"),
     "foreign": (manifest(layers=layer_of("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip")), "", "foreign layer"),
     "nondistributable": (manifest(layers=layer_of("application/vnd.oci.image.layer.nondistributable.v1.tar")), "", "foreign layer"),
     "encrypted": (manifest(layers=layer_of("application/vnd.oci.image.layer.v1.tar+gzip+encrypted")), "", "not a layer"),

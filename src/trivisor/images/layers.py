@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -30,7 +31,7 @@ _WORKERS = max(2, min(4, os.cpu_count() or 1))
 
 
 class Unstackable(Exception):
-    """The file system has no user attributes, by which overlayfs would know what a folder hides."""
+    """The file system takes none of overlayfs's marks: no user attributes, or no whiteouts."""
 
 
 def unpack_layers(
@@ -61,10 +62,10 @@ def unpack_layers(
                 stream = Hashed(unpack(section, limits), limits, ahead)
                 return stage(stream, work / f"staged-{number}", limits, meter, stop, owners)
 
-        reading = [(number, pool.submit(read, number)) for number in missing]
-        for number, future in reading:
+        reading = deque(pool.submit(read, number) for number in missing)
+        for number in missing:
             progress(f"unpacking layer {number + 1} of {len(documents.manifest.layers)}")
-            staged = future.result()
+            staged = reading.popleft().result()
             if staged.digest != documents.config.rootfs.diff_ids[number]:
                 digest = documents.manifest.layers[number].digest
                 raise ImageError(f"{digest}: the layer is not what the image's config says", hint="get the image again")

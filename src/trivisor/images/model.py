@@ -239,6 +239,8 @@ def read_manifest(data: bytes, media_type: str, what: str, limits: Limits = DEFA
         check_descriptor(descriptor, what)
     if manifest.config.media_type not in (OCI_CONFIG, DOCKER_CONFIG, ""):
         raise ImageError(f"{what}: it holds {manifest.config.media_type[:100]!r} and is not an image")
+    if manifest.config.size > limits.document:
+        raise ImageError(f"{what}: its config of {manifest.config.size} bytes is over the limit of {limits.document}")
     if len(manifest.layers) > MAX_LAYERS:
         raise ImageError(f"{what}: it has over {MAX_LAYERS} layers")
     for layer in manifest.layers:

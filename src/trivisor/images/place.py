@@ -184,7 +184,10 @@ class _Writer:
 
     def _make(self, here: int, name: str, node: Laid) -> None:
         if node.kind == HIDDEN:
-            os.mknod(name, stat.S_IFCHR, 0, dir_fd=here)
+            try:
+                os.mknod(name, stat.S_IFCHR, 0, dir_fd=here)
+            except PermissionError as error:  # by a file system that is an overlay itself
+                raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP)) from error
             return
         if node.place is not None:  # a file of an unpacked layer gets another name
             os.link(node.place, name, dst_dir_fd=here, follow_symlinks=False)
