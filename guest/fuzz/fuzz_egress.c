@@ -8,7 +8,7 @@
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-static struct egress egress = {.ears = {-1, -1, -1, -1}};
+static struct egress egress = {.ears = {-1, -1, -1, -1}, .notes = -1};
 static struct names names = {.fd = -1, .folder = -1};
 static struct dns dns;
 static int machine, resolver;

@@ -181,6 +181,21 @@ int egress_listen(struct egress *egress, int fd) {
     return errno = EBUSY, -1;
 }
 
+/* Keeps a refusal for who looks later, if there was none like it: of one name, or of one address without a name. */
+static void note(struct egress *egress, const char *line, const char *kind) {
+    uint64_t sum = 0xcbf29ce484222325; /* FNV-1a */
+    for (const char *c = kind; *c; c++)
+        sum = (sum ^ (uint8_t)*c) * 0x100000001b3;
+    for (int i = 0; i < egress->notes_taken; i++)
+        if (egress->noted[i] == sum)
+            return;
+    if (egress->notes_taken == EGRESS_NOTED)
+        return;
+    egress->noted[egress->notes_taken++] = sum;
+    if (dprintf(egress->notes, "%s\n", line) < 0)
+        egress->notes_taken = EGRESS_NOTED; /* a full disk */
+}
+
 void egress_say(struct egress *egress, int allowed, const char *protocol, const uint8_t *address, unsigned port, const char *name, const char *why) {
     char line[EGRESS_LINE], text[INET_ADDRSTRLEN] = "";
     struct timespec now;
@@ -189,6 +204,11 @@ void egress_say(struct egress *egress, int allowed, const char *protocol, const 
     clock_gettime(CLOCK_REALTIME, &now);
     int size = snprintf(line, sizeof line, "%lld.%06ld\t%s\t%s\t%s\t%u\t%s\t%s\t%llu", (long long)now.tv_sec, now.tv_nsec / 1000, allowed ? "allowed" : "refused",
                         protocol, text, port, name, why, (unsigned long long)egress->unheard);
+    if (!allowed && egress->notes >= 0) {
+        char kind[EGRESS_LINE];
+        snprintf(kind, sizeof kind, "%s %s %s", protocol, *name ? name : text, why);
+        note(egress, line, kind);
+    }
     for (int i = 0; i < EGRESS_EARS; i++) {
         if (egress->ears[i] < 0 || send(egress->ears[i], line, (size_t)size, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0)
             continue;

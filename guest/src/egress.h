@@ -16,6 +16,7 @@
 #define EGRESS_KNOWN 2048
 #define EGRESS_EARS 4
 #define EGRESS_LINE 512
+#define EGRESS_NOTED 128
 
 enum policy_kind {
     POLICY_OPEN,   /* there is none */
@@ -52,6 +53,9 @@ struct egress {
     struct known known[EGRESS_KNOWN];
     int ears[EGRESS_EARS]; /* sockets of who listens to decisions, -1: none */
     uint64_t unheard;
+    int notes; /* a file that takes the first refusal of each kind, so many in all; -1: none */
+    uint64_t noted[EGRESS_NOTED];
+    int notes_taken;
 };
 
 /* Takes over a policy (own.py writes it). Returns -1 and changes nothing if it is malformed. */

@@ -1,12 +1,14 @@
 /* tvinit relay: published ports and names of one machine, on the host, under its keeper.
  *
- *   tvinit relay [tcp:FD:ADDRESS:PORT]... [names:FD] [questions:FD] [gate:FD] [policy:FD] [folder:PATH] [upstream:ADDRESS]... [control:FD:RULES]
+ *   tvinit relay [tcp:FD:ADDRESS:PORT]... [names:FD] [questions:FD] [gate:FD] [policy:FD] [notes:FD] [folder:PATH] [upstream:ADDRESS]...
+ *               [control:FD:RULES]
  *
  * FD of tcp is a listening socket, whose connections go to ADDRESS:PORT; FD of names a bound UDP socket (names.c). Both were made by who
  * started us, so that a port that is taken is that one's error, and so that we need no privilege. A published port is free
  * again in the instant that the machine ends, and goes on when the process that started it does not. FD of control is a listening socket,
  * for ports that come and go while the machine runs (ports.c). FDs of questions and gate are listening, too: for questions for names over TCP, and for the
- * machine's connections while a policy names whom it may talk to (egress.h); FD of policy is a file that says so from the beginning. */
+ * machine's connections while a policy names whom it may talk to (egress.h); FD of policy is a file that says so from the beginning, FD of notes one that
+ * refusals are written to. */
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -46,7 +48,7 @@ static int connected;
 static struct names names = {.fd = -1, .folder = -1};
 static struct listener questions = {.fd = -1}; /* over TCP: to the first resolver, or answered by us */
 static int gate_listener = -1;
-static struct egress egress = {.ears = {-1, -1, -1, -1}};
+static struct egress egress = {.ears = {-1, -1, -1, -1}, .notes = -1};
 static struct dns dns;
 static struct gate gate = {.epoll = -1};
 
@@ -279,6 +281,8 @@ static int understand(char *word) {
         return questions.fd = atoi(word + 10), fcntl(questions.fd, F_SETFL, O_NONBLOCK);
     if (!strncmp(word, "gate:", 5))
         return gate_listener = atoi(word + 5), 0;
+    if (!strncmp(word, "notes:", 6))
+        return egress.notes = atoi(word + 6), 0;
     if (!strncmp(word, "policy:", 7))
         return add_policy(atoi(word + 7));
     if (!strncmp(word, "names:", 6))

@@ -367,8 +367,31 @@ static void carries_much(void) {
     CHECK(gate.count == 0);
 }
 
+static void notes(void) {
+    char text[EGRESS_LINE * 2 * EGRESS_NOTED];
+    FILE *file = tmpfile();
+    CHECK(file);
+    egress.notes = fileno(file);
+    for (int i = 0; i < 3; i++)
+        egress_say(&egress, 0, "dns", NULL, 53, "a.test", "no rule allows this name");
+    egress_say(&egress, 1, "dns", NULL, 53, "b.test", "");
+    CHECK(pread(egress.notes, text, sizeof text, 0) > 0 && egress.notes_taken == 1);
+    for (int i = 0; i < 2 * EGRESS_NOTED; i++) {
+        char name[32];
+        sprintf(name, "n%d.test", i);
+        egress_say(&egress, 0, "dns", NULL, 53, name, "no rule allows this name");
+    }
+    ssize_t n = pread(egress.notes, text, sizeof text, 0), lines = 0;
+    for (ssize_t i = 0; i < n; i++)
+        lines += text[i] == '\n';
+    CHECK(lines == EGRESS_NOTED);
+    fclose(file);
+    egress.notes = -1;
+}
+
 int main(void) {
     int ends[2];
+    egress.notes = -1;
     for (int i = 0; i < EGRESS_EARS; i++)
         egress.ears[i] = -1;
     CHECK(socketpair(AF_UNIX, SOCK_SEQPACKET, 0, ends) == 0 && egress_listen(&egress, ends[1]) == 0);
@@ -392,6 +415,7 @@ int main(void) {
     connections();
     floods();
     carries_much();
+    notes();
     for (int i = 1; i < EGRESS_EARS; i++)
         CHECK(socketpair(AF_UNIX, SOCK_SEQPACKET, 0, ends) == 0 && egress_listen(&egress, ends[1]) == 0 && close(ends[0]) == 0);
     CHECK(egress_listen(&egress, dup(ends[1])) == 0); /* those that have gone have left room */

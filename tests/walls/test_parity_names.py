@@ -131,6 +131,13 @@ def test_a_package_is_fetched_from_one_name_and_nothing_else_is_reached(machine:
         "tcp other.example: no rule allows this name and port",
     ]
     assert set(world.asked()[before:]) == {"1 pypi.example"}
+    with VMM(machine._context.home.root) as vmm:
+        kept = [event.detail for event in vmm.events() if event.kind == "egress" and event.machine == machine.id]
+        assert kept == [
+            "refused dns other.example: no rule allows this name",
+            f"refused tcp {OTHER}:80: an address that was not given for any name",
+            f"refused tcp other.example {PYPI}:80: no rule allows this name and port",
+        ]
 
 
 @pytest.mark.walls("container")

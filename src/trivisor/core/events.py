@@ -11,7 +11,8 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     `kind` is a verb in the past: created, started, paused, resumed, stopped, failed, deleted, swept,
     image-imported; or "oom": the host's kernel killed a process in it because its memory limit was met;
     or "watchdog": its watchdog fired (docs/devices.md);
-    or "network": how it is connected was changed (docs/network.md). `detail` says more in words a person reads, and may be empty.
+    or "network": how it is connected was changed; or "egress": a policy of names refused it something (docs/network.md).
+    `detail` says more in words a person reads, and may be empty.
     """
 
     id: int

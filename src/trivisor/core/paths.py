@@ -141,7 +141,7 @@ class MachineDir:
         return self.root / "logs"
 
     def log(self, name: str) -> Path:
-        """`name` is serial, init, engine or answer."""
+        """`name` is serial, init, engine, answer or egress."""
         return self.logs / f"{name}.log"
 
 

@@ -16,7 +16,7 @@ from trivisor.core.errors import HostError
 from trivisor.core.state import State
 from trivisor.launch import cgroups
 from trivisor.launch.cgroups import Cgroup
-from trivisor.vmm import fired
+from trivisor.vmm import fired, refused
 from trivisor.vmm.context import Context
 from trivisor.vmm.records import Row
 
@@ -29,6 +29,7 @@ _KILLED = re.compile(r"[Oo]ut of memory: Killed process \d{1,10} \((.{1,15})\) t
 def note(context: Context, row: Row) -> Row:
     """Write down what the kernel killed in the machine since the record was last compared; return the record as it is now."""
     row = fired.note(context, row)
+    refused.note(context, row)
     group = Cgroup.find(context.home, row.id)
     killed = group.counters().oom_kills if group is not None else 0
     said = _said(context, row) if row.spec.wall == "vm" else []

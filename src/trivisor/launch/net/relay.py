@@ -7,12 +7,14 @@ since it is also what keeps the machine's own table (own.py), and takes ports th
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 from trivisor.core.errors import EngineError
@@ -30,6 +32,8 @@ _BACKLOG = 128
 _FIRST = 10
 """Descriptors of the helper's sockets begin here."""
 _NAMES = "/names"
+_NOTES = 1 << 16
+"""Bytes: of 128 lines (egress.h)."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,11 @@ def relay(
     start = stack.enter_context(control.memory(policy))
     fds[start] = _FIRST + len(fds)
     argv.append(f"policy:{fds[start]}")
+    place.logs.mkdir(mode=0o700, exist_ok=True)
+    notes = os.open(_notes(place), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    stack.callback(os.close, notes)
+    fds[notes] = _FIRST + len(fds)
+    argv.append(f"notes:{fds[notes]}")
     if names:
         argv.append(f"folder:{names if not jail.probe().namespaces else _NAMES}")
     changed = _control(stack, place)
@@ -108,6 +117,27 @@ def relay(
         fds[log] = 2
     at = Helper(block.gateway, *(int(one.getsockname()[1]) for one in sockets))
     return Relay(Process("relay", _plan(argv, place, slot, fds, names)), tuple(fds), at)
+
+
+def refusals(place: MachineDir) -> list[tuple[float, str]]:
+    """Return when a machine was refused something by a policy of names, and what: the first of each kind in its life, so many at most."""
+    try:
+        with _notes(place).open("rb") as file:
+            lines = file.read(_NOTES).decode("ascii", "replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            at, _, protocol, address, port, name, why, _ = line.split("\t")
+            whom = " ".join(filter(None, (name, address and f"{address}:{port}")))
+            if isfinite(float(at)):
+                found.append((float(at), f"refused {protocol} {whom}: {why}"))
+    return found
+
+
+def _notes(place: MachineDir) -> Path:
+    return place.log("egress")
 
 
 def _plan(argv: list[str], place: MachineDir, slot: int, fds: Mapping[int, int], names: Path | None) -> Plan:
