@@ -157,7 +157,8 @@ def test_a_balloon_takes_from_ram_of_a_machines_own(make: Make) -> None:
     with pytest.raises(GuestShort) as short:
         machine.memory.balloon("250M", timeout=0.5)
     assert 64 * MIB <= short.value.given < 250 * MIB
-    assert machine.memory.stats().limit == 256 * MIB - short.value.given
+    # A guest without any memory left takes some back by itself, and gives it up again.
+    assert abs((machine.memory.stats().limit or 0) - 256 * MIB + short.value.given) < 8 * MIB
     with pytest.raises(InvalidSpec):
         machine.memory.balloon("256M")
     assert machine.memory.balloon(0) == 0 and machine.memory.stats().limit == 256 * MIB

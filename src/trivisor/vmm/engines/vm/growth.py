@@ -37,6 +37,8 @@ ROOM = min(max(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // GIB, 
 """What a machine's addresses leave room for: the host's memory, and no more than the processors with the shortest addresses reach."""
 _MODULES = 30.0
 _LOOK = 0.005
+_REST = 0.1
+"""Seconds after which a guest that was in the middle of giving up memory has told of it."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ class Growth:
             if reached != size:
                 # It stays as it is; a guest that was still at it comes back to that.
                 qmp.ask("balloon", {"value": base - reached})
+                time.sleep(_REST)
                 reached = _settled(taken, lambda has: has == reached, timeout)
             return reached
 
