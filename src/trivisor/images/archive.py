@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -32,6 +33,8 @@ from trivisor.images.stream import CHUNK, Section, exactly
 from trivisor.images.tree import Content, Tree
 
 T = TypeVar("T")
+_DEPTH = 4
+"""Indexes in an index: none is known that needs more."""
 
 
 class Saved(msgspec.Struct, rename="pascal"):
@@ -84,31 +87,46 @@ class Archive:
             raise ImageError(f"{self.origin}: the image is for {config.platform}, not {platform}")
         return found
 
-    def names(self) -> list[str]:
-        """Return the names that its images have, as people write them. Raises ImageError."""
-        if self._is_layout:
-            given = [name for one in self._document("index.json", Index).manifests for name in _names(one)]
+    def every(self, platform: Platform) -> list[tuple[list[str], Packed]]:
+        """Return each image for `platform` with the names that the archive gives it. Raises ImageError if there is none."""
+        if not self._is_layout:
+            found = [(image.repo_tags or [], self._packed(image)) for image in self._document("manifest.json", list[Saved])]
         else:
-            given = [name for image in self._document("manifest.json", list[Saved]) for name in image.repo_tags or []]
-        return list(dict.fromkeys(name for name in map(_normal, given) if name))
+            names: dict[str, list[str]] = {}
+            entries = self._document("index.json", Index).manifests
+            for one in (fitting := self._fitting(entries, platform)):
+                names.setdefault(one.digest, []).extend(_names(one)[:1])
+            found = [(names[one.digest], self._resolved(one, platform)) for one in {one.digest: one for one in fitting}.values()]
+        there = [(decode(packed.config, ImageConfig, self.origin, self._limits).platform, called, packed) for called, packed in found]
+        if not any(platform.runs(other) for other, _, _ in there):
+            others = ", ".join(sorted({str(other) for other, _, _ in there}))
+            raise ImageError(f"{self.origin}: it holds no image for {platform}", hint=f"it has some for: {others}" if others else "")
+        return [(called, packed) for other, called, packed in there if platform.runs(other)]
 
     def _saved(self, reference: str) -> Packed:
         images = self._document("manifest.json", list[Saved])
-        chosen = self._choose([(image, image.repo_tags or []) for image in images], reference)
-        return Packed([self._member(layer) for layer in chosen.layers], self._bytes(self._member(chosen.config), chosen.config))
+        return self._packed(self._choose([(image, image.repo_tags or []) for image in images], reference))
+
+    def _packed(self, image: Saved) -> Packed:
+        return Packed([self._member(layer) for layer in image.layers], self._bytes(self._member(image.config), image.config))
 
     def _layout(self, reference: str, platform: Platform) -> Packed:
         found = self._document("index.json", Index).manifests
-        for depth in range(4):  # an index may name indexes, one for each platform
-            if depth and any(one.platform for one in found):
-                chosen = choose(found, platform, self.origin)
-            else:
-                fitting = [one for one in found if one.platform is None or platform.runs(one.platform)]
-                chosen = self._choose([(one, _names(one)) for one in fitting], reference)
+        chosen = self._choose([(one, _names(one)) for one in self._fitting(found, platform)], reference)
+        return self._resolved(chosen, platform, reference)
+
+    def _fitting(self, found: list[Descriptor], platform: Platform) -> list[Descriptor]:
+        return [one for one in found if one.platform is None or platform.runs(one.platform)]
+
+    def _resolved(self, chosen: Descriptor, platform: Platform, reference: str = "") -> Packed:
+        """Return the image that an entry of the index means: itself, or of an index that it names the one for `platform`."""
+        for _ in range(_DEPTH):
             document = self._bytes(self._blob(chosen), chosen.digest)
             if chosen.media_type not in INDEXES:
                 break
             found = decode(document, Index, self._about(chosen.digest), self._limits).manifests
+            named = [(one, _names(one)) for one in found]
+            chosen = choose(found, platform, self.origin) if any(one.platform for one in found) else self._choose(named, reference)
         manifest = read_manifest(document, chosen.media_type, self._about(chosen.digest), self._limits)
         config = self._bytes(self._blob(manifest.config), manifest.config.digest)
         return Packed([self._blob(layer) for layer in manifest.layers], config, document, chosen.media_type)
@@ -153,6 +171,21 @@ class Archive:
 
     def _about(self, name: str) -> str:
         return f"{self.origin}: {name[:200]!r}"
+
+
+def whole_name(name: str, base: str, source: Path) -> str:
+    """Return a name that an archive has for an image, in full: one that is but a tag is put behind `base`, or the file's own name.
+
+    Raises ImageError for an image that has none.
+    """
+    if not name:
+        raise ImageError(f"{source}: an image in it has no name", hint=f"`trivisor import {source} NAME` gives it one")
+    if ":" in name or "/" in name:
+        return name
+    whole = f"{base or source.absolute().name.partition('.')[0].lower()}:{name}"
+    if not base and not _normal(whole):
+        raise ImageError(f"{source}: its image has the tag {name[:80]!r}, and no name", hint="give it one with --base")
+    return whole
 
 
 def _names(descriptor: Descriptor) -> list[str]:

@@ -10,40 +10,47 @@ from __future__ import annotations
 
 import builtins
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, BinaryIO, Unpack
 
 from trivisor.core.errors import ImageError, InvalidSpec, NotFound, StorageError
 from trivisor.core.paths import Home
-from trivisor.images import bootstrap, host, model, older
+from trivisor.images import bootstrap, host, model, older, outlet
+from trivisor.images.archive import whole_name
 from trivisor.images.derived import Derived, Progress
 from trivisor.images.documents import Documents, Library
-from trivisor.images.image import Image
+from trivisor.images.image import PREFIX, Image
 from trivisor.images.intake import Bytes, Intake
 from trivisor.images.limits import DEFAULT, Limits
 from trivisor.images.model import Descriptor, History, Manifest, Platform
 from trivisor.images.reference import Reference, normalise
 from trivisor.images.registry.access import Access
+from trivisor.images.registry.crew import Report
 from trivisor.images.registry.pull import pull
 from trivisor.images.registry.push import neighbours, push
+from trivisor.images.rooted import Rooted
+from trivisor.images.upkeep import Pruned, Upkeep, Usage
 from trivisor.store.store import Ref, Store
 from trivisor.store.workspace import Workspace
 
 __all__ = ["Image", "Images"]
-_PREFIX = "image:"
 
 
-class Images:
+class Images(Rooted):
     """The catalog of one home. Safe to use from threads, forks and many processes at once."""
 
-    def __init__(self, home: Home, *, noted: Callable[[Image], object] = lambda _: None) -> None:
-        """`noted` is told of each image that is made."""
+    def __init__(
+        self, home: Home, *, noted: Callable[[Image], object] = lambda _: None, needs: Callable[[], Iterable[str]] = tuple
+    ) -> None:
+        """`noted` is told of each image that is made; `needs` says what machines have, also of the host's root."""
         self._store = Store(home.store)
         self._library = Library(self._store)
         self._derived = Derived(home, self._store, self._library)
+        self._upkeep = Upkeep(home, self._store, self._library, self._derived)
         self._noted = noted
+        self._needs = needs
 
     # Names
 
@@ -55,7 +62,7 @@ class Images:
         if ref == host.NAME:
             return Image(host.NAME, host.digest(), Path("/"), 0, 0.0, "this host")
         image = self._find(ref)
-        while damaged := self._lacking(image):
+        while damaged := self._library.lacking(image.digest, image.size):
             # The name may have moved on, and the old blobs with it, since it was looked up.
             found = self._find(ref)
             if found == image:
@@ -65,7 +72,7 @@ class Images:
 
     def list(self) -> list[Image]:
         """Return every image, by name."""
-        return [self._image(ref) for ref in self._store.refs(_PREFIX)]
+        return [self._image(ref) for ref in self._store.refs(PREFIX)]
 
     def add(self, manifest: bytes, media_type: str, name: str, source: str, workspace: Workspace) -> Image:
         """Register an image whose blobs are all in the store: the one door for what is pulled, loaded, built, committed, imported.
@@ -82,21 +89,21 @@ class Images:
         digest = self._store.add(Bytes(manifest), workspace.owner, links=links)
         value = {"created": time.time(), "source": source, "media_type": media_type or read.media_type or model.OCI_MANIFEST}
         if not name:
-            return self._image(Ref(_PREFIX, digest, value))
-        image = self._name(Ref(_PREFIX + name, digest, value))
+            return self._image(Ref(PREFIX, digest, value))
+        image = self._name(Ref(PREFIX + name, digest, value))
         self._noted(image)
         return image
 
     def tag(self, ref: str, name: str) -> Image:
         """Give the image called `ref` another name as well. Raises NotFound, InvalidSpec."""
         image, name = self._find(ref), _free(name)
-        value = next(one.value for one in self._store.refs(_PREFIX + image.name) if one.name == _PREFIX + image.name)
-        return self._name(Ref(_PREFIX + name, image.digest, value))
+        value = next(one.value for one in self._store.refs(PREFIX + image.name) if one.name == PREFIX + image.name)
+        return self._name(Ref(PREFIX + name, image.digest, value))
 
     def remove(self, ref: str) -> None:
         """Forget the name, and the image with its last name. Raises NotFound, CallerError if a machine needs it."""
         image = self._find(ref)
-        self._store.drop_ref(_PREFIX + image.name)
+        self._store.drop_ref(PREFIX + image.name)
         self._clean(image.digest)
 
     # Making
@@ -141,6 +148,51 @@ class Images:
             source = f"mmdebstrap {suite} {' '.join(packages)}".strip()
             return self._take(work, archive, name, source, source, None, progress, limits)
 
+    def load(
+        self,
+        source: Path,
+        *,
+        base: str = "",
+        platform: Platform | None = None,
+        progress: Progress = lambda _: None,
+        limits: Limits = DEFAULT,
+    ) -> builtins.list[Image]:
+        """Take all images of an archive or an OCI layout (`save`, `export`, `docker save`, skopeo), under the names that it gives them.
+
+        `base` is the name of those that have a tag alone; without it that of the file. Raises ImageError, also for an image without
+        a name; StorageError, InvalidSpec.
+        """
+        with self.workspace() as work, Intake(self._store, work, limits, progress) as intake:
+            found = intake.every(Path(source), platform or Platform.host())
+            named = [(whole_name(name, base, Path(source)), manifest, kind) for names, manifest, kind in found for name in names or [""]]
+            return [self.add(manifest, kind, _free(name), str(source), work) for name, manifest, kind in named]
+
+    # Leaving
+
+    def export(self, ref: str, target: Path, *, tag: str = "", archive: bool | None = None, report: Report = lambda _: None) -> str:
+        """Write the image called `ref` as an OCI layout: a folder, new or a layout that it is added to, or one tar; return its digest.
+
+        `archive` says which; without it a target that ends in .tar is one. `tag` is what it is called there. Nothing half-made is
+        left where it ends early. Raises NotFound, AlreadyExists, InvalidSpec, ImageError, StorageError.
+        """
+        target = Path(target)
+        with self.workspace() as work:
+            image = self._leaving(ref, work, tag)
+            if target.suffix == ".tar" if archive is None else archive:
+                outlet.to_archive(self._store, [image], target, report, docker=False)
+            else:
+                outlet.to_folder(self._store, [image], target, report)
+        return image.documents.digest
+
+    def save(self, refs: Sequence[str], target: Path | BinaryIO, *, report: Report = lambda _: None) -> None:
+        """Write images into an archive that `load`, `docker load` and skopeo (docker-archive:) read: a file, or a stream.
+
+        Raises what `export` raises; of a stream OSError.
+        """
+        with self.workspace() as work:
+            images = [self._leaving(ref, work) for ref in refs]
+            outlet.to_archive(self._store, images, target, report, docker=True)
+
     # Registries
 
     def pull(self, name: str, *, platform: Platform | None = None, **access: Unpack[Access]) -> Image:
@@ -182,48 +234,19 @@ class Images:
         """Return its layers, the lowest first. Raises what `documents` raises."""
         return tuple(self.manifest(digest).layers)
 
-    def history(self, digest: str) -> builtins.list[History]:
-        """Return how it came about, the oldest step first. Raises what `documents` raises."""
-        return self.documents(digest).config.history or []
+    def history(self, ref: str) -> builtins.list[History]:
+        """Return how the image called `ref`, or with that digest, came about, the oldest step first. Raises what `documents` raises."""
+        return self.documents(self._find(ref).digest).config.history or []
 
-    # Roots
+    def inspect(self, ref: str) -> dict[str, Any]:
+        """Return all that is known of the image called `ref`, as plain values. Raises what `get` raises."""
+        return self._upkeep.about(self.get(ref))
 
-    def key(self, digest: str) -> str:
-        """Return what names its root: the same for images that have the same layers. Raises NotFound."""
-        return self._derived.key(digest)
-
-    def rootfs(self, digest: str, progress: Progress = lambda _: None) -> Path:
-        """Return the root as squashfs; made when first asked for, in some seconds. Of the host's own root the host's.
-
-        It stays for as long as the image. Raises NotFound, ImageError, HostLacks, EngineError, StorageError.
-        """
-        return self._derived.rootfs(digest, progress)
-
-    def rootfs_path(self, digest: str) -> Path:
-        """Return where `rootfs` puts it, without making it. Raises NotFound."""
-        return self._derived.rootfs_path(digest)
-
-    def lowers(self, digest: str, progress: Progress = lambda _: None) -> tuple[Path, ...]:
-        """Return the unpacked root: folders to lay over one another, the uppermost first, read-only and shared.
-
-        Made when first asked for. They stay for as long as an image has them, and for a host's root the machines that have it.
-        Raises NotFound, ImageError, HostLacks, EngineError, StorageError.
-        """
-        return self._derived.lowers(digest, progress)
-
-    def lower_paths(self, digest: str) -> tuple[Path, ...]:
-        """Return where `lowers` puts them, without making them. Raises NotFound."""
-        return self._derived.lower_paths(digest)
-
-    def tree_lacks(self, digest: str) -> str:
-        """Say what the unpacked root lacks of the image, "" if nothing."""
-        return self._derived.lost(digest)
+    # Keeping
 
     def sweep(self, needed: Callable[[], Iterable[str]]) -> builtins.list[str]:
         """Remove roots of images that are gone, and of the host as it was but for those `needed`; say what."""
         return self._derived.keep(lambda: self._needed(needed()))
-
-    # Keeping
 
     def pin(self, image: Image, owner: str, *, durable: bool = True) -> None:
         """Keep the image until `owner` unpins it; without `durable` until a power cut at most. Raises NotFound if it is gone."""
@@ -244,21 +267,19 @@ class Images:
 
     def check(self) -> builtins.list[str]:
         """Read every blob of every image again; return what is damaged or missing, in words. Takes as long as the disk does."""
-        names: dict[str, builtins.list[str]] = {}
-        said: dict[str, str] = {}
-        for ref in self._store.refs(_PREFIX):
-            names.setdefault(ref.digest, []).append(ref.name.removeprefix(_PREFIX))
-        for digest, called in names.items():
-            blobs = [digest]
-            try:
-                documents = Library(self._store).read(digest)
-                blobs += [blob.digest for blob in documents.blobs] if documents else []
-            except (NotFound, StorageError) as error:
-                said[digest] = f"{', '.join(called)}: {error}"
-            for blob in blobs:
-                if blob not in said and (why := self._store.damage(blob)):
-                    said[blob] = f"{', '.join(called)}: {why}"
-        return builtins.list(said.values())
+        return self._upkeep.check()
+
+    def usage(self) -> Usage:
+        """Weigh the images, what was made of them and for them. Raises StorageError."""
+        return self._upkeep.usage()
+
+    def prune(self, *, everything: bool = False, older: float = 0.0, labels: Mapping[str, str | None] | None = None) -> Pruned:
+        """Remove what no image and no machine needs: blobs, roots, pieces of downloads, and layers of build steps that no image has.
+
+        With `everything` also images without a machine, and all build steps; both, and downloads, only if `older` than so many
+        seconds, images only if they have the `labels` (None: with any value). Safe beside all else. Raises StorageError.
+        """
+        return self._upkeep.prune(everything, older, labels or {}, lambda: self._needed(self._needs()))
 
     # Inside
 
@@ -269,6 +290,13 @@ class Images:
             manifest, media_type = intake.take(source, name, platform or Platform.host(), by)
         return self.add(manifest, media_type, name, origin, work)
 
+    def _leaving(self, ref: str, work: Workspace, tag: str = "") -> outlet.Leaving:
+        """Return what is to be written of the image, whose blobs stay for as long as the workspace."""
+        documents = self.documents(self.get(ref).digest)
+        self._store.pin(documents.digest, work.owner, durable=False)
+        image = self._find(documents.digest if model.is_digest(ref) else ref)
+        return outlet.leaving(documents, image.media_type, image.name, tag)
+
     def _hold(self, blob: Descriptor, workspace: Workspace, what: str) -> None:
         if not self._store.hold(blob.digest, workspace.owner):
             raise ImageError(f"{what}: the blob {blob.digest} is not there")
@@ -277,11 +305,11 @@ class Images:
 
     def _needed(self, more: Iterable[str] = ()) -> set[str]:
         pinned = (digest for digest, _ in self._store.pins())
-        return {*more, host.digest(), *pinned, *(ref.digest for ref in self._store.refs(_PREFIX))}
+        return {*more, host.digest(), *pinned, *(ref.digest for ref in self._store.refs(PREFIX))}
 
     def _converted(self, digest: str) -> Documents:
         """Make an OCI image of what an older Trivisor made, and let its names mean that."""
-        refs = self._store.refs(_PREFIX)
+        refs = self._store.refs(PREFIX)
         there = [ref.digest for ref in refs if ref.value.get(older.FROM) == digest]
         named = [ref for ref in refs if ref.digest == digest]
         with self.workspace() as work:
@@ -323,22 +351,22 @@ class Images:
                 self._derived.drop(derived - self._derived.names(self._needed()))
 
     def _find(self, ref: str) -> Image:
-        refs = self._store.refs(_PREFIX)
+        refs = self._store.refs(PREFIX)
         if model.is_digest(ref):
             named = [found for found in refs if found.digest == ref]
             if not named and not self._store.exists(ref):
                 raise NotFound(f"there is no image {ref}", hint="`trivisor images` lists those that have a name")
-            return self._image(named[0] if named else Ref(_PREFIX + ref, ref, {"created": 0.0, "source": ""}))
+            return self._image(named[0] if named else Ref(PREFIX + ref, ref, {"created": 0.0, "source": ""}))
         name = normalise(ref)
         for found in refs:
-            if found.name == _PREFIX + name:
+            if found.name == PREFIX + name:
                 return self._image(found)
-        have = f"there are {', '.join(found.name.removeprefix(_PREFIX) for found in refs[:20])}; " if refs else ""
+        have = f"there are {', '.join(found.name.removeprefix(PREFIX) for found in refs[:20])}; " if refs else ""
         raise NotFound(f"there is no image {name}", hint=have + "get one with `trivisor images bootstrap` or `trivisor images import`")
 
     def _image(self, ref: Ref) -> Image:
         known: dict[str, Any] = {key: ref.value[key] for key in ("created", "source")}
-        name = ref.name.removeprefix(_PREFIX)
+        name = ref.name.removeprefix(PREFIX)
         try:
             documents = self._library.read(ref.digest)
             rootfs = self._derived.rootfs_path(ref.digest)
@@ -350,23 +378,6 @@ class Images:
         layers = tuple(documents.manifest.layers)
         kind = ref.value.get("media_type", model.OCI_MANIFEST)
         return Image(name, ref.digest, rootfs, documents.size, config=documents.config, layers=layers, media_type=kind, **known)
-
-    def _lacking(self, image: Image) -> str:
-        """Say which of its blobs is not there or was cut, "" if none."""
-        if not image.layers and not image.media_type:
-            blobs = [(image.digest, image.size)]
-        else:
-            documents = self._library.read(image.digest)
-            assert documents is not None
-            blobs = [(image.digest, len(documents.data)), *((blob.digest, blob.size) for blob in documents.blobs)]
-        for digest, size in blobs:
-            path = self._store.locate(digest)
-            try:
-                if path.stat().st_size != size:
-                    return f"{path} was cut"
-            except FileNotFoundError:
-                return f"{path} is gone"
-        return ""
 
 
 def _free(name: str) -> str:

@@ -57,6 +57,19 @@ class Library:
             self._known[digest] = None if data[:4] == _SQUASHFS else self._parse(digest, data)
         return self._known[digest]
 
+    def lacking(self, digest: str, size: int = 0) -> str:
+        """Say which blob of the image is not there or was cut, "" if none; `size` is that of a squashfs. Raises what `read` raises."""
+        documents = self.read(digest)
+        blobs = [(blob.digest, blob.size) for blob in documents.blobs] if documents else []
+        for blob, right in [(digest, len(documents.data) if documents else size), *blobs]:
+            path = self._store.locate(blob)
+            try:
+                if path.stat().st_size != right:
+                    return f"{path} was cut"
+            except FileNotFoundError:
+                return f"{path} is gone"
+        return ""
+
     def _parse(self, digest: str, data: bytes) -> Documents:
         try:
             manifest = read_manifest(data, "", digest)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from trivisor.images.model import Descriptor, History, ImageConfig, Platform, RootFs
 
+PREFIX = "image:"
+"""Begins the names of images among the refs of the store."""
 _NO_CONFIG = ImageConfig("", "", RootFs("layers", []))
 
 

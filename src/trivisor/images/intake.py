@@ -11,6 +11,7 @@ import os
 import stat
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from trivisor.core.errors import ImageError
@@ -53,14 +54,31 @@ class Intake:
         """Return the manifest and its media type. `reference` chooses among several images of one archive, `platform` among those of
         one image; `by` is how its history says it came about. Raises ImageError, StorageError.
         """
+        found = self._look(source)
+        if isinstance(found, Archive):
+            return self._archive(found, found.image(reference, platform))
+        return self._single(found(), by, platform)
+
+    def every(self, source: Path, platform: Platform) -> list[tuple[list[str], bytes, str]]:
+        """Return names as the archive has them, manifest and media type of each image in it for `platform`.
+
+        Raises ImageError, also for what is no archive of images; StorageError.
+        """
+        found = self._look(source)
+        if not isinstance(found, Archive):
+            raise ImageError(f"{source}: it is no archive of images", hint="`trivisor import` makes an image of a tar or a folder of files")
+        return [(names, *self._archive(found, packed)) for names, packed in found.every(platform)]
+
+    def _look(self, source: Path) -> Archive | Callable[[], tuple[Descriptor, str]]:
+        """Return the archive of images that `source` is, or what makes a layer of it."""
         tree = Tree(self._limits, source.name or str(source))
         self._progress(f"reading {source}")
         if source.is_dir():
             files = read_folder(tree, source, self._limits)
             if Archive.holds(tree):
-                return self._archive(Archive(tree, self._folder_opener(files), self._limits), reference, platform)
+                return Archive(tree, self._folder_opener(files), self._limits)
             _usable(tree, source)
-            return self._single(self._packed(tree, files), by, platform)
+            return partial(self._packed, tree, files)
         section = self._open(source)
         self._read(tree, section)
         if Archive.holds(tree):
@@ -68,9 +86,9 @@ class Intake:
                 section = self._spool(section)
                 tree = Tree(self._limits, tree.origin)
                 self._read(tree, section)
-            return self._archive(Archive(tree, _archive_opener(section), self._limits), reference, platform)
+            return Archive(tree, _archive_opener(section), self._limits)
         _usable(tree, source)
-        return self._single(self._as_it_is(section), by, platform)
+        return partial(self._as_it_is, section)
 
     def folder(self, source: Path, platform: Platform, by: str, run: RunConfig) -> tuple[bytes, str]:
         """Return the manifest of an image of one layer: what is in `source`, even if that looks like an archive."""
@@ -115,8 +133,7 @@ class Intake:
 
     # Several
 
-    def _archive(self, archive: Archive, reference: str, platform: Platform) -> tuple[bytes, str]:
-        packed = archive.image(reference, platform)
+    def _archive(self, archive: Archive, packed: Packed) -> tuple[bytes, str]:
         diffs = self._checked(packed, archive.origin)
         config = model.decode(packed.config, ImageConfig, archive.origin, self._limits)
         if config.rootfs.diff_ids != diffs:

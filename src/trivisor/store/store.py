@@ -18,7 +18,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -124,6 +124,16 @@ class Store:
     def exists(self, digest: str) -> bool:
         """Tell whether the blob is there."""
         return self.locate(digest).exists()
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of each blob that is there. Raises StorageError."""
+        found: dict[str, int] = {}
+        self.open()
+        with translated(self.root):
+            for path in self._blobs.iterdir():
+                with suppress(FileNotFoundError):  # collected meanwhile
+                    found[f"{ALGORITHM}:{path.name}"] = path.stat().st_size
+        return found
 
     def damage(self, digest: str) -> str:
         """Read the blob and say what is wrong with it, "" if nothing."""

@@ -60,7 +60,11 @@ class VMM:
         self._context = Context(
             home=place,
             records=records,
-            images=Images(place, noted=lambda image: records.note("image-imported", f"{image.name} from {image.source}")),
+            images=Images(
+                place,
+                noted=lambda image: records.note("image-imported", f"{image.name} from {image.source}"),
+                needs=lambda: {row.digest for row in records.rows()},
+            ),
             engines={engine.wall: engine for engine in chosen},
         )
         if memory_budget is not None:

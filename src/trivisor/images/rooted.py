@@ -1,0 +1,44 @@
+"""What the catalog says of roots: which an image has, where they are, and that they be made (derived.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trivisor.images.derived import Derived, Progress
+
+
+class Rooted:
+    """The part of `Images` that is about roots."""
+
+    _derived: Derived
+
+    def key(self, digest: str) -> str:
+        """Return what names its root: the same for images that have the same layers. Raises NotFound."""
+        return self._derived.key(digest)
+
+    def rootfs(self, digest: str, progress: Progress = lambda _: None) -> Path:
+        """Return the root as squashfs; made when first asked for, in some seconds. Of the host's own root the host's.
+
+        It stays for as long as the image. Raises NotFound, ImageError, HostLacks, EngineError, StorageError.
+        """
+        return self._derived.rootfs(digest, progress)
+
+    def rootfs_path(self, digest: str) -> Path:
+        """Return where `rootfs` puts it, without making it. Raises NotFound."""
+        return self._derived.rootfs_path(digest)
+
+    def lowers(self, digest: str, progress: Progress = lambda _: None) -> tuple[Path, ...]:
+        """Return the unpacked root: folders to lay over one another, the uppermost first, read-only and shared.
+
+        Made when first asked for. They stay for as long as an image has them, and for a host's root the machines that have it.
+        Raises NotFound, ImageError, HostLacks, EngineError, StorageError.
+        """
+        return self._derived.lowers(digest, progress)
+
+    def lower_paths(self, digest: str) -> tuple[Path, ...]:
+        """Return where `lowers` puts them, without making them. Raises NotFound."""
+        return self._derived.lower_paths(digest)
+
+    def tree_lacks(self, digest: str) -> str:
+        """Say what the unpacked root lacks of the image, "" if nothing."""
+        return self._derived.lost(digest)
