@@ -194,6 +194,8 @@ def test_it_reaches_what_its_policy_allows_and_nothing_else(pair: tuple[Machine,
     machine.network.restrict("dns")
     assert tried(machine, beyond).startswith("no:")
     assert tried(machine, "two") == "hello" and said(port) == b"hello"  # its network's members, and who asks it
+    machine.network.restrict("pypi.example", "198.51.100.8/30:81")  # by name, and an address
+    assert tried(machine, beyond).startswith("no:") and tried(machine, "two") == "hello" and said(port) == b"hello"
     machine.network.unrestrict()
     assert tried(machine, beyond) == "hello"
     machine.network.withdraw(port)
