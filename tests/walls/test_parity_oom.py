@@ -34,14 +34,15 @@ def test_a_killed_program_is_known_to_be_killed_for_memory(make: Make, wall_vmm:
     result = caught.value.result
     assert result.out_of_memory and result.exit_code == 137  # type: ignore[attr-defined]
     assert not machine.exec("kill -9 $$").out_of_memory
-    hogs = [machine.spawn(HOG, stdin=False) for _ in range(2)]
-    assert [hog.wait(BOUND) for hog in hogs] == [137, 137]
-    assert list(wall_vmm.events()) and all(hog.out_of_memory() for hog in hogs), "whoever asked first"
-    assert beside.poll() is None and machine.info()["oom_kills"] == 3
+    if machine.wall == "container":  # under TCG it takes long
+        hogs = [machine.spawn(HOG, stdin=False) for _ in range(2)]
+        assert [hog.wait(BOUND) for hog in hogs] == [137, 137]
+        assert list(wall_vmm.events()) and all(hog.out_of_memory() for hog in hogs), "whoever asked first"
+    assert beside.poll() is None and machine.info()["oom_kills"] == (3 if machine.wall == "container" else 1)
     said = ooms(wall_vmm, machine)
     if machine.wall == "vm" or os.access("/dev/kmsg", os.R_OK):
         assert said[0].detail == "out of memory: the kernel killed a process in it: python3"
-    assert 2 <= len(said) <= 3
+    assert 1 <= len(said) <= 3
     beside.kill()
 
 
