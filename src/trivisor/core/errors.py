@@ -19,6 +19,7 @@
     └── GuestError               what runs in the machine failed or misbehaved
         ├── ExecTimeout          a command outlived its timeout and was killed
         ├── ExecFailed           `check=True` and the command's exit status is not 0
+        ├── BuildFailed          a step of a build failed in its machine; the error names the line
         ├── FileError            a file operation in the machine failed: errno and path
         ├── WaitTimeout          the machine did not end in the time given
         ├── GuestShort           the guest gave back less memory than it was asked for; the error says how much
@@ -221,6 +222,18 @@ class GuestShort(GuestError):
     def __init__(self, message: str, given: int, *, machine: str = "", hint: str = "") -> None:
         self.given = given
         super().__init__(message, machine=machine, hint=hint)
+
+
+class BuildFailed(GuestError):
+    """The RUN at `line` of the Containerfile `file` failed: `exit_code` (None if it had no time to end), and the end of its `output`."""
+
+    def __init__(self, file: str, line: int, message: str, *, exit_code: int | None = None, output: bytes = b"") -> None:
+        self.file = file
+        self.line = line
+        self.exit_code = exit_code
+        self.output = output
+        last = output.decode(errors="replace").strip().splitlines()[-1:] or [""]
+        super().__init__(f"{file}:{line}: RUN {message}{f': {last[0]}' if last[0] else ''}")
 
 
 class FileError(GuestError, OSError):
