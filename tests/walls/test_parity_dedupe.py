@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from wall_fixtures import Make
+from workers import locked
 
 from trivisor import VMM, Machine, UnsupportedByWall
 from trivisor.core.errors import InvalidSpec
@@ -22,8 +23,14 @@ _HOLDER = "import sys; held = b''.join(b'%4096d' % i for i in range(6144)); prin
 
 @pytest.fixture
 def scanning(wall_vmm: VMM) -> Iterator[None]:
+    """The host's kernel looks for equal pages: for one test at a time, whoever runs tests on this host."""
     if os.geteuid() or not KSM.is_dir():
         pytest.skip("needs root, and a kernel with KSM")
+    with locked(KSM / "run"):
+        yield from _scanning(wall_vmm)
+
+
+def _scanning(wall_vmm: VMM) -> Iterator[None]:
     before = [(KSM / name).read_text() for name in ("run", "pages_to_scan", "sleep_millisecs")]
     with wall_vmm.dedupe.scanning(pages=20_000):
         assert wall_vmm.dedupe.report().scanning

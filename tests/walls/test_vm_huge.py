@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from wall_fixtures import Make
+from workers import locked
 
 from trivisor import HostLacks, Machine
 from trivisor.core.errors import InvalidSpec
@@ -26,9 +27,14 @@ def number(name: str) -> int:
 
 @pytest.fixture
 def set_aside() -> Iterator[None]:
-    """Huge pages for one machine of 256M."""
+    """Huge pages for one machine of 256M, for one test at a time, whoever runs tests on this host."""
     if os.geteuid() or not POOL.exists():
         pytest.skip("needs root, and a kernel with huge pages")
+    with locked(POOL / "nr_hugepages"):
+        yield from _set_aside()
+
+
+def _set_aside() -> Iterator[None]:
     before = number("nr_hugepages")
     (POOL / "nr_hugepages").write_text(f"{before + PAGES}\n")
     try:

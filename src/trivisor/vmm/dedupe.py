@@ -11,6 +11,7 @@ Only memory of no file is merged: what a clone has written of its ice, and all o
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -121,8 +122,10 @@ def merged(context: Context, row: Row) -> int | None:
     """Return how many bytes of a machine lie in merged pages; None where the kernel does not say."""
     found = None
     for pid in procs.tree(context.folder(row)):
-        with suppress(OSError, ValueError):
-            found = (found or 0) + int((Path("/proc") / pid / "ksm_merging_pages").read_text()) * _PAGE
+        # (ksm_merging_pages, which is older, is put right only by the kernel's next look.)
+        with suppress(OSError):
+            said = re.search(r"^KSM: +(\d+) kB$", (Path("/proc") / pid / "smaps_rollup").read_text(), re.MULTILINE)
+            found = (found or 0) + (int(said[1]) << 10) if said else found
     return found
 
 
