@@ -110,9 +110,11 @@ def test_cases(home: Home, tmp_path: Path, case: str) -> None:
     same(home, made(home, CASES[case]), tmp_path)
 
 
-def test_random_layers(home: Home, tmp_path: Path) -> None:
-    names = ["a", "b", "a/x", "a/y", "a/z/q", "b/x", "a/z", "c", "a/z/q/r", "l/x", "l"]
-    for seed in range(25):
+@pytest.mark.parametrize("seeds", [range(40), pytest.param(range(40, 2000), marks=pytest.mark.soak)])
+def test_random_layers(home: Home, tmp_path: Path, seeds: range) -> None:
+    names = ["a", "b", "a/x", "a/y", "a/z/q", "b/x", "a/z", "c", "a/z/q/r", "l/x", "l", "l/z/n"]
+    tried = whole = 0
+    for seed in seeds:
         random_ = random.Random(seed)
         layers = []
         for number in range(4):
@@ -122,21 +124,30 @@ def test_random_layers(home: Home, tmp_path: Path) -> None:
                 base, _, leaf = name.rpartition("/")
                 if any(kinds.get(name.rsplit("/", depth)[0], "d") not in "d" for depth in range(1, name.count("/") + 1)):
                     continue
-                kind = kinds[name] = random_.choice("ddffwwo")
+                kind = kinds[name] = random_.choice("dddddwwwooscf" if name in ("a", "b", "a/z", "a/z/q", "l") else "fffffwwwhdc")
                 if kind == "w":
                     data += file(f"{base}/.wh.{leaf}" if base else f".wh.{leaf}")
+                elif kind in "sh":
+                    other = random_.choice(names if kind == "s" else ["keep", "keep", *kinds])
+                    data += symlink(name, f"/{other}") if kind == "s" else hardlink(name, other)
+                    kinds[name] = "d" if kind == "s" else "f"
+                elif kind == "c":
+                    data += block(name, "3")
                 elif kind == "o":
                     data += folder(name) + file(f"{name}/.wh..wh..opq")
                     kinds[name] = "d"
                 else:
                     data += folder(name) if kind == "d" else file(name, f"{number} {name}".encode())
             layers.append(data + END)
+        tried += 1
         try:
             image = made(home, [file("keep") + END, *layers])
         except ImageError:
             continue  # a file of a layer below stands where a folder would have to be
         same(home, image, tmp_path)
+        whole += 1
         Images(home).remove("x")
+    assert whole > tried // 8
     assert list((home.cache / "trees").glob("sha256-*[!k]")) == []
 
 

@@ -8,7 +8,7 @@ of this layer lies in it. What a whiteout hides is a node of kind "w"; a folder 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trivisor.images.limits import Limits
@@ -31,6 +31,8 @@ class Laid(Node):
     """It is of the layers below, and this one has not changed it."""
     place: Path | None = None
     """Where an unpacked layer has the file."""
+    lent: set[str] = field(default_factory=set)
+    """Of a folder: names of the layers below that are this one's only because another name in it is the same file."""
 
 
 class Delta(Tree):
@@ -52,7 +54,7 @@ class Delta(Tree):
         if not parts:
             if made.kind != "d":
                 raise self.bad(name, "the root must be a folder")
-            made.children, made.below = self.root.children, laid(self.root).below
+            made.children, made.below, made.lent = self.root.children, laid(self.root).below, laid(self.root).lent
             self.root = made
             return
         parent, last = self._folder(parts[:-1], name), parts[-1]
@@ -60,6 +62,12 @@ class Delta(Tree):
             self._take_over(made, parent, last)
         self._count(name)
         parent.children[last] = made
+        laid(parent).lent.discard(last)
+
+    def link(self, name: str, target: str) -> None:
+        super().link(name, target)
+        parts = self._split(name, name)
+        laid(self._folder(parts[:-1], name)).lent.discard(parts[-1])
 
     def whiteout(self, name: str) -> None:
         parts = self._split(name, name)
@@ -67,7 +75,7 @@ class Delta(Tree):
         if not parts or parent is None:
             return
         node = self._child(parent, parts[-1])
-        if node is None or not (node.kind == "d" or laid(node).borrowed):
+        if node is None or not (node.kind == "d" or laid(node).borrowed or parts[-1] in laid(parent).lent):
             return  # nothing is there, or a file of this layer, which hides what is below
         if node.kind != "d" or (not self._shut(node) and laid(node).borrowed):
             parent.children[parts[-1]] = Laid(HIDDEN, layer=self.layer)
@@ -121,6 +129,8 @@ class Delta(Tree):
     def _linked(self, folder: Node, part: str) -> Node | None:
         node = self._child(folder, part)
         if node is not None and node.kind != "d":
+            if laid(node).borrowed:
+                laid(folder).lent.add(part)
             laid(node).borrowed = False  # both names are this layer's from now on, and stay names of one file
             self.shared.add(id(node))
         return node
@@ -138,7 +148,7 @@ class Delta(Tree):
             seen = self._lower(parent, part)
             made.below = seen.path if seen is not None and seen.kind == "d" else None
         elif old.kind == "d":
-            made.children, made.below, made.opaque = old.children, laid(old).below, laid(old).opaque
+            made.children, made.below, made.opaque, made.lent = old.children, laid(old).below, laid(old).opaque, laid(old).lent
         else:
             # Where a file is below, overlayfs looks no further.
             made.opaque = not laid(old).borrowed and laid(parent).below is not None
@@ -156,7 +166,7 @@ class Delta(Tree):
             node.children = {
                 name: child
                 for name, child in node.children.items()
-                if child.kind != HIDDEN and (not laid(child).borrowed or (child.kind == "d" and child.children))
+                if child.kind != HIDDEN and name not in node.lent and (not laid(child).borrowed or (child.kind == "d" and child.children))
             }
             if node.children:
                 node.borrowed = False

@@ -49,6 +49,12 @@ class Node:
     content: Content | None = None
     children: dict[str, Node] = field(default_factory=dict)
     layer: int = 0
+    links: dict[str, int] | None = None
+    """Of a folder: the names in it that are hard links, with their layers; the node has the layer of the file."""
+
+    def own(self, name: str, child: Node, layer: int) -> bool:
+        """Tell whether the name in this folder is of that layer."""
+        return child.layer == layer or (self.links is not None and self.links.get(name) == layer)
 
 
 class Tree:
@@ -69,12 +75,12 @@ class Tree:
         if not parts:
             if node.kind != "d":
                 raise self.bad(name, "the root must be a folder")
-            node.children, self.root = self.root.children, node
+            node.children, node.links, self.root = self.root.children, self.root.links, node
             return
         parent = self._folder(parts[:-1], name)
         old = parent.children.get(parts[-1])
         if old is not None and old.kind == node.kind == "d":
-            node.children = old.children
+            node.children, node.links = old.children, old.links
         self._count(name)
         parent.children[parts[-1]] = node
 
@@ -90,7 +96,10 @@ class Tree:
         if not parts:
             raise self.bad(name, "the root must be a folder")
         self._count(name)
-        self._folder(parts[:-1], name).children[parts[-1]] = node
+        folder = self._folder(parts[:-1], name)
+        folder.children[parts[-1]] = node
+        folder.links = {} if folder.links is None else folder.links
+        folder.links[parts[-1]] = self.layer
 
     def whiteout(self, name: str) -> None:
         """Hide what the layers below have at `name`."""
@@ -98,7 +107,7 @@ class Tree:
         parent = self._existing(parts[:-1], name)
         if parts and parent is not None and (node := parent.children.get(parts[-1])) is not None:
             self._prune(node)
-            if node.layer != self.layer and not node.children:
+            if not parent.own(parts[-1], node, self.layer) and not node.children:
                 del parent.children[parts[-1]]
 
     def remove(self, name: str) -> None:
@@ -224,5 +233,7 @@ class Tree:
             raise self.bad("", "the whiteouts hide the same folders over and over")
         for node in reversed(order):
             node.children = {
-                name: child for name, child in node.children.items() if child.layer == self.layer or (child.kind == "d" and child.children)
+                name: child
+                for name, child in node.children.items()
+                if node.own(name, child, self.layer) or (child.kind == "d" and child.children)
             }
