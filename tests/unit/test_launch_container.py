@@ -134,6 +134,11 @@ def test_a_layer_on_a_disk_of_its_own() -> None:
     assert of(made, "overlay") == [("overlay", "/t", "disk:/dev/loop7:/root", "idmap,userxattr", "/")]
 
 
+def test_several_layers_are_named_below_one_folder() -> None:
+    made = plan(layers=[Layer(Path("/t"), Path("/m/root"), names=("b/root", "a/root"))])
+    assert of(made, "overlay") == [("overlay", "/t", "/m/root", "idmap,userxattr", "/", "b/root", "a/root")]
+
+
 def test_what_docker_masks_is_masked() -> None:
     made = plan(hide=["/sys/devices/system/cpu/cpu0/thermal_throttle"])
     masked = of(made, "mask")[0]
