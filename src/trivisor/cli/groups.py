@@ -9,10 +9,17 @@ import click
 from trivisor.cli.options import home_option, json_option, verb
 
 
+class _Group(click.Group):
+    """A group whose `list` is also found as `ls`, which fingers know."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return super().get_command(ctx, "list" if cmd_name == "ls" else cmd_name)
+
+
 def group(name: str, summary: str, show: Callable[[bool], None], shown: str) -> click.Group:
     """Make a group that calls `show` (whether as JSON) alone and for its verb `list`; `summary` and `shown` are the two's help."""
 
-    @click.group(name, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]}, help=summary)
+    @click.group(name, cls=_Group, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]}, help=summary)
     @home_option
     @json_option
     @click.pass_context

@@ -74,7 +74,7 @@ class MachineDevices:
         with self._hold("attach") as row:
             plug = engine(self._context, row).hotplug(self._context.box(row))
             if kind_of(device) not in plug.kinds:
-                raise UnsupportedByWall(f"attach a device of kind {kind_of(device)}", row.spec.wall, machine=row.name)
+                raise UnsupportedByWall(f"attach a device of kind {kind_of(device)}", row.spec.wall, ["vm"], machine=row.name)
             live = row.state is State.RUNNING
             known = {key: found for key, found in read(self._folder(row)).items() if found.kept or live}
             if isinstance(device, Served) and not live:

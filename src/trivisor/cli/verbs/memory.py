@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import click
 
 from trivisor.cli import render
 from trivisor.cli.groups import group
-from trivisor.cli.options import open_vmm, verb
+from trivisor.cli.options import MACHINE, open_vmm, verb
+from trivisor.cli.verbs import memory_figures, memory_view
 from trivisor.core.units import format_size
 from trivisor.vmm.budget import words
 
@@ -25,7 +28,9 @@ def _list(as_json: bool) -> None:
     click.echo(f"equal pages: {merged}")
 
 
-command = group("memory", "Say what machines take of the host's memory; bound it.", _list, "List what machines hold and take.")
+command = group(
+    "memory", "Say what machines take of the host's memory; bound it; look into it.", _list, "List what machines hold and take."
+)
 
 
 @verb("budget")
@@ -46,18 +51,22 @@ def budget(size: str | None, overcommit: float) -> None:
 
 @verb("dedupe")
 @click.argument("switch", required=False, type=click.Choice(["on", "off"]))
-def dedupe(switch: str | None) -> None:
+@click.argument("machines", type=MACHINE, nargs=-1, metavar="[MACHINE...]")
+def dedupe(switch: str | None, machines: Sequence[str]) -> None:
     """Print whether the host's kernel looks for equal pages, which it then keeps once; as root, have it begin, or end.
 
-    It looks at those of machines made with --dedupe, and of other programs that wish it. "off" puts back what was set before.
+    It looks at those of machines made with --dedupe, and of other programs that wish it. "off" puts back what was set before. With
+    machines, it is these that are looked at from now on, or no longer.
     """
-    found = open_vmm().dedupe
-    if switch == "on":
-        found.start()
-    elif switch == "off":
-        found.stop()
-    click.echo(str(found.report()))
+    vmm = open_vmm()
+    for machine in [vmm.get(name) for name in machines]:
+        machine.memory.dedupe(switch == "on")
+    if switch == "on" and not machines:
+        vmm.dedupe.start()
+    elif switch == "off" and not machines:
+        vmm.dedupe.stop()
+    click.echo(str(vmm.dedupe.report()))
 
 
-for one in (budget, dedupe):
+for one in (budget, dedupe, *memory_figures.COMMANDS, *memory_view.COMMANDS):
     command.add_command(one)

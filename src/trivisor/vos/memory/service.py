@@ -7,15 +7,17 @@ the copy, unless its host cannot stop it (a container without a freezer). `watch
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from trivisor.core.errors import BadAddress, InvalidSpec, NotFound, WaitTimeout
 from trivisor.core.units import parse_size
-from trivisor.vos.memory import local, search, tasks
+from trivisor.vos.memory import dump, local, search, tasks
 from trivisor.vos.memory.foreign import Foreign
 from trivisor.vos.memory.kernel import Kernel
 from trivisor.vos.memory.paging import PAGE, Page, Tables
@@ -136,6 +138,14 @@ class Memory:
             if held.shared is None or not physical.mapped(start):
                 return physical.copy(start, size)
             return physical.map(held.shared, start, size)
+
+    def dump(self, path: str | os.PathLike[str]) -> int:
+        """Write all of physical memory to the new file `path`, each byte at its address, what is zero as a hole; return the file's size.
+
+        The machine stands still until it is written. Raises StorageError (the file is there already, too), UnsupportedByWall, GuestGone.
+        """
+        with self._physical(self._need("physical"), still=True) as (physical, _):
+            return dump.write(physical, physical.ram, Path(path), self._machine)
 
     def read_physical(self, address: int, size: int) -> bytes:
         """Return `size` bytes (up to 1 GiB; `view` copies more). Raises BadAddress, UnsupportedByWall, GuestGone."""

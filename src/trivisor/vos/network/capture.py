@@ -77,6 +77,11 @@ class Capture:
             self._lost += struct.unpack("=II", said)[1]  # the kernel begins anew with each answer
         return self._lost
 
+    def wait(self, timeout: float | None = None) -> bool:
+        """Return True when it has ended by itself, as it does with the machine; False after `timeout` seconds."""
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
     def close(self) -> None:
         """End it; when this returns all that passed until now is in the file. Raises StorageError if not everything could be written."""
         self._wake.close()
