@@ -113,3 +113,25 @@ def test_not_qmp(peer: Callable[[Peer], Path]) -> None:
     path = peer(lambda connection: connection.sendall(b'{"hello": 1}\r\n'))
     with pytest.raises(EngineError, match="not QMP"):
         Qmp.connect(path)
+
+
+def test_who_comes_when_enough_wait_waits_too(tmp_path: Path) -> None:
+    path = tmp_path / "qmp.sock"
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as waiting:
+        listener.bind(str(path))
+        listener.listen(0)
+        waiting.connect(str(path))
+        begun = time.monotonic()
+        with pytest.raises(EngineError):
+            Qmp.connect(path, timeout=0.3)
+        assert 0.2 < time.monotonic() - begun < 5
+
+        def take() -> None:
+            listener.accept()[0].close()
+            with listener.accept()[0] as connection:
+                hello(connection)
+
+        taking = threading.Timer(0.2, take)
+        taking.start()
+        Qmp.connect(path).close()
+        taking.join(10)

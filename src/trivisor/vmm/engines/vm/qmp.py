@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import socket
+import struct
 import time
 from collections import deque
 from collections.abc import Callable
@@ -47,13 +48,16 @@ class Qmp:
         """Connect to the socket at `path` and leave negotiation mode. Raises EngineError."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            sock.settimeout(timeout)
+            # QEMU talks to one client at a time, and few may wait for it. One more is to wait, too; settimeout would make the socket
+            # one that does not block, and such a one is refused at once then (connect(2), EAGAIN).
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(timeout), int(timeout % 1 * 1e6)))
             # A path may be longer than a socket address: go by the folder's descriptor.
             folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
                 sock.connect(f"/proc/self/fd/{folder}/{path.name}")
             finally:
                 os.close(folder)
+            sock.settimeout(timeout)
         except OSError as error:
             sock.close()
             raise EngineError("QEMU does not answer", output=str(error), machine=machine) from error
