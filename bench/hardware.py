@@ -1,4 +1,4 @@
-"""How quickly is a machine's memory read from outside, and how little do idle ones take?
+"""How quickly is a machine's memory read from outside, how quickly do devices come, and what do they and a policy of the network cost?
 
 A machine's own `ps` is the peer of a list of its processes; of a copy of its memory it is a copy of as much inside of one process.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from bench import merging, network
+from bench import devices, merging, network
 from bench.common import Row, Series, main, row
 from trivisor import VMM, Machine
 from trivisor.core.units import MIB
@@ -15,12 +15,13 @@ from trivisor.core.units import MIB
 IMAGE = "debian"
 PROCESSES = 50
 MEMORY = 256 * MIB
-NOTES = """
+NOTES = f"""
 The first view of a machine touches what no view has touched: it is a row of its own, each of another machine. A list of processes
 is read from a paused machine with 50 of them beside its own and the kernel's. Its peer does what ps does: a program that is started
 in the machine reads /proc/PID/stat of every process.
 Idle VMs are weighed by Pss, QEMU and all. There are 6 of them, 4 with --quick, or as many as TRIVISOR_BENCH_MACHINES says (the bound is for
 20); none without root, who has the host's kernel look for equal pages, until two looks at everything have made it no less.
+{devices.NOTES.strip()}
 """
 _LIST = ["python3", "-c", "import os; [open('/proc/' + pid + '/stat').read() for pid in os.listdir('/proc') if pid.isdigit()]"]
 
@@ -82,6 +83,7 @@ def rows(quick: bool) -> list[Row]:
         row("256 MB of guest memory through view()", views, "ms", bound=200, peer=peer, against=copied),
         row('256 MB of guest memory through view(), ram="shared"', mapped, "ms", bound=200, peer=peer, against=copied),
         row("list of 50 processes, read from a paused VM", ours, "ms", bound=300, peer="exec of such a list inside", against=inside),
+        *devices.rows(quick),
         *merging.rows(quick),
         *network.rows(quick),
     ]

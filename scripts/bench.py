@@ -12,7 +12,7 @@ from typing import Any
 from bench.common import table
 
 ROOT = Path(__file__).parents[1]
-HELPERS = ("__init__", "common", "merging", "network", "peer", "peers", "plugging", "sandlocked")
+HELPERS = ("__init__", "common", "devices", "merging", "network", "peer", "peers", "plugging", "sandlocked")
 
 
 def benches() -> list[Any]:
