@@ -152,6 +152,20 @@ def test_limits(machine: Machine, raw: Path) -> None:
     assert time.monotonic() - begun > 1
 
 
+def test_one_that_is_mounted_is_pulled_out(machine: Machine, raw: Path) -> None:
+    """The guest's programs get I/O errors, and the guest lives on."""
+    subprocess.run(["mkfs.ext4", "-q", "-F", raw], check=True)
+    machine.devices.attach(Disk(raw), "data")
+    text(machine, f"mkdir -p /mnt/pulled; mount {machine.devices.node('data')} /mnt/pulled; echo old >/mnt/pulled/file; sync")
+    machine.devices.detach("data")
+    assert machine.devices.list() == []
+    failed = machine.exec("dd if=/dev/zero of=/mnt/pulled/new bs=64k count=64 conv=fsync", timeout=60)
+    assert failed.exit_code and b"rror" in failed.stderr
+    text(machine, "umount -l /mnt/pulled; echo lives >/root/lives; sync")
+    machine.devices.attach(Disk(raw), "data")
+    assert text(machine, f"mount {machine.devices.node('data')} /mnt/pulled; cat /mnt/pulled/file; umount /mnt/pulled") == "old"
+
+
 def test_kept_for_each_start(wall_vmm: VMM, raw: Path) -> None:
     machine = wall_vmm.create("debian", wall="vm")
     assert not machine.devices.attach(Disk(raw), "data").plugged
