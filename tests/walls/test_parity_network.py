@@ -191,6 +191,8 @@ def test_it_reaches_what_its_policy_allows_and_nothing_else(pair: tuple[Machine,
             continue
         assert (found.protocol, found.address, found.port) == ("tcp", beyond, 80)  # type: ignore[union-attr]
     assert machine.network.egress == machine.spec.egress == Egress(("dns", "198.51.100.8/30:80-90"))
+    # Its links' ends on the host, by which all goes, take no IPv6, whatever its own kernel says.
+    assert "trv" in Path("/proc/net/dev").read_text() and "trv" not in Path("/proc/net/if_inet6").read_text()
     machine.network.restrict("dns")
     assert tried(machine, beyond).startswith("no:")
     assert tried(machine, "two") == "hello" and said(port) == b"hello"  # its network's members, and who asks it

@@ -140,7 +140,6 @@ def volumes(values: Sequence[str]) -> dict[str, str]:
     return found
 
 
-_RULE_OPTIONS: tuple[Callable[[Callable[..., object]], Callable[..., object]], ...] = (
 def shape_words(words: Sequence[str]) -> dict[str, str | float]:
     """Return what texts "latency=50ms" ask of a machine's network, for Network.reshape and a Spec."""
     found: dict[str, str | float] = {key.replace("-", "_"): value for key, value in pairs(words, "shape").items()}
@@ -157,6 +156,7 @@ def egress_words(words: Sequence[str]) -> list[str]:
     return [] if tuple(words) == ("none",) else list(words)
 
 
+_RULE_OPTIONS: tuple[Callable[[Callable[..., object]], Callable[..., object]], ...] = (
     click.option(
         "--rule", multiple=True, metavar="CALL:WHAT[,...]", help="A system call's answer, such as write:ENOSPC,path=/data/*,after=5."
     ),
@@ -198,21 +198,21 @@ _SPEC_OPTIONS: tuple[Callable[[Callable[..., object]], Callable[..., object]], .
     click.option(
         "--oom", type=click.Choice(["kill", "stop"]), help="When memory runs out: kill a program, or stop it all.  [default: kill]"
     ),
-    click.option("--hugepages", type=click.Choice(["transparent", "reserved"]), help="Its RAM in huge pages (vm)."),
     click.option(
         "--ram", type=click.Choice(["private", "shared"]), help="shared: of its own, for views and a balloon (vm).  [default: private]"
     ),
+    click.option("--hugepages", type=click.Choice(["transparent", "reserved"]), help="Its RAM in huge pages (vm)."),
     click.option("--dedupe", is_flag=True, default=None, help="Let the host keep pages once that other machines have, too."),
     click.option("--cpuset", metavar="LIST", help="The host's processors that it may run on, such as 0-1."),
     click.option("--pids", type=int, help="How many processes and threads there may be."),
     click.option("--io", multiple=True, metavar="LIMIT=N", help="read-bps, write-bps, read-iops or write-iops, such as write-bps=10M."),
-    click.option("--network", metavar="none|nat|host|NAME", help="NAME: one that machines share.  [default: none; nat with -p]"),
+    click.option("--network", metavar="none|nat|host|NAME", help="NAME: one that machines share.  [default: none, or nat if need be]"),
     click.option("--reach", multiple=True, metavar="host|metadata", help="Let it reach what is denied to all others."),
-    click.option("-v", "--volume", multiple=True, metavar="SOURCE:PATH[:ro]", help="A host folder (/..., ./...) or volume, at PATH in it."),
     click.option(
         "--egress", multiple=True, metavar="none|ALLOWED", help="What it may talk to, such as pypi.example:443; may be given often."
     ),
     click.option("--shape", multiple=True, metavar="KEY=VALUE", help="rate-in, rate-out, latency or loss, such as latency=50ms."),
+    click.option("-v", "--volume", multiple=True, metavar="SOURCE:PATH[:ro]", help="A host folder (/..., ./...) or volume, at PATH in it."),
     click.option("-p", "--publish", multiple=True, metavar="HOST:GUEST", help="Publish a TCP port on this host's loopback."),
     click.option("-e", "--env", multiple=True, metavar="KEY[=VALUE]", help="Environment of every command; KEY alone: from ours."),
     click.option("--ttl", metavar="TIME", help="Stop it after this long, such as 90s or 10m."),
@@ -239,10 +239,10 @@ def wishes(options: dict[str, Any]) -> dict[str, Any]:
         "env": pairs(options.pop("env"), "environment", inherit=True) or None,
         "labels": pairs(options.pop("label"), "label") or None,
         "syscalls": policy(options),
-    }
         "shape": shape_words(options.pop("shape")) or None,
         "egress": egress_words(given) if (given := options.pop("egress")) else None,
-    if published and options["network"] is None:
+    }
+    if (published or made["egress"] is not None or made["shape"]) and options["network"] is None:
         options["network"] = "nat"
     return {key: value for key, value in {**options, **made}.items() if value is not None}
 

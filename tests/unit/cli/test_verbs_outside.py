@@ -13,8 +13,8 @@ from trivisor.core.devices import KINDS, Disk, NetworkCard, SharedFolder
 
 @pytest.fixture
 def made(cli: Cli) -> str:
-    """The name of a machine that does not run, with a network."""
-    assert cli("create", "--name", "net", "--network", "nat", "--egress", "dns", "--shape", "rate-in=1M", IMAGE).status == 0
+    """The name of a machine that does not run; its policy gives it a network."""
+    assert cli("create", "--name", "net", "--egress", "dns", "--shape", "rate-in=1M", IMAGE).status == 0
     return "net"
 
 

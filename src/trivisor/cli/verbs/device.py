@@ -69,13 +69,13 @@ command = group("device", "Attach, list and detach devices.", lambda as_json: _s
 @json_option
 @click.argument("machines", type=MACHINE, nargs=-1, metavar="[MACHINE...]")
 def list_(machines: Sequence[str], as_json: bool) -> None:
-    """List the devices that machines were given; of all machines if none is named."""
+    """List devices of machines, of all if none is named."""
     _show(machines, as_json)
 
 
 @verb("attach")
 @machine_argument
-@click.argument("kind", type=click.Choice(list(KINDS)))
+@click.argument("kind", type=click.Choice(list(KINDS)), metavar="KIND")
 @click.argument("what", required=False)
 @click.option("--name", help="What it is called; a disk bears it as its serial number.  [default: kind and number]")
 @click.option("--readonly", is_flag=True, default=None, help="The guest may only read it (disk, folder).")
@@ -86,7 +86,9 @@ def list_(machines: Sequence[str], as_json: bool) -> None:
 @click.option("--mac", help="Address of a network card.  [default: one of its own]")
 @json_option
 def attach(machine: str, kind: str, what: str | None, name: str | None, as_json: bool, **options: Any) -> None:
-    """Attach a device, and print its name when the guest has found it. One that is stopped has it from its next start on.
+    """Attach a device.
+
+    Its name is printed when the guest has found it. A machine that is stopped has it from its next start on.
 
     \b
     disk FILE                    a file, or a block device of the host
@@ -112,7 +114,10 @@ def attach(machine: str, kind: str, what: str | None, name: str | None, as_json:
 @machine_argument
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 def detach(machine: str, names: Sequence[str]) -> None:
-    """Pull devices out. What a guest had not written to one is lost."""
+    """Pull devices out.
+
+    What a guest had not written to one is lost.
+    """
     devices = open_vmm().get(machine).devices
     for name in names:
         devices.detach(name)
@@ -122,7 +127,10 @@ def detach(machine: str, names: Sequence[str]) -> None:
 @verb("host")
 @json_option
 def host(as_json: bool) -> None:
-    """Print the host's USB and PCI devices, and what stands between each and a machine."""
+    """List the host's USB and PCI devices.
+
+    With what stands between each and a machine, and what root must do about that.
+    """
     usb, pci = _there(host_usb), _there(host_pci)
     if as_json:
         render.emit({"usb": usb, "pci": [{"device": one, "ready": one.ready, "todo": one.todo} for one in pci or ()] if pci else pci})

@@ -37,9 +37,9 @@ command = group(
 @click.argument("size", required=False, metavar="[SIZE|none]")
 @click.option("--overcommit", type=float, default=1.0, show_default=True, help="Promise this many times SIZE, while what is taken fits.")
 def budget(size: str | None, overcommit: float) -> None:
-    """Print, set or take away the memory that the machines of this home may have together.
+    """Print or set what machines may have together.
 
-    What does not fit is not started. It holds for all processes that use this home, until it is changed.
+    "none" takes the bound away. What does not fit is not started. It holds for all processes that use this home, until it is changed.
     """
     found = open_vmm().budget
     if size == "none":
@@ -53,10 +53,11 @@ def budget(size: str | None, overcommit: float) -> None:
 @click.argument("switch", required=False, type=click.Choice(["on", "off"]))
 @click.argument("machines", type=MACHINE, nargs=-1, metavar="[MACHINE...]")
 def dedupe(switch: str | None, machines: Sequence[str]) -> None:
-    """Print whether the host's kernel looks for equal pages, which it then keeps once; as root, have it begin, or end.
+    """Print or set whether equal pages are kept once.
 
-    It looks at those of machines made with --dedupe, and of other programs that wish it. "off" puts back what was set before. With
-    machines, it is these that are looked at from now on, or no longer.
+    That is whether the host's kernel looks for them; as root, have it begin, or end. It looks at those of machines made with --dedupe, and
+    of other programs that wish it. "off" puts back what was set before. With machines, it is these that are looked at from now on, or no
+    longer.
     """
     vmm = open_vmm()
     for machine in [vmm.get(name) for name in machines]:

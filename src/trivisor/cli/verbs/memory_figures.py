@@ -18,7 +18,10 @@ _timeout = click.option("--timeout", type=float, default=10.0, show_default=True
 @json_option
 @click.argument("machines", type=MACHINE, nargs=-1, metavar="[MACHINE...]")
 def stats(machines: Sequence[str], as_json: bool) -> None:
-    """Print what machines may have, have, and take of the host; of all that run if none is named."""
+    """Print figures of machines.
+
+    What they may have, have, and take of the host; of all that run if none is named.
+    """
     vmm = open_vmm()
     chosen = [vmm.get(name) for name in machines] if machines else [m for m in vmm.list() if m.state in LEGAL["stats"]]
     found = [(machine, machine.memory.stats()) for machine in chosen]
@@ -40,7 +43,10 @@ def stats(machines: Sequence[str], as_json: bool) -> None:
 @click.argument("size")
 @_timeout
 def limit(machine: str, size: str, timeout: float) -> None:
-    """Change what a machine may have, such as 512M: at once if it runs, and from its next start on."""
+    """Change what a machine may have.
+
+    At once if it runs, and from its next start on. SIZE is such as 512M.
+    """
     open_vmm().get(machine).memory.limit(size, timeout=timeout)
 
 
@@ -49,7 +55,10 @@ def limit(machine: str, size: str, timeout: float) -> None:
 @click.argument("size")
 @_timeout
 def balloon(machine: str, size: str, timeout: float) -> None:
-    """Have a virtual machine's guest give up SIZE of what it was started with, in all; 0 gives everything back. Print what it gave up."""
+    """Have a guest give up memory, or get it back.
+
+    SIZE of what its virtual machine was started with, in all; 0 gives everything back. Prints what it gave up.
+    """
     click.echo(format_size(open_vmm().get(machine).memory.balloon(_bytes(size), timeout=timeout)))
 
 
@@ -57,7 +66,10 @@ def balloon(machine: str, size: str, timeout: float) -> None:
 @machine_argument
 @click.argument("size", required=False)
 def reclaim(machine: str, size: str | None) -> None:
-    """Have the host take back SIZE that a machine does not need now, or all that it can. Print how much it took."""
+    """Take back what a machine does not need now.
+
+    SIZE of it, or all that there is. Prints how much was taken.
+    """
     click.echo(format_size(open_vmm().get(machine).memory.reclaim(size)))
 
 
@@ -65,7 +77,10 @@ def reclaim(machine: str, size: str | None) -> None:
 @machine_argument
 @click.argument("size", metavar="SIZE|all")
 def swap(machine: str, size: str) -> None:
-    """Change how much of the host's swap a machine may have beside its memory; 0: none; all: what the host has."""
+    """Change how much swap a machine may have.
+
+    Of the host's, beside its memory. 0: none; all: what the host has.
+    """
     open_vmm().get(machine).memory.swap(None if size == "all" else _bytes(size))
 
 

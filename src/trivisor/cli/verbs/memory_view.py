@@ -24,7 +24,7 @@ _address = click.argument("address", metavar="ADDRESS|SYMBOL[+OFFSET]")
 @machine_argument
 @json_option
 def ps(machine: str, as_json: bool) -> None:
-    """List the processes that a virtual machine's kernel has, as its memory shows them."""
+    """List processes, as kernel memory shows them."""
     found = open_vmm().get(machine).memory.processes()
     if as_json:
         render.emit(found)
@@ -38,7 +38,10 @@ def ps(machine: str, as_json: bool) -> None:
 @click.argument("names", nargs=-1, metavar="[NAME...]")
 @json_option
 def symbols(machine: str, names: Sequence[str], as_json: bool) -> None:
-    """Print the addresses of symbols of a virtual machine's kernel; of all of them if none is named."""
+    """Print where symbols of the kernel are.
+
+    Of a virtual machine's; all of them if none is named.
+    """
     memory = open_vmm().get(machine).memory
     found = {name: _symbol(memory, name) for name in names} if names else dict(memory.symbols)
     if as_json:
@@ -56,7 +59,10 @@ def symbols(machine: str, names: Sequence[str], as_json: bool) -> None:
 @_physical
 @click.option("--raw", is_flag=True, help="Print the bytes as they are.")
 def read(machine: str, address: str, size: str, pid: int | None, physical: bool, raw: bool) -> None:
-    """Print what is in memory at an address: 64 bytes unless SIZE is given, as numbers and letters."""
+    """Print what is in memory at an address.
+
+    64 bytes unless SIZE is given, as numbers and letters.
+    """
     memory = open_vmm().get(machine).memory
     where, count = _where(memory, address), parse_size(size)
     data = memory.read_physical(where, count) if _one(pid, physical) else memory.read(where, count, pid=pid)
@@ -74,7 +80,10 @@ def read(machine: str, address: str, size: str, pid: int | None, physical: bool,
 @_pid
 @_physical
 def write(machine: str, address: str, data: str, pid: int | None, physical: bool) -> None:
-    """Write bytes, given as pairs of hexadecimal digits, to memory at an address."""
+    """Write to memory at an address.
+
+    HEX is bytes as pairs of hexadecimal digits.
+    """
     memory = open_vmm().get(machine).memory
     where, wanted = _where(memory, address), _hex(data)
     if _one(pid, physical):
@@ -92,7 +101,10 @@ def write(machine: str, address: str, data: str, pid: int | None, physical: bool
 @click.option("--limit", type=click.IntRange(min=1), default=1000, show_default=True, help="Stop after so many places.")
 @json_option
 def search(machine: str, pattern: str, pid: int | None, as_hex: bool, regex: bool, limit: int, as_json: bool) -> int:
-    """Print the addresses where a text is in memory. Exit status 1 if it is nowhere."""
+    """Print where in memory a text is.
+
+    Exit status 1 if it is nowhere.
+    """
     if as_hex and regex:
         raise click.UsageError("give --hex or --regex, not both")
     wanted: bytes | re.Pattern[bytes] = _hex(pattern) if as_hex else pattern.encode()
@@ -117,7 +129,10 @@ def search(machine: str, pattern: str, pid: int | None, as_hex: bool, regex: boo
 @_pid
 @click.option("--timeout", type=float, help="Seconds, after which it fails.")
 def watch(machine: str, address: str, size: str, pid: int | None, timeout: float | None) -> None:
-    """Wait until memory at an address is other than it was, and print both. 8 bytes unless SIZE is given."""
+    """Wait until memory at an address changes.
+
+    Prints what it was and became: 8 bytes unless SIZE is given.
+    """
     memory = open_vmm().get(machine).memory
     change = memory.watch(_where(memory, address), parse_size(size), pid=pid, timeout=timeout)
     click.echo(f"{change.address:#x}: {change.before.hex()} -> {change.after.hex()}")
@@ -127,7 +142,10 @@ def watch(machine: str, address: str, size: str, pid: int | None, timeout: float
 @machine_argument
 @click.argument("file", type=click.Path(path_type=Path))
 def dump(machine: str, file: Path) -> None:
-    """Write a virtual machine's physical memory to a new file, each byte at its address. It stands still meanwhile."""
+    """Write physical memory to a new file.
+
+    Of a virtual machine, which stands still meanwhile; each byte lies at its address.
+    """
     click.echo(f"{file}: {format_size(open_vmm().get(machine).memory.dump(file))}")
 
 

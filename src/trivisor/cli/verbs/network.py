@@ -63,7 +63,10 @@ command = group(
 @json_option
 @click.argument("machines", type=MACHINE, nargs=-1, metavar="[MACHINE...]")
 def list_(machines: Sequence[str], as_json: bool) -> None:
-    """List how machines are connected; all of them if none is named."""
+    """List how machines are connected.
+
+    All of them if none is named.
+    """
     _show(machines, as_json)
 
 
@@ -71,7 +74,10 @@ def list_(machines: Sequence[str], as_json: bool) -> None:
 @machine_argument
 @click.argument("port", metavar="[HOST:]GUEST")
 def publish(machine: str, port: str) -> None:
-    """Publish a TCP port of a machine on this host's 127.0.0.1, for good. Print the host's: a free one if none is given."""
+    """Publish a TCP port on this host's 127.0.0.1.
+
+    For good. Prints the host's: a free one if none is given.
+    """
     ((host, guest),) = ports([port]).items()
     click.echo(open_vmm().get(machine).network.publish(guest, host if ":" in port else 0))
 
@@ -80,7 +86,10 @@ def publish(machine: str, port: str) -> None:
 @machine_argument
 @click.argument("port", type=int, metavar="HOST")
 def withdraw(machine: str, port: int) -> None:
-    """Have a published port of the host be free again. Connections through it end."""
+    """Withdraw a published port.
+
+    Connections through it end.
+    """
     open_vmm().get(machine).network.withdraw(port)
 
 
@@ -89,7 +98,7 @@ def withdraw(machine: str, port: int) -> None:
 @click.argument("words", nargs=-1, metavar="[none|KEY=VALUE...]")
 @json_option
 def shape(machine: str, words: Sequence[str], as_json: bool) -> None:
-    """Print how well a machine is connected, or have it be connected so and no better.
+    """Print or set rates, latency and loss.
 
     The keys are rate-in and rate-out (bytes a second, such as 1M), latency (such as 50ms) and loss (0 to 1). What is not given is as it is
     without a shape; "none" takes all of it away.
@@ -108,7 +117,7 @@ def shape(machine: str, words: Sequence[str], as_json: bool) -> None:
 @click.argument("allowed", nargs=-1, metavar="[all|none|ALLOWED...]")
 @json_option
 def egress(machine: str, allowed: Sequence[str], as_json: bool) -> None:
-    """Print what a machine may begin to talk to, or have it be no more than that.
+    """Print or set what a machine may talk to.
 
     ALLOWED are "dns", addresses and ports such as 192.0.2.0/24:443, and names such as pypi.example or *.example.org:443. "none" allows
     nothing, "all" what its network lets it.
@@ -128,7 +137,10 @@ def egress(machine: str, allowed: Sequence[str], as_json: bool) -> None:
 @machine_argument
 @json_option
 def decisions(machine: str, as_json: bool) -> int:
-    """Print what a machine's egress policy allows and refuses, from now on until Ctrl-C."""
+    """Print what an egress policy decides.
+
+    What it allows and refuses from now on, until Ctrl-C.
+    """
     found = open_vmm().get(machine)
     with found.network.decisions() as listening:
         try:
@@ -148,7 +160,10 @@ def decisions(machine: str, as_json: bool) -> int:
 @machine_argument
 @click.argument("other", type=MACHINE)
 def cut(machine: str, other: str) -> None:
-    """Have two machines of one named network reach each other no longer."""
+    """Cut two machines off from each other.
+
+    Both must be of one named network.
+    """
     open_vmm().get(machine).network.cut(other)
 
 
@@ -156,7 +171,7 @@ def cut(machine: str, other: str) -> None:
 @machine_argument
 @click.argument("other", type=MACHINE)
 def join(machine: str, other: str) -> None:
-    """Have two machines that were cut off from each other reach each other again."""
+    """Join two machines that were cut off."""
     open_vmm().get(machine).network.join(other)
 
 
@@ -166,7 +181,10 @@ def join(machine: str, other: str) -> None:
 @click.option("--snaplen", type=int, default=262144, show_default=True, metavar="BYTES", help="How much is kept of each packet.")
 @click.option("--most", metavar="SIZE", help="How large the file may become.")
 def capture(machine: str, file: str, snaplen: int, most: str | None) -> int:
-    """Write what a machine sends and gets to a pcap file, until Ctrl-C or its end. "-": to standard output."""
+    """Write packets to a pcap file.
+
+    All that a machine sends and gets, until Ctrl-C or its end. FILE may be "-": standard output.
+    """
     path = Path("/dev/stdout" if file == "-" else file)
     network = open_vmm().get(machine).network
     with network.capture(path, snaplen=snaplen, most=None if most is None else parse_size(most)) as running:
