@@ -72,6 +72,12 @@ def test_what_is_not_mapped(file: Path) -> None:
     assert libc.mprotect(at + 8 * PAGE, PAGE, 3) == 0
 
 
+def test_text_is_no_pattern() -> None:
+    with pytest.raises(InvalidSpec) as refused:
+        search.compiled("text")  # type: ignore[arg-type]
+    assert "encode" in refused.value.hint
+
+
 def test_a_search_across_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "PIECE", 8192)
     data = bytearray(100_000)

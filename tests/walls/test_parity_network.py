@@ -260,6 +260,7 @@ def test_without_a_network_nothing_of_it_can_be_changed(running: Machine, tmp_pa
         lambda: running.network.reshape(loss=0.5),
         lambda: running.network.cut("two"),
         lambda: running.network.restrict(),
+        lambda: running.network.restrict(["pypi.example"]),  # type: ignore[arg-type]
         lambda: running.network.decisions(),
         lambda: running.network.capture(tmp_path / "none.pcap"),
     ):

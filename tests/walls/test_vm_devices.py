@@ -169,8 +169,9 @@ def test_one_that_is_mounted_is_pulled_out(machine: Machine, raw: Path) -> None:
 def test_kept_for_each_start(wall_vmm: VMM, raw: Path) -> None:
     machine = wall_vmm.create("debian", wall="vm")
     assert not machine.devices.attach(Disk(raw), "data").plugged
-    with pytest.raises(InvalidState):
+    with pytest.raises(InvalidState) as refused:
         machine.devices.attach(Memory())
+    assert "not kept" in refused.value.hint
     machine.start()
     assert machine.devices.list()[0].plugged
     node = machine.devices.node("data")

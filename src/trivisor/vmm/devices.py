@@ -78,7 +78,9 @@ class MachineDevices:
             live = row.state is State.RUNNING
             known = {key: found for key, found in read(self._folder(row)).items() if found.kept or live}
             if isinstance(device, Served) and not live:
-                raise InvalidState(row.name, row.state.value, "attach a device of this process to", [State.RUNNING.value])
+                refused = InvalidState(row.name, row.state.value, "attach", [State.RUNNING.value])
+                refused.hint = "start it first: a device that a process answers for is not kept for the next start"
+                raise refused
             plug.modules(device)
             self._check_new(row, known, name, device, fd)
             device = means.check(self._context, row, known, device)

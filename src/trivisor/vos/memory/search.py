@@ -23,7 +23,9 @@ def compiled(pattern: bytes | re.Pattern[bytes]) -> re.Pattern[bytes]:
             raise InvalidSpec("memory is bytes, and so must the pattern be", hint="write re.compile(b'...')")
         return pattern
     if not isinstance(pattern, bytes) or not 0 < len(pattern) <= MAX_MATCH:
-        raise InvalidSpec(f"what to look for must be 1 to {MAX_MATCH} bytes")
+        raise InvalidSpec(
+            f"what to look for must be 1 to {MAX_MATCH} bytes", hint="write b'...', or text.encode()" if isinstance(pattern, str) else ""
+        )
     return re.compile(re.escape(pattern), re.DOTALL)
 
 

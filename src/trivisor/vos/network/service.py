@@ -140,6 +140,8 @@ class Network:
         that speak TLS or HTTP, or "git.example.org:22/tcp" of any others (docs/network.md). Nothing given, nothing is allowed. Holds at
         once, for connections under way, too, which stall, or end if they were made by name. Raises InvalidSpec, HostLacks.
         """
+        if not all(isinstance(line, str) for line in allowed):
+            raise InvalidSpec(f"egress is given line by line, not as {allowed!r}", hint='restrict("dns", "192.0.2.0/24:443")')
         policy = egress(allowed)
 
         def work(port: NetworkPort) -> tuple[Spec, str]:
