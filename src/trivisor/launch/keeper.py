@@ -233,8 +233,8 @@ def spawn(
     afterwards. `owner` is the pid whose end ends the machine. `ttl`, `idle`, `grace` and `wait` are seconds. `begin` is
     called when the engine runs, before the guest can have answered: to let it go on from a frozen state. `answer` is the
     answerer's end of the pair by which PID 1 hands over what it is to answer (SOCK_SEQPACKET); without it there is none. `oom` is an
-    eventfd that tells of the end of the machine's memory, which is then its own. Raises Busy if the machine is alive, StorageError if its folder cannot be written, and EngineError, with the end of the engine's
-    log, if it does not come up: nothing runs then.
+    eventfd that tells of the end of the machine's memory, which is then its own. Raises Busy if the machine is alive, StorageError
+    if its folder cannot be written, and EngineError, with the end of the engine's log, if it does not come up: nothing runs then.
     """
     log_start = _log_size(machine)
     with contextlib.ExitStack() as ours:

@@ -176,7 +176,7 @@ def test_verbs_that_are_illegal_change_nothing(request: pytest.FixtureRequest, s
         "forward": lambda: machine.forward(80), "stats": machine.stats,
         "network": lambda: machine.network.reshape(), "capture": lambda: machine.network.capture("/dev/null"),
         "memory": machine.memory.stats, "limit": lambda: machine.memory.limit("256M"),
-        "modify": lambda: machine.modify(memory="256M"),
+        "modify": lambda: machine.modify(memory="256M"), "dedupe": machine.memory.dedupe, "commit": machine.commit,
         "attach": lambda: machine.devices.attach(Random()), "detach": lambda: machine.devices.detach("none"),
     }  # fmt: skip
     assert verbs.keys() == LEGAL.keys()
