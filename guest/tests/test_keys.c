@@ -57,6 +57,7 @@ static void test_the_foreground_is_told(void) {
         if (ioctl(slave, TIOCSCTTY, 0) < 0 || keys_listen(slave, told[0]) < 0)
             _exit(1);
         signal(SIGTTOU, SIG_IGN);
+        signal(SIGINT, SIG_DFL); /* a shell that starts something in the background has it ignored */
         pid_t job = fork();
         if (job == 0) {
             setpgid(0, 0);
