@@ -46,7 +46,10 @@ def test_a_killed_program_is_known_to_be_killed_for_memory(make: Make, wall_vmm:
     beside.kill()
 
 
-def test_a_machine_is_stopped_as_a_whole(make: Make, wall_vmm: VMM) -> None:
+def test_a_machine_is_stopped_as_a_whole(make: Make, wall: str) -> None:
+    if wall == "gvisor":
+        # Files that it is the first to read are its own to drop and to read again, and the kernel does so for minutes before it gives up.
+        make().exec(["python3", "-c", "pass"], check=True)
     machine = make(memory="128M", oom="stop")
     with pytest.raises(GuestGone):
         machine.exec(HOG, timeout=BOUND)

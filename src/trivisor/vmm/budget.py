@@ -113,7 +113,8 @@ def admit(context: Context, machine: str, size: int) -> None:
         except OverBudget as error:
             if reclaimed:
                 raise
-            _reclaim(others, context, error.lacking)
+            # What a machine that runs takes counts only where more is promised than there is.
+            _reclaim([row for row in others if row.id in takes], context, error.lacking)
             reclaimed = True
 
 
