@@ -179,7 +179,7 @@ class StorageError(HostError):
 
 
 class RegistryError(HostError):
-    """A registry, or the network on the way to it, failed. `status` is its HTTP status, 0 if it gave none; `transient`: later it may not."""
+    """A registry, or the network on the way to it, failed. `status` is its HTTP status, 0 if none; `transient`: later it may not."""
 
     def __init__(self, message: str, *, status: int = 0, hint: str = "", transient: bool = False) -> None:
         self.status = status
