@@ -19,6 +19,7 @@ from registry_server import needs, skopeo
 from trivisor.core.errors import AlreadyExists, CallerError, ImageError, NotFound, StorageError
 from trivisor.core.paths import Home
 from trivisor.images.catalog import Images
+from trivisor.images.reference import REGISTRY
 from trivisor.images.registry.crew import Progress
 
 
@@ -85,7 +86,7 @@ def test_skopeo_and_umoci_read_what_we_export(images: Images, tmp_path: Path) ->
 def test_skopeo_reads_what_we_save(images: Images, tmp_path: Path) -> None:
     images.save(["one:1", "two"], tmp_path / "saved.tar")
     for name, count in (("one:1", 1), ("two:latest", 2)):
-        seen = json.loads(skopeo("inspect", f"docker-archive:{tmp_path}/saved.tar:docker.io/library/{name}"))
+        seen = json.loads(skopeo("inspect", f"docker-archive:{tmp_path}/saved.tar:{REGISTRY}/library/{name}"))
         assert len(seen["Layers"]) == count
     skopeo("copy", f"docker-archive:{tmp_path}/saved.tar:two:latest", f"oci:{tmp_path}/copied:1")
     other = home(tmp_path / "other")

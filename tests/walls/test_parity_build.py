@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from trivisor import VMM
-from trivisor.core.errors import BuildFailed, InvalidSpec, RecipeError
+from trivisor.core.errors import BuildFailed, InvalidSpec, RecipeError, UnsupportedByWall
 from trivisor.core.spec import Wall
 from trivisor.images.catalog import Image
 from trivisor.images.registry.bounds import Bounds
@@ -79,7 +79,7 @@ echo again >> /kept/log
 cp /kept/log /log
 E
 USER user
-RUN id -u > /home/user/me
+RUN id -u > /w/me
 CMD ["cat", "/etc/conf"]
 """
 
@@ -88,7 +88,7 @@ CMD ["cat", "/etc/conf"]
 def test_a_whole_recipe(wall_vmm: VMM, wall: Wall, made: Build) -> None:
     image = made(WHOLE, secrets={"key": b"hush\n"})
     assert (image.config.cmd, image.config.user, image.config.env) == (["cat", "/etc/conf"], "user", {"A": "a"})
-    lines = said(wall_vmm, wall, "cat /one /w/y /w/names /etc/conf /both /home/user/me").splitlines()
+    lines = said(wall_vmm, wall, "cat /one /w/y /w/names /etc/conf /both /w/me").splitlines()
     assert lines == ["a", "hello", "here/x", "A is a", "hush", "hello", "1000"]
     # coreutils of Debian 12 and its gVisor do not agree on statx.
     script = "stat -c '%u:%g %a' /w/here /etc/conf; ls /deep; ls -A /lent /run/secrets 2>/dev/null; test -e /bin/yes || echo gone"
@@ -222,3 +222,9 @@ def test_what_cannot_be_committed(wall_vmm: VMM, wall: Wall) -> None:
         machine.commit("committed")
     with wall_vmm.run("mini", wall=wall, memory="128M") as machine, pytest.raises(InvalidSpec, match="has no shape"):
         machine.commit("committed", config={"shape": 1})
+
+
+@pytest.mark.walls("vm")
+def test_what_virtual_machines_write_is_no_layer(made: Build) -> None:
+    with pytest.raises(UnsupportedByWall, match="build"):
+        made("FROM mini\nRUN true")

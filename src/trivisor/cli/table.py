@@ -21,6 +21,10 @@ def _life(name: str, line: str) -> Verb:
     return Verb("trivisor.cli.verbs.life", name, line)
 
 
+def _image(name: str, line: str) -> Verb:
+    return Verb("trivisor.cli.verbs.images", name, line)
+
+
 VERBS: dict[str, Verb] = {
     "run": _own("run", "Run a command in a new machine."),
     "create": _own("create", "Make a machine, without starting it."),
@@ -34,14 +38,25 @@ VERBS: dict[str, Verb] = {
     "trace": _own("trace", "Run a command in a running machine and print its system calls."),
     "cp": _own("cp", "Copy files between a machine and this host."),
     "logs": _own("logs", "Print a machine's console or PID 1's log."),
-    "inspect": _own("inspect", "Print all that is known of machines, as JSON."),
+    "inspect": _own("inspect", "Print all that is known of machines or images, as JSON."),
     "stats": _own("stats", "Print what running machines use."),
     "events": _own("events", "Print what happened to machines."),
     "forward": _own("forward", "Forward a port of this host to a port in a machine."),
     "modify": _own("modify", "Change a machine's memory and processors, while it runs where that can be."),
     "wait": _own("wait", "Wait until machines no longer run; print their exit status."),
     "build": _own("build", "Build an image from a Containerfile."),
-    "images": _own("images", "List, import, bootstrap and remove images."),
+    "images": _own("images", "List images, and all that is done with them."),
+    "pull": Verb("trivisor.cli.verbs.registry", "pull", "Get an image from its registry."),
+    "push": Verb("trivisor.cli.verbs.registry", "push", "Send an image to a registry."),
+    "import": Verb("trivisor.cli.verbs.archives", "import_", "Make an image of a folder, a tar, or an archive of images."),
+    "export": Verb("trivisor.cli.verbs.archives", "export", "Write an image as an OCI image layout."),
+    "save": Verb("trivisor.cli.verbs.archives", "save", "Write images into one archive, for load and for `docker load`."),
+    "load": Verb("trivisor.cli.verbs.archives", "load", "Take all images of an archive or OCI layout, by the names that they have there."),
+    "tag": _image("tag", "Give an image another name as well."),
+    "rmi": _image("rmi", "Remove images. One that a machine was made from stays."),
+    "history": _image("history", "Print how an image came about, the latest step first."),
+    "du": _image("du", "Print what images take of the disk, and what prune would free."),
+    "prune": _image("prune", "Remove what no image and no machine needs."),
     "volume": _own("volume", "List, make and remove volumes."),
     "memory": _own("memory", "Say what machines take of the host's memory; bound it; look into it."),
     "device": _own("device", "Attach, list and detach devices."),

@@ -9,13 +9,14 @@ then on, and both are whole. A machine pins the digest it was created from, and 
 from __future__ import annotations
 
 import builtins
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Unpack
 
-from trivisor.core.errors import ImageError, InvalidSpec, NotFound, StorageError
+from trivisor.core.errors import CallerError, ImageError, InvalidSpec, NotFound, StorageError
 from trivisor.core.paths import Home
 from trivisor.images import bootstrap, host, model, older, outlet
 from trivisor.images.archive import whole_name
@@ -36,6 +37,8 @@ from trivisor.store.store import Ref, Store
 from trivisor.store.workspace import Workspace
 
 __all__ = ["Image", "Images"]
+_DIGITS = re.compile(r"(?:sha256:)?[0-9a-f]{6,64}")
+"""A digest, or the beginning of one, as lists show it."""
 
 
 class Images(Rooted):
@@ -101,8 +104,14 @@ class Images(Rooted):
         return self._name(Ref(PREFIX + name, image.digest, value))
 
     def remove(self, ref: str) -> None:
-        """Forget the name, and the image with its last name. Raises NotFound, CallerError if a machine needs it."""
+        """Forget the name, and the image with its last name; by digest one of a single name.
+
+        Raises NotFound, CallerError if a machine needs it.
+        """
         image = self._find(ref)
+        names = [found.name.removeprefix(PREFIX) for found in self._store.refs(PREFIX) if found.digest == image.digest]
+        if len(names) > 1 and _DIGITS.fullmatch(ref):
+            raise CallerError(f"{ref} has {len(names)} names", hint=f"remove it by name: {', '.join(names)}")
         self._store.drop_ref(PREFIX + image.name)
         self._clean(image.digest)
 
@@ -358,11 +367,14 @@ class Images(Rooted):
                 raise NotFound(f"there is no image {ref}", hint="`trivisor images` lists those that have a name")
             return self._image(named[0] if named else Ref(PREFIX + ref, ref, {"created": 0.0, "source": ""}))
         name = normalise(ref)
-        for found in refs:
-            if found.name == PREFIX + name:
+        short = [found for found in refs if _DIGITS.fullmatch(ref) and found.digest.startswith(f"sha256:{ref}")]
+        for found in (*(found for found in refs if found.name == PREFIX + name), *short):
+            if found.name == PREFIX + name or len({one.digest for one in short}) == 1:
                 return self._image(found)
         have = f"there are {', '.join(found.name.removeprefix(PREFIX) for found in refs[:20])}; " if refs else ""
-        raise NotFound(f"there is no image {name}", hint=have + "get one with `trivisor images bootstrap` or `trivisor images import`")
+        raise NotFound(
+            f"there is no image {name}", hint=have + "get one with `trivisor pull`, `trivisor import` or `trivisor images bootstrap`"
+        )
 
     def _image(self, ref: Ref) -> Image:
         known: dict[str, Any] = {key: ref.value[key] for key in ("created", "source")}

@@ -62,7 +62,8 @@ def leaving(documents: Documents, media_type: str, name: str, tag: str = "") -> 
     if name.startswith("sha256:"):
         return Leaving(documents, media_type, "", tag)
     reference = Reference.parse(name)
-    return Leaving(documents, media_type, reference.canonical, tag or reference.tag)
+    whole = f"{reference.canonical.removesuffix(f':{reference.tag}')}:{tag}" if tag and reference.tag else reference.canonical
+    return Leaving(documents, media_type, whole, tag or reference.tag)
 
 
 def to_folder(store: Store, images: Sequence[Leaving], target: Path, report: Report) -> None:

@@ -37,6 +37,8 @@ class Reference:
     @classmethod
     def parse(cls, text: str) -> Reference:
         """Read `text`. Raises InvalidSpec with what is wrong with it."""
+        if "://" in text:
+            raise _bad(text, f"it is no address: write {text.partition('://')[2][:200]}")
         rest, at, digest = text.partition("@")
         if at and not _DIGEST.fullmatch(digest):
             raise _bad(text, "its digest is not sha256: and 64 hexadecimal digits")

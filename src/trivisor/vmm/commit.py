@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from trivisor.core.errors import InvalidSpec
+from trivisor.core.errors import InvalidSpec, UnsupportedByWall
 from trivisor.core.state import State
 from trivisor.images import compose, host
 from trivisor.images.catalog import Image
@@ -60,6 +60,8 @@ def commit(context: Context, machine: str, name: str, *, config: Mapping[str, An
 
 def pack(context: Context, row: Row, target: Path, *, without: Sequence[str] = (), latest: int | None = None) -> PackedLayer:
     """Write what the machine `row`, which stands still, has changed as a layer to the new file `target`."""
+    if row.spec.wall == "vm":
+        raise UnsupportedByWall("make an image of what a machine wrote", "vm", ("gvisor", "container"), machine=row.name)
     return changes.pack(context.box(row), target, without=tuple(without), latest=latest)
 
 

@@ -33,15 +33,17 @@ class Done:
 
 @contextmanager
 def standard_input(data: bytes) -> Iterator[None]:
-    """Make descriptor 0 a file that holds `data`."""
-    before = os.dup(0)
+    """Make descriptor 0 a file that holds `data`, and sys.stdin what reads it."""
+    before, stream = os.dup(0), sys.stdin
     with tempfile.TemporaryFile() as file:
         file.write(data)
         file.seek(0)
         os.dup2(file.fileno(), 0)
     try:
-        yield
+        with open(0, encoding="utf-8", closefd=False) as sys.stdin:
+            yield
     finally:
+        sys.stdin = stream
         os.dup2(before, 0)
         os.close(before)
 

@@ -1,39 +1,42 @@
-"""trivisor images: what machines are made from."""
+"""trivisor images: what machines are made from; and the verbs about them that read no files and ask no registry."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import asdict
 
 import click
 
 from trivisor.cli import render
 from trivisor.cli.groups import each, group
-from trivisor.cli.options import IMAGE, open_vmm, verb
-from trivisor.core.units import format_size
+from trivisor.cli.options import IMAGE, json_option, open_vmm, pairs, verb
+from trivisor.cli.verbs import archives, registry
+from trivisor.core.units import format_size, parse_duration
 
 
 def _list(as_json: bool) -> None:
     images = open_vmm().images.list()
     if as_json:
-        shown = ("name", "digest", "size", "created", "config")
-        render.emit([{key: getattr(image, key) for key in shown} for image in images])
+        shown = ("name", "digest", "size", "created", "source", "config")
+        render.emit([{**{key: getattr(image, key) for key in shown}, "platform": str(image.platform)} for image in images])
         return
-    rows = [(image.name, image.digest.removeprefix("sha256:")[:12], format_size(image.size), render.ago(image.created)) for image in images]
+    rows = [(image.name, _short(image.digest), format_size(image.size), render.ago(image.created)) for image in images]
     render.table(("NAME", "DIGEST", "SIZE", "CREATED"), rows)
 
 
-command = group("images", "List, import, bootstrap and remove images.", _list, "List images.")
+def _short(digest: str) -> str:
+    return digest.removeprefix("sha256:")[:12]
 
 
-@verb("import")
-@click.argument("source", type=click.Path(exists=True, path_type=Path))
-@click.argument("name")
-def import_(source: Path, name: str) -> None:
-    """Make an image of a folder, a tar (also compressed), a `docker save` archive or an OCI layout."""
-    with render.Steps() as steps:
-        image = open_vmm().images.import_(source, name, progress=steps)
-    click.echo(image.digest)
+command = group("images", "List images, and all that is done with them.", _list, "List images.")
+
+
+@verb("ls")
+@json_option
+def ls(as_json: bool) -> None:
+    """List images."""
+    _list(as_json)
 
 
 @verb("bootstrap")
@@ -47,12 +50,151 @@ def bootstrap(name: str, suite: str, packages: Sequence[str]) -> None:
     click.echo(image.digest)
 
 
-@verb("rm")
-@click.argument("names", nargs=-1, required=True, type=IMAGE, metavar="NAME...")
-def remove(names: Sequence[str]) -> None:
-    """Remove images. One that a machine was made from stays."""
+@verb("tag")
+@click.argument("image", type=IMAGE)
+@click.argument("name")
+def tag(image: str, name: str) -> None:
+    """Give an image another name as well."""
+    click.echo(open_vmm().images.tag(image, name).name)
+
+
+def _remove(names: Sequence[str]) -> None:
     each(names, open_vmm().images.remove)
 
 
-for sub in (import_, bootstrap, remove):
+@verb("rmi")
+@click.argument("names", nargs=-1, required=True, type=IMAGE, metavar="IMAGE...")
+def rmi(names: Sequence[str]) -> None:
+    """Remove images. One that a machine was made from stays."""
+    _remove(names)
+
+
+@verb("rm")
+@click.argument("names", nargs=-1, required=True, type=IMAGE, metavar="IMAGE...")
+def remove(names: Sequence[str]) -> None:
+    """Remove images. One that a machine was made from stays."""
+    _remove(names)
+
+
+@verb("inspect")
+@json_option
+@click.argument("names", nargs=-1, required=True, type=IMAGE, metavar="IMAGE...")
+def inspect(names: Sequence[str], as_json: bool) -> None:  # noqa: ARG001 - it is JSON either way; the option is there for scripts
+    """Print all that is known of images, as JSON."""
+    images = open_vmm().images
+    render.emit([images.inspect(name) for name in names])
+
+
+@verb("history")
+@click.argument("image", type=IMAGE)
+@click.option("--no-trunc", is_flag=True, help="Print what made each layer in full.")
+@json_option
+def history(image: str, no_trunc: bool, as_json: bool) -> None:
+    """Print how an image came about, the latest step first."""
+    images = open_vmm().images
+    steps, sizes = images.history(image), [layer.size for layer in images.layers(images.get(image).digest)]
+    left = iter(sizes)
+    told = [
+        {"created": step.created, "by": step.created_by, "size": 0 if step.empty_layer else next(left, 0), "comment": step.comment}
+        for step in steps
+    ]
+    told += [{"created": None, "by": "", "size": size, "comment": "no step is told of for this layer"} for size in left]
+    told.reverse()
+    if as_json:
+        render.emit(told)
+        return
+    rows = [
+        (str(one["created"] or "-")[:19], format_size(int(str(one["size"]))), _line(str(one["by"] or one["comment"]), no_trunc))
+        for one in told
+    ]
+    render.table(("CREATED", "SIZE", "BY"), rows)
+
+
+def _line(text: str, whole: bool) -> str:
+    text = " ".join(text.split())
+    return text if whole or len(text) <= 80 else text[:77] + "..."
+
+
+@verb("du")
+@click.option("-v", "--verbose", is_flag=True, help="Each image, too: all its bytes, those that no other has, and its unpacked roots.")
+@json_option
+def du(verbose: bool, as_json: bool) -> None:
+    """Print what images take of the disk, and what prune would free."""
+    usage = open_vmm().images.usage()
+    if as_json:
+        render.emit({**asdict(usage), "size": usage.size, "reclaimable": usage.reclaimable})
+        return
+    if verbose:
+        rows = [
+            (
+                ", ".join(one.names) or _short(one.digest),
+                format_size(one.size),
+                format_size(one.own),
+                format_size(one.roots),
+                len(one.used_by),
+            )
+            for one in usage.images
+        ]
+        render.table(("IMAGE", "SIZE", "OWN", "ROOTS", "USED BY"), rows)
+        click.echo()
+    kinds = [
+        ("images", usage.blobs),
+        ("build cache", usage.build),
+        ("roots", usage.roots),
+        ("downloads", usage.downloads),
+        ("other", usage.rest),
+    ]
+    table = [(name, share.count, format_size(share.size), format_size(share.reclaimable)) for name, share in kinds]
+    render.table(("WHAT", "COUNT", "SIZE", "RECLAIMABLE"), [*table, ("all", "", format_size(usage.size), format_size(usage.reclaimable))])
+
+
+@verb("prune")
+@click.option("-a", "--all", "everything", is_flag=True, help="Images that no machine has, too, and all of the build cache.")
+@click.option("--older", metavar="TIME", help="Only what came longer ago, such as 24h or 7d.")
+@click.option("-l", "--label", multiple=True, metavar="KEY[=VALUE]", help="With --all: only images that have it.")
+@click.option("-f", "--force", is_flag=True, help="Do not ask.")
+@json_option
+def prune(everything: bool, older: str | None, label: Sequence[str], force: bool, as_json: bool) -> None:
+    """Remove what no image and no machine needs.
+
+    That is: blobs without a name, unpacked roots of images that are gone, what interrupted downloads left, and layers in the build
+    cache that no image has. What running pulls, builds and machines have stays.
+    """
+    seconds = parse_duration(older, "--older") if older else 0.0
+    labels = {**{one: None for one in label if "=" not in one}, **pairs([one for one in label if "=" in one], "label")}
+    if labels and not everything:
+        raise click.UsageError("--label chooses images, which --all removes", click.get_current_context(silent=True))
+    images = open_vmm().images
+    if everything and not force and sys.stdin.isatty():
+        click.confirm("Remove every image that no machine has, and the build cache?", abort=True, err=True)
+    with render.Steps() as steps:
+        steps("looking what is needed")
+        pruned = images.prune(everything=everything, older=seconds, labels=labels)
+    if as_json:
+        render.emit(asdict(pruned))
+        return
+    for name in pruned.images:
+        click.echo(name)
+    for why in pruned.kept:
+        render.error(why)
+    click.echo(f"freed {format_size(pruned.freed)}")
+
+
+@verb("check")
+@json_option
+def check(as_json: bool) -> int:
+    """Read every blob again, and print what is damaged."""
+    with render.Steps() as steps:
+        steps("reading every blob")
+        damaged = open_vmm().images.check()
+    if as_json:
+        render.emit(damaged)
+    else:
+        for line in damaged:
+            click.echo(render.safe(line))
+    return 1 if damaged else 0
+
+
+_FILES = (archives.import_, archives.export, archives.save, archives.load)
+for sub in (ls, bootstrap, tag, remove, inspect, history, du, prune, check, registry.pull, registry.push, *_FILES):
     command.add_command(sub)

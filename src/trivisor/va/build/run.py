@@ -57,8 +57,6 @@ def run(
         lent = _lend(vmm, step, options, file, lend, stack)
         network = "none" if step.network == "none" else options.network
         wishes: dict[str, Any] = {"network": network, "memory": options.memory, "cpus": options.cpus, "volumes": lent.volumes or None}
-        if options.wall == "vm" and lent.volumes:
-            wishes["kernel"] = "full"  # the one that has 9p
         machine = stack.enter_context(vmm.run(image, wall=options.wall, **wishes))
         for local, remote in lent.trees:
             machine.files.upload(local, remote)
