@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Unpack
+from typing import TYPE_CHECKING, Any, BinaryIO, Unpack
 
 from trivisor.core.errors import CallerError, ImageError, InvalidSpec, NotFound, StorageError
 from trivisor.core.paths import Home
@@ -27,14 +27,14 @@ from trivisor.images.intake import Bytes, Intake
 from trivisor.images.limits import DEFAULT, Limits
 from trivisor.images.model import Descriptor, History, Manifest, Platform
 from trivisor.images.reference import Reference, normalise
-from trivisor.images.registry.access import Access
-from trivisor.images.registry.crew import Report
-from trivisor.images.registry.pull import pull
-from trivisor.images.registry.push import neighbours, push
 from trivisor.images.rooted import Rooted
 from trivisor.images.upkeep import Pruned, Upkeep, Usage
 from trivisor.store.store import Ref, Store
 from trivisor.store.workspace import Workspace
+
+if TYPE_CHECKING:
+    from trivisor.images.registry.access import Access
+    from trivisor.images.registry.crew import Report
 
 __all__ = ["Image", "Images"]
 _DIGITS = re.compile(r"(?:sha256:)?[0-9a-f]{6,64}")
@@ -209,6 +209,9 @@ class Images(Rooted):
 
         `access`: credentials, insecure, report, bounds. Raises NotFound, RegistryError, ImageError, InvalidSpec, StorageError.
         """
+        # Here, since Python may be one without ssl (Debian's minimal one), which runs machines all the same; and it takes a while.
+        from trivisor.images.registry.pull import pull
+
         whole = _free(name)
         with self.workspace() as work:
             pulled = pull(Reference.parse(name), self._store, work, platform=platform, **access)
@@ -219,6 +222,8 @@ class Images(Rooted):
 
         Raises NotFound, RegistryError, InvalidSpec, StorageError; ImageError for one made before images were OCI images.
         """
+        from trivisor.images.registry.push import neighbours, push
+
         image = self.get(ref)
         self.documents(image.digest)
         to = Reference.parse(target or image.name)
