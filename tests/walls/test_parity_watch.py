@@ -97,7 +97,7 @@ def test_a_guest_that_prints_without_end(make: Make, monkeypatch: pytest.MonkeyP
     for turn in range(2):
         first = (folder / "serial.log.1").stat().st_ino if turn else None
         until(lambda first=first: (folder / "serial.log.1").exists() and (folder / "serial.log.1").stat().st_ino != first)
-        assert {path.name for path in folder.iterdir()} == {"serial.log", "serial.log.1", "init.log", "engine.log"}
+        assert {path.name for path in folder.iterdir()} == {"serial.log", "serial.log.1", "init.log", "engine.log", "events.log"}
         assert all(path.stat().st_size <= CAP for path in folder.iterdir())
     assert len(log(machine)) <= 2 * CAP
     assert machine.exec(["echo", "here"], timeout=BOUND).text == "here\n"

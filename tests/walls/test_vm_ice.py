@@ -34,7 +34,8 @@ def ices(home: Path) -> dict[str, Path]:
     for folder in (home / "ice").iterdir():
         if folder.is_dir():
             facts = msgspec.json.decode((folder / "ice.json").read_bytes(), type=ice.Facts)
-            kind = "image" if any("/blobs/" in path for path in facts.needs) else "blank"
+            # An image of one layer that came as a root is that blob, any other is made of its layers.
+            kind = "image" if any("/blobs/" in path or "/roots/" in path for path in facts.needs) else "blank"
             assert kind not in found
             found[kind] = folder
     return found
