@@ -33,6 +33,8 @@ MODES = (
 COMPILE = ["-I", ROOT / "guest/src", "-std=c11", "-D_GNU_SOURCE", "-O1"]
 WRAPPED = ("line_open", "exec_frame", "line_synced")
 FLOODS = ("endless garbage", "too much data", "endless log")
+SOON = {"container": 0.3, "gvisor": 1.0, "vm": 1.0}
+"""Seconds within which an honest guest would have answered."""
 Install = Callable[[Path], None]
 
 
@@ -88,7 +90,7 @@ def outcome(machine: Machine, mode: str) -> str:
     """An exec that cues the guest: it ends in time, with an error of the guest's or with what the guest says."""
     begun = time.monotonic()
     try:
-        machine.exec([f"hostile {mode}"], timeout=1, max_output=1 << 20)
+        machine.exec([f"hostile {mode}"], timeout=SOON[machine.wall], max_output=1 << 20)
         return "answered"
     except (GuestError, InvalidState) as error:
         assert str(error)
@@ -138,12 +140,12 @@ def lie(machine: Machine, mode: str, honest: Machine) -> None:
         resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
         assert resident < 8192, f"the keeper has {resident} KiB after {mode!r}"
         with suppress(GuestError, HostError):
-            machine.stats(timeout=1)
+            machine.stats(timeout=SOON[machine.wall])
     assert sum(path.stat().st_size for path in (folder / "logs").iterdir()) < 32 << 20, mode
     assert honest.exec(["echo", "here"], timeout=BOUND).text == "here\n"
     begun = time.monotonic()
     if machine.state is State.RUNNING:
-        machine.stop(timeout=1)
+        machine.stop(timeout=SOON[machine.wall])
     assert time.monotonic() - begun < 20, mode
     assert machine.state in (State.STOPPED, State.FAILED)
 
