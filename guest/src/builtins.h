@@ -18,6 +18,7 @@ int stats_main(char **argv);
 int connect_main(char **argv);
 int remote_main(char **argv);
 int device_main(char **argv);
+int upper_main(char **argv);
 
 /* Say what failed on stderr, return errno. */
 int complain(const char *what);

@@ -2,16 +2,14 @@
 directories"; OCI image-spec, layer.md).
 
 What was removed becomes a whiteout, a folder put over a removed one an opaque folder, a folder that was renamed all that it holds now.
-Owners are those that the machine saw. Sockets and device nodes are left out, and attributes that do not belong to an image. The folder
-must stand still: whoever could write to it could lead us elsewhere.
+Owners are those that the machine saw. Sockets and device nodes are left out, and attributes that do not belong to an image. The same
+files give the same bytes, whichever way they were listed (written.py).
 """
 
 from __future__ import annotations
 
-import os
-import stat
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +17,19 @@ import msgspec
 
 from trivisor.core.errors import ImageError
 from trivisor.images import view as views
+from trivisor.images import written
 from trivisor.images.layer import kept
 from trivisor.images.limits import DEFAULT, Limits
 from trivisor.images.pack import LayerWriter, PackedLayer
 from trivisor.images.source import FolderSource
 from trivisor.images.tarwrite import emit
 from trivisor.images.tree import OPAQUE, WHITEOUT, Content, Node, Tree
+from trivisor.images.written import File, Folder, Listing, Stretch
 
 Range = tuple[int, int, int]
 """First id inside, first id outside, count (user_namespaces(7))."""
 _EMPTY = Content(-1, 0, 0, 0, ())
 """Of a whiteout: it comes before all other files, and is never read."""
-_KINDS = {stat.S_IFREG: "f", stat.S_IFDIR: "d", stat.S_IFLNK: "l", stat.S_IFIFO: "p"}
-_PREFIXES = ("trusted.overlay.", "user.overlay.")
 
 
 def inside(ranges: Sequence[Range]) -> Callable[[int], int]:
@@ -44,8 +42,8 @@ def inside(ranges: Sequence[Range]) -> Callable[[int], int]:
 
 
 def pack(
-    upper: Path,
-    lowers: Sequence[Path],
+    upper: Path | Listing,
+    lowers: Sequence[Path] | Callable[[], Sequence[Path]],
     target: Path,
     *,
     users: Sequence[Range] = ((0, 0, 1 << 32),),
@@ -54,12 +52,14 @@ def pack(
     latest: int | None = None,
     limits: Limits = DEFAULT,
 ) -> PackedLayer:
-    """Write the layer to the new file `target`. `lowers` are what lies below, the uppermost first; `users` and `groups` the machine's ids;
-    `without` paths that are left out; no file is newer than `latest` (seconds since the epoch) if that is given.
+    """Write the layer to the new file `target`. `lowers` are what lies below, the uppermost first, or what gives them if they are needed;
+    `users` and `groups` the machine's ids; `without` paths that are left out; no file is newer than `latest` (seconds since the epoch) if
+    that is given.
 
     Raises ImageError, StorageError.
     """
-    reader = _Reader(upper, lowers, frozenset(path.strip("/") for path in without), limits)
+    listing = Folder(upper) if isinstance(upper, Path) else upper
+    reader = _Reader(listing, lowers, frozenset(path.strip("/") for path in without), limits)
     reader.users, reader.groups, reader.latest = inside(users), inside(groups), latest
     reader.read()
     with LayerWriter(target) as layer:
@@ -90,19 +90,50 @@ class Request(msgspec.Struct):
     latest: int | None
 
 
+class _Files:
+    """Where the bytes of files come from; Content.position is the number of the place."""
+
+    def __init__(self, origin: str) -> None:
+        self._origin = origin
+        self._folder = FolderSource()
+        self._places: list[Path | Stretch] = []
+
+    def content(self, place: Path | Stretch, size: int) -> Content:
+        """Return what names `size` bytes that lie in `place`."""
+        self._places.append(place)
+        self._folder.paths.append(place if isinstance(place, Path) else Path())
+        if isinstance(place, Path):
+            return Content(0, len(self._places) - 1, size, size)
+        return Content(0, len(self._places) - 1, size, place.length, place.sparse)
+
+    def stored(self, content: Content) -> Iterator[bytes]:
+        place = self._places[content.position]
+        return self._folder.stored(content) if isinstance(place, Path) else written.stored(place, self._origin)
+
+
 class _Reader:
     users: Callable[[int], int]
     groups: Callable[[int], int]
     latest: int | None
 
-    def __init__(self, upper: Path, lowers: Sequence[Path], without: frozenset[str], limits: Limits) -> None:
-        self.tree = Tree(limits, str(upper))
-        self.files = FolderSource()
+    def __init__(
+        self, upper: Listing, lowers: Sequence[Path] | Callable[[], Sequence[Path]], without: frozenset[str], limits: Limits
+    ) -> None:
+        self.tree = Tree(limits, upper.origin)
+        self.files = _Files(upper.origin)
         self._upper = upper
-        self._below = views.StackView(lowers) if lowers else None
+        self._lowers = lowers
+        self._stack: views.StackView | None = None
         self._without = without
         self._links: dict[tuple[int, int], str] = {}
         self._left = limits.total
+
+    @property
+    def _below(self) -> views.StackView | None:
+        """What lies below, looked for when first needed: that may have to be unpacked."""
+        if self._stack is None and self._lowers:
+            self._stack = views.StackView(self._lowers() if callable(self._lowers) else self._lowers)
+        return self._stack
 
     def read(self) -> None:
         """Put all that there is into the tree."""
@@ -110,25 +141,22 @@ class _Reader:
         todo = [("", False, "")]
         while todo:
             folder, hidden, origin = todo.pop()
-            place = self._upper / folder
-            hidden, origin = self._folder(folder, place, hidden, origin)
-            for name in sorted(entry.name for entry in os.scandir(place)):
+            hidden, origin = self._folder(folder, self._upper.at(folder), hidden, origin)
+            for name in self._upper.names(folder):
                 below = f"{folder}/{name}".lstrip("/")
                 if below in self._without:
                     continue
-                facts = (place / name).lstat()
-                if stat.S_ISDIR(facts.st_mode):
+                file = self._upper.at(below)
+                if file.kind == "d":
                     todo.append((below, hidden, f"{origin}/{name}"))
                 else:
-                    self._file(below, place / name, facts, hidden=hidden)
+                    self._file(below, file, hidden=hidden)
 
-    def _folder(self, path: str, place: Path, hidden: bool, origin: str) -> tuple[bool, str]:
+    def _folder(self, path: str, file: File, hidden: bool, origin: str) -> tuple[bool, str]:
         """Put the folder itself into the tree; return whether nothing below shows through in it, and its own origin."""
-        facts = place.lstat()
-        marks = _marks(place)
-        node = self._node("d", facts, place)
-        redirect = marks.get("redirect", b"").decode("utf-8", "surrogateescape")
-        if not redirect and marks.get("opaque") != b"y":
+        node = self._node(file)
+        redirect = file.marks.get("redirect", b"").decode("utf-8", "surrogateescape")
+        if not redirect and file.marks.get("opaque") != b"y":
             self._put(path, node)
             return hidden, origin
         if hidden:
@@ -140,7 +168,7 @@ class _Reader:
             self._moved(path, origin)
             self._put(path, node)
         if path and not hidden and self._there(path):
-            self._put(f"{path}/{OPAQUE}", self._mark(facts))
+            self._put(f"{path}/{OPAQUE}", self._mark(file))
         return True, origin
 
     def _there(self, path: str) -> bool:
@@ -150,73 +178,52 @@ class _Reader:
         """A folder of the layers below lies here now: its files are this layer's from now on."""
         top = views.resolve(self._below, origin, last=False) if self._below is not None else None
         if top is None or self._below is None:
-            raise ImageError(f"{self._upper}: {path}: the folder that it was, {origin}, is not there")
+            raise ImageError(f"{self._upper.origin}: {path}: the folder that it was, {origin}, is not there")
         for found in views.everything(self._below, top):
             name = f"{path}/{found.path[len(top.path) :].strip('/')}".rstrip("/")
-            node = Node(found.kind, found.mode, found.uid, found.gid, self._time(found.mtime), dict(found.xattrs), found.target)
+            time = self._time(found.mtime // 10**9)
+            node = Node(found.kind, found.mode, found.uid, found.gid, time, dict(found.xattrs), found.target)
             self._put(name, node, found.place, found.size, found.identity)
 
-    def _file(self, path: str, place: Path, facts: os.stat_result, *, hidden: bool) -> None:
-        if (stat.S_ISCHR(facts.st_mode) and facts.st_rdev == 0) or "whiteout" in (_marks(place) if facts.st_size == 0 else {}):
+    def _file(self, path: str, file: File, *, hidden: bool) -> None:
+        if file.kind == "w" or (file.kind == "f" and file.size == 0 and "whiteout" in file.marks):
             if hidden:
                 self.tree.remove(path)  # of a folder that was moved here
             else:
                 folder, _, name = path.rpartition("/")
-                self._put(f"{folder}/{WHITEOUT}{name}".lstrip("/"), self._mark(facts))
+                self._put(f"{folder}/{WHITEOUT}{name}".lstrip("/"), self._mark(file))
             return
-        kind = _KINDS.get(stat.S_IFMT(facts.st_mode))
-        if kind is not None:
-            identity = (facts.st_dev, facts.st_ino) if facts.st_nlink > 1 else None
-            self._put(path, self._node(kind, facts, place), place, facts.st_size, identity)
+        if "metacopy" in file.marks:
+            raise ImageError(f"{self._upper.origin}: {path}: its data lies elsewhere", hint="mount overlayfs with metacopy=off")
+        if file.kind:
+            self._put(path, self._node(file), file.data, file.size, file.identity)
 
-    def _put(self, path: str, node: Node, place: Path | None = None, size: int = 0, identity: tuple[int, int] | None = None) -> None:
+    def _put(
+        self, path: str, node: Node, data: Path | Stretch | None = None, size: int = 0, identity: tuple[int, int] | None = None
+    ) -> None:
         first = self._links.setdefault(identity, path) if identity and node.kind == "f" else path
         if first != path and self.tree.find(first) is not None:
             self.tree.link(path, first)
             return
-        if node.kind == "f" and place is not None:
+        if node.kind == "f" and data is not None:
             self._left -= size
             if self._left < 0:
-                raise ImageError(f"{self._upper}: it holds more than an image may", hint="remove what need not be in the image")
-            node.content = Content(0, len(self.files.paths), size, size)
-            self.files.paths.append(place)
+                raise ImageError(f"{self._upper.origin}: it holds more than an image may", hint="remove what need not be in the image")
+            node.content = self.files.content(data, size)
         self.tree.put(path, node)
 
-    def _node(self, kind: str, facts: os.stat_result, place: Path) -> Node:
-        target = os.readlink(place) if kind == "l" else ""  # noqa: PTH115 - a Path would tidy it
-        owner = self.users(facts.st_uid), self.groups(facts.st_gid)
-        return Node(kind, stat.S_IMODE(facts.st_mode), *owner, self._time(facts.st_mtime_ns), kept(_attributes(place)), target)
+    def _node(self, file: File) -> Node:
+        mode = 0o777 if file.kind == "l" else file.mode
+        return Node(file.kind, mode, self.users(file.uid), self.groups(file.gid), self._time(file.mtime), kept(file.xattrs), file.target)
 
-    def _mark(self, facts: os.stat_result) -> Node:
-        node = Node("f", 0o600, mtime=self._time(facts.st_mtime_ns))
+    def _mark(self, file: File) -> Node:
+        node = Node("f", 0o600, mtime=self._time(file.mtime))
         node.content = _EMPTY
         return node
 
-    def _time(self, nanoseconds: int) -> int:
-        seconds = max(0, min(nanoseconds // 10**9, 0xFFFFFFFF))
+    def _time(self, seconds: int) -> int:
+        seconds = max(0, min(seconds, 0xFFFFFFFF))
         return seconds if self.latest is None else min(seconds, self.latest)
-
-
-def _attributes(place: Path) -> dict[str, bytes]:
-    try:
-        names = os.listxattr(place, follow_symlinks=False)
-        return {name: os.getxattr(place, name, follow_symlinks=False) for name in names if not name.startswith(_PREFIXES)}
-    except OSError:
-        return {}
-
-
-def _marks(place: Path) -> dict[str, bytes]:
-    """Return overlayfs's own attributes, without the prefix that says who may set them."""
-    try:
-        names = os.listxattr(place, follow_symlinks=False)
-    except OSError:
-        return {}
-    found = {}
-    for name in names:
-        for prefix in _PREFIXES:
-            if name.startswith(prefix):
-                found[name.removeprefix(prefix)] = os.getxattr(place, name, follow_symlinks=False)
-    return found
 
 
 if __name__ == "__main__":

@@ -1,21 +1,28 @@
-"""What a container or gVisor machine wrote, packed as an image's layer out of its writable layer (images/upper.py).
+"""What a machine wrote, packed as an image's layer out of its writable layer (images/upper.py).
 
-The machine stands still meanwhile. As root its files are read here; a disk of its own size is mounted in a mount namespace that
+The machine stands still meanwhile. A virtual machine's disk is read by its engine, which hands over a list of what lies there. Of a
+container or gVisor: as root its files are read here; a disk of its own size is mounted in a mount namespace that
 ends with the reader; without root the reader is root of a user namespace, who alone may read files of the machine's other users.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import BinaryIO, Protocol, runtime_checkable
 
 import msgspec
 
 from trivisor.core import process
 from trivisor.core.errors import InvalidSpec, StorageError
 from trivisor.images import upper
+from trivisor.images.limits import DEFAULT
 from trivisor.images.pack import PackedLayer
+from trivisor.images.stream import Section
 from trivisor.images.upper import Request
+from trivisor.images.written import Received
 from trivisor.launch import ids, loop
 from trivisor.vmm import layers
 from trivisor.vmm.engine import Box
@@ -27,10 +34,16 @@ _MOUNT = 'mount -t ext4 "$1" "$2" && shift 2 && exec "$@"'
 """Not read-only: one file system is mounted in one way, and the machine's own mount may be there still."""
 
 
+@runtime_checkable
+class Reader(Protocol):
+    """An engine that lists what a machine of it wrote (images/written.py): the host looks at no disk of a guest's."""
+
+    def written(self, box: Box, into: BinaryIO) -> None: ...
+
+
 def pack(box: Box, target: Path, *, without: tuple[str, ...] = (), latest: int | None = None) -> PackedLayer:
     """Write the layer to the new file `target`. Raises InvalidSpec, ImageError, StorageError, EngineError, HostLacks."""
-    if box.spec.disk == "ram":
-        raise InvalidSpec("what it wrote is in its memory alone", machine=box.spec.name, hint='make it without disk="ram"')
+    _check(box)
     place = layers.layers(box)[0]
     assert isinstance(place.upper, Path)
     shape = layers.shape(box)
@@ -55,6 +68,38 @@ def pack(box: Box, target: Path, *, without: tuple[str, ...] = (), latest: int |
         ids.run_as_root(program, _TIMEOUT)
     diff_id, digest, size = msgspec.json.decode(request.with_suffix(".answer").read_bytes(), type=tuple[str, str, int])
     return PackedLayer(target, diff_id, digest, size)
+
+
+def read(
+    engine: Reader,
+    box: Box,
+    lowers: Callable[[], Sequence[Path]],
+    target: Path,
+    *,
+    without: tuple[str, ...] = (),
+    latest: int | None = None,
+) -> PackedLayer:
+    """Write the layer of a machine whose engine reads its disk. `lowers` is asked if what lies below is needed.
+
+    Raises what `pack` raises, and GuestError.
+    """
+    _check(box)
+    spool = target.with_suffix(".written")
+    try:
+        with spool.open("x+b") as file:
+            engine.written(box, file)
+            stream = Section(file.fileno(), 0, file.seek(0, os.SEEK_END), f"disk of {box.spec.name}")
+            listing = Received(stream, DEFAULT)
+            return upper.pack(listing, lowers, target, without=[*FURNISHED, *without], latest=latest)
+    except OSError as error:
+        raise StorageError(f"{spool} cannot be written: {error.strerror}") from error
+    finally:
+        spool.unlink(missing_ok=True)
+
+
+def _check(box: Box) -> None:
+    if box.spec.disk == "ram":
+        raise InvalidSpec("what it wrote is in its memory alone", machine=box.spec.name, hint='make it without disk="ram"')
 
 
 def _ask(request: Path, asked: Request) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from trivisor.core.errors import InvalidSpec, UnsupportedByWall
+from trivisor.core.errors import GuestError, InvalidSpec
 from trivisor.core.state import State
 from trivisor.images import compose, host
 from trivisor.images.catalog import Image
@@ -22,9 +22,12 @@ from trivisor.images.compose import Stacked
 from trivisor.images.model import History, RunConfig
 from trivisor.images.pack import PackedLayer
 from trivisor.vmm import changes, life
+from trivisor.vmm.changes import Reader
 from trivisor.vmm.context import Context
 from trivisor.vmm.records import Row
+from trivisor.vos import guest
 
+_SYNC = 60.0
 FIELDS = ("env", "entrypoint", "cmd", "user", "working_dir", "labels", "exposed_ports", "volumes", "stop_signal")
 
 
@@ -60,9 +63,10 @@ def commit(context: Context, machine: str, name: str, *, config: Mapping[str, An
 
 def pack(context: Context, row: Row, target: Path, *, without: Sequence[str] = (), latest: int | None = None) -> PackedLayer:
     """Write what the machine `row`, which stands still, has changed as a layer to the new file `target`."""
-    if row.spec.wall == "vm":
-        raise UnsupportedByWall("make an image of what a machine wrote", "vm", ("gvisor", "container"), machine=row.name)
-    return changes.pack(context.box(row), target, without=tuple(without), latest=latest)
+    engine, box = context.engine(row.spec.wall, row.name), context.box(row)
+    if not isinstance(engine, Reader):
+        return changes.pack(box, target, without=tuple(without), latest=latest)
+    return changes.read(engine, box, lambda: context.images.lowers(row.digest), target, without=tuple(without), latest=latest)
 
 
 def layer(context: Context, machine: str, target: Path, *, without: Sequence[str], latest: int | None) -> PackedLayer:
@@ -73,10 +77,12 @@ def layer(context: Context, machine: str, target: Path, *, without: Sequence[str
 
 @contextmanager
 def still(context: Context, machine: str) -> Iterator[Row]:
-    """Hold the machine, frozen for as long as the `with` lasts if it runs. Raises InvalidState, Busy, EngineError."""
+    """Hold the machine, frozen for as long as the `with` lasts if it runs. Raises InvalidState, Busy, EngineError, GuestError."""
     with life.operation(context, machine, "commit") as row:
         engine, box = context.engine(row.spec.wall, row.name), context.box(row)
         if row.state is State.RUNNING:
+            if isinstance(engine, Reader):
+                _sync(context, row)
             engine.pause(box)
         try:
             yield row
@@ -84,6 +90,15 @@ def still(context: Context, machine: str) -> Iterator[Row]:
             if row.state is State.RUNNING:
                 engine.resume(box)
         context.records.update(row.id, operation="", operator=None)
+
+
+def _sync(context: Context, row: Row) -> None:
+    """Have the guest bring to its disk what it holds back in its memory. Raises GuestError if it does not."""
+    try:
+        guest.configure(context.lines.of(row.id, context.folder(row).line, row.name).get(), [("sync",)], timeout=_SYNC)
+    except GuestError as error:
+        error.hint = "pause it first: then what has reached its disk is taken"
+        raise
 
 
 def changed(run: RunConfig, wishes: Mapping[str, Any]) -> RunConfig:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 from trivisor.core.errors import EngineError, InvalidSpec, StorageError, TrivisorError
 from trivisor.core.paths import Home, MachineDir
@@ -25,12 +26,29 @@ from trivisor.launch.net import passt, provide
 from trivisor.launch.net.links import INSIDE
 from trivisor.launch.net.provide import Net
 from trivisor.vmm.engine import Box, Progress, Usage, WallReport
-from trivisor.vmm.engines.vm import argv, disks, growth, ice, kit, limits, making, memory, merging, probe, proc, qemu, ram, runner, sharing
+from trivisor.vmm.engines.vm import (
+    argv,
+    disks,
+    growth,
+    ice,
+    kit,
+    limits,
+    making,
+    memory,
+    merging,
+    probe,
+    proc,
+    qemu,
+    ram,
+    runner,
+    sharing,
+)
 from trivisor.vmm.engines.vm.growth import Growth
 from trivisor.vmm.engines.vm.hotplug import Hotplug
 from trivisor.vmm.engines.vm.ice import Ice
 from trivisor.vmm.engines.vm.making import Image
 from trivisor.vmm.engines.vm.qmp import Qmp, StateRefused
+from trivisor.vmm.engines.vm.reading import helper, written
 from trivisor.vmm.engines.vm.runner import Ram, Setup, Work
 from trivisor.vos import guest
 from trivisor.vos.files import Files
@@ -154,6 +172,19 @@ class VmEngine:
     def hotplug(self, box: Box) -> Hotplug:
         """Return what plugs devices into a running machine, and pulls them out."""
         return Hotplug(box)
+
+    def written(self, box: Box, into: BinaryIO) -> None:
+        """Write what a machine that stands still wrote to `into`, as its guest would list it (PROTOCOL.md, "upper").
+
+        Raises EngineError, GuestError, StorageError, HostLacks; ImageError for a disk that cannot be read.
+        """
+        assert box.spec.disk != "ram"
+        if _fresh(box.dir).exists():
+            into.write(b"e")
+            into.flush()
+            return
+        setup, _ = self._setup(helper(self._home, box.spec), lambda _: None)
+        written(self._home, setup, box.dir.disk, box.spec.disk, into, booted=self._ice == "off")
 
     def sweep(self, home: Home, machines: set[str]) -> list[str]:
         return kit.sweep(home) + ice.sweep(home)
