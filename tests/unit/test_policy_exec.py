@@ -384,7 +384,7 @@ def test_the_answerer_ends_with_the_keeper(image_home: Path) -> None:
     with VMM(image_home) as vmm, vmm.run("debian", wall="container") as own:
         opened = Line.connect(own._folder.line, own.name)
         with receiver(own, refuse) as one:
-            run(opened, one.operations("mkdir"), ["true"])
+            run(opened, one.operations("mkdir"), ["mkdir", "/made"])  # it waits for who answers
         opened.close()
         (pid,) = answerers(own)
         os.kill(int(own._folder.keeper.read_text().split()[0]), signal.SIGKILL)
