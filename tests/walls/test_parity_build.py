@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from trivisor import VMM
-from trivisor.core.errors import BuildFailed, InvalidSpec, RecipeError, UnsupportedByWall
+from trivisor.core.errors import BuildFailed, InvalidSpec, RecipeError
 from trivisor.core.spec import Wall
 from trivisor.images.catalog import Image
 from trivisor.images.registry.bounds import Bounds
@@ -84,7 +84,7 @@ CMD ["cat", "/etc/conf"]
 """
 
 
-@pytest.mark.walls("container", "gvisor")
+@pytest.mark.walls("vm", "container", "gvisor")
 def test_a_whole_recipe(wall_vmm: VMM, wall: Wall, made: Build) -> None:
     image = made(WHOLE, secrets={"key": b"hush\n"})
     assert (image.config.cmd, image.config.user, image.config.env) == (["cat", "/etc/conf"], "user", {"A": "a"})
@@ -224,9 +224,3 @@ def test_what_cannot_be_committed(wall_vmm: VMM, wall: Wall) -> None:
         machine.commit("committed")
     with wall_vmm.run("mini", wall=wall, memory="128M") as machine, pytest.raises(InvalidSpec, match="has no shape"):
         machine.commit("committed", config={"shape": 1})
-
-
-@pytest.mark.walls("vm")
-def test_what_virtual_machines_write_is_no_layer(made: Build) -> None:
-    with pytest.raises(UnsupportedByWall, match="build"):
-        made("FROM mini\nRUN true")

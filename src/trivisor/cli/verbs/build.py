@@ -100,7 +100,7 @@ def _secrets(_: click.Context, option: click.Parameter, values: Sequence[str]) -
 @click.option("-t", "--tag", "tags", multiple=True, metavar="NAME", help="What the image is called. May be given often.")
 @click.option("--build-arg", "arguments", multiple=True, metavar="NAME[=VALUE]", callback=_pairs, help="The value of an ARG.")
 @click.option("--target", default="", metavar="STAGE", help="The stage to build; default: the last.")
-@click.option("--wall", default="container", show_default=True, help="gvisor or container: behind which each RUN is carried out.")
+@click.option("--wall", default="container", show_default=True, help="vm, gvisor or container: behind which each RUN is carried out.")
 @click.option("--network", default="nat", show_default=True, help="Of RUN: nat, none, or a network of the home.")
 @click.option("--memory", default="1G", show_default=True, help="Of each RUN's machine.")
 @click.option("--cpus", type=float, default=1, show_default=True, help="Of each RUN's machine.")

@@ -10,7 +10,7 @@ from threading import Lock
 
 import msgspec
 
-from trivisor.core.errors import InvalidSpec, NotFound, RecipeError, RegistryError, UnsupportedByWall
+from trivisor.core.errors import InvalidSpec, NotFound, RecipeError, RegistryError
 from trivisor.images import compose
 from trivisor.images.catalog import Image
 from trivisor.images.model import Platform
@@ -26,8 +26,8 @@ from trivisor.va.build.stage import Building, Built, StageBuilder
 from trivisor.vmm.manager import VMM
 
 NAMES = ("Containerfile", "Dockerfile")
-WALLS = ("gvisor", "container")
-"""Behind which a RUN can be carried out: those that can say what a machine wrote."""
+WALLS = ("vm", "gvisor", "container")
+"""Behind which a RUN can be carried out."""
 _STAGES = 4
 """Built at the same time."""
 
@@ -44,7 +44,7 @@ def build(
     for tag in tags:
         normalise(tag)
     if chosen.wall not in WALLS:
-        raise UnsupportedByWall("carry out the steps of a build", chosen.wall, WALLS)
+        raise InvalidSpec(f"the steps of a build are not carried out behind {chosen.wall!r}", hint=f"wall is one of {', '.join(WALLS)}")
     folder = Path(context)
     if not folder.is_dir():
         raise InvalidSpec(f"{context} is no folder", hint="give the folder that COPY takes its files from")
