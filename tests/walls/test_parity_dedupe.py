@@ -31,11 +31,12 @@ def scanning(wall_vmm: VMM) -> Iterator[None]:
 
 
 def _scanning(wall_vmm: VMM) -> Iterator[None]:
-    before = [(KSM / name).read_text() for name in ("run", "pages_to_scan", "sleep_millisecs")]
+    known = [KSM / name for name in ("run", "smart_scan", "pages_to_scan", "sleep_millisecs") if (KSM / name).exists()]
+    before = [setting.read_text() for setting in known]
     with wall_vmm.dedupe.scanning(pages=20_000):
         assert wall_vmm.dedupe.report().scanning
         yield
-    assert [(KSM / name).read_text() for name in ("run", "pages_to_scan", "sleep_millisecs")] == before
+    assert [setting.read_text() for setting in known] == before
 
 
 def holder(machine: Machine) -> Process:
@@ -57,7 +58,8 @@ def merged(machine: Machine, least: int) -> int:
 def test_equal_pages_of_two_machines_are_kept_once(make: Make, wall_vmm: VMM, scanning: None) -> None:
     one, two = make(dedupe=True), make(dedupe=True)
     programs = [holder(one), holder(two)]
-    assert merged(one, 23 * MIB) >= 23 * MIB and merged(two, 23 * MIB) >= 23 * MIB
+    found = [merged(machine, 23 * MIB) for machine in (one, two)]
+    assert min(found) >= 23 * MIB, wall_vmm.dedupe.report()
     assert wall_vmm.dedupe.report().saved >= 23 * MIB
     assert all(program.poll() is None for program in programs)
     if one.wall == "vm":

@@ -10,7 +10,7 @@ from machine_home import TestHome
 from trivisor import VMM, HostLacks, InvalidSpec
 from trivisor.vmm import dedupe
 
-BEFORE = {"run": "0\n", "pages_to_scan": "100\n", "sleep_millisecs": "200\n"}
+BEFORE = {"run": "0\n", "smart_scan": "1\n", "pages_to_scan": "100\n", "sleep_millisecs": "200\n"}
 
 
 @pytest.fixture
@@ -27,13 +27,20 @@ def ksm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_was_set_before_is_put_back_by_any_process(home: TestHome, vmm: VMM, ksm: Path) -> None:
     vmm.dedupe.start(pages=400, pause_ms=10)
     vmm.dedupe.start(pages=700)  # once more: what was before the first is what was before
-    assert ((ksm / "run").read_text(), (ksm / "pages_to_scan").read_text()) == ("1\n", "700\n")
+    assert [(ksm / name).read_text() for name in ("run", "pages_to_scan", "smart_scan")] == ["1\n", "700\n", "0\n"]
     with home.open() as other:
         other.dedupe.stop()
     assert {name: (ksm / name).read_text() for name in BEFORE} == BEFORE
     (ksm / "run").write_text("1\n")  # somebody else's
     vmm.dedupe.stop()
     assert vmm.dedupe.report().scanning
+
+
+def test_an_older_kernel_is_told_what_it_knows_alone(vmm: VMM, ksm: Path) -> None:
+    (ksm / "smart_scan").unlink()
+    vmm.dedupe.start()
+    assert not (ksm / "smart_scan").exists()
+    vmm.dedupe.stop()
 
 
 def test_figures_are_bytes(vmm: VMM, ksm: Path) -> None:
