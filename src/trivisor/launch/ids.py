@@ -15,17 +15,16 @@ import functools
 import os
 import pwd
 import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from trivisor.core.errors import EngineError, HostLacks
-from trivisor.launch import container, tvinit
+from trivisor.launch import container, once, tvinit
 from trivisor.launch.container import Ids, Range
 from trivisor.launch.jail import FIRST_ID, SLOTS, TRIAL_TIMEOUT, USAGE, remedy
-from trivisor.launch.plan import Op, Plan, encode
+from trivisor.launch.plan import Op, Plan
 
 Kind = Literal["own", "same", "subids", "single"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -123,22 +122,9 @@ def _trial(shape: Shape, folder: Path) -> Plan:
     return (*plan, ("exec", program, "launch"))
 
 
-def _run(plan: Plan, timeout: float = TRIAL_TIMEOUT) -> tuple[int, str]:
-    with open(os.memfd_create("plan"), "r+b") as memory:
-        memory.write(encode(plan))
-        memory.flush()
-        memory.seek(0)
-        command = [str(tvinit.path()), "launch", str(memory.fileno())]
-        try:
-            done = subprocess.run(command, pass_fds=[memory.fileno()], capture_output=True, timeout=timeout, check=False)
-        except subprocess.TimeoutExpired:
-            return -1, f"it took over {timeout:g} s"
-    return done.returncode, done.stderr.decode(errors="replace").strip()
-
-
 def _try(shape: Shape, folder: Path) -> str:
-    status, said = _run(_trial(shape, folder))
-    return "" if status == USAGE else said or f"a trial exited with {status}"
+    done = once.run(_trial(shape, folder), TRIAL_TIMEOUT)
+    return "" if done.status == USAGE else done.said or f"a trial exited with {done.status}"
 
 
 @functools.lru_cache(maxsize=64)
@@ -169,8 +155,9 @@ def run_as_root(argv: Sequence[str], timeout: float = 600.0) -> None:
         plan: list[Op] = []
         if os.geteuid() != 0:
             plan += [("namespaces", "user"), *shape.ids(0).plan()]
-        status, said = _run((*plan, ("exec", *argv)), timeout)
-        if not status:
+        done = once.run((*plan, ("exec", *argv)), timeout)
+        said = done.said
+        if not done.status:
             return
     raise EngineError(f"{argv[0]} failed", command=list(argv), output=said)
 

@@ -1,0 +1,1 @@
+"""Disk images: in from other hypervisors, and out to them."""
