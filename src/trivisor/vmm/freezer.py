@@ -21,7 +21,7 @@ class Frozen:
     """What an engine says of what it froze."""
 
     needs: Mapping[str, str]
-    """What a host must have to run it on: words and their values (program, version, processor, kit), compared by `Freezer.check`."""
+    """What a host must have to run it on: words and their values (program, version, processor, kit), compared by `Freezer.fits`."""
     paused: float
     """Seconds for which no guest instruction ran."""
     facts: Mapping[str, str] = field(default_factory=dict)
@@ -30,10 +30,13 @@ class Frozen:
 
 @runtime_checkable
 class Freezer(Protocol):
-    """An engine that freezes machines."""
+    """An engine that freezes machines: `isinstance(engine, Freezer)`."""
 
-    def freeze(self, box: Box, into: Path, *, memory: bool, ends: bool = False, progress: Progress) -> Frozen:
-        """Freeze a machine into the empty folder `into`, on the home's file system, durably.
+    def freeze(
+        self, box: Box, into: Path, *, memory: bool, ends: bool = False, lasting: bool = True, quiesce: bool = False, progress: Progress
+    ) -> Frozen:
+        """Freeze a machine into the empty folder `into`, on the home's file system, durably unless `lasting` is false (a fork's, which
+        nobody needs after a crash of the host: no fsync). With `quiesce` its file systems are at rest at that instant.
 
         With `memory` it runs or is paused, and afterwards does again what it did; with `ends` it does not go on: its engine and its
         keeper have ended. Without, it may also stand still. Crash-consistent: the disk is that of the same instant. If it fails, or
@@ -41,7 +44,7 @@ class Freezer(Protocol):
         """
         ...
 
-    def check(self, box: Box, needs: Mapping[str, str]) -> None:
+    def fits(self, box: Box, needs: Mapping[str, str]) -> None:
         """Raise HostLacks, with what differs, if this host cannot run on what was frozen with these needs. Touches nothing."""
         ...
 
