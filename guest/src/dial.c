@@ -11,10 +11,11 @@
 #include "line.h"
 #include "loop.h"
 
-enum { GIVE_UP_MS = 60000, FIRST_MS = 5, MOST_MS = 200 };
+enum { GIVE_UP_MS = 60000, FIRST_MS = 5, MOST_MS = 200, DRAIN_MS = 1000 };
 
 static const char *number;
 static int64_t next, until, pause_ms;
+static bool leaving;
 
 static int call(void) {
     struct sockaddr_un to = {.sun_family = AF_UNIX};
@@ -60,6 +61,19 @@ bool dial_again(void) {
     next = now + pause_ms;
     pause_ms = pause_ms * 2 < MOST_MS ? pause_ms * 2 : MOST_MS;
     return now < until;
+}
+
+int dial_away(void) {
+    leaving = number != NULL;
+    return leaving ? 0 : ENOTCONN;
+}
+
+void dial_leave(void) {
+    if (!leaving)
+        return;
+    leaving = false;
+    line_drain(DRAIN_MS);
+    line_close();
 }
 
 int dial_wait(void) {

@@ -11,6 +11,12 @@ int dial(const char *path);
 /* The line has ended: call again if it is time to. False if there is nobody to call, or nobody has answered for a minute. */
 bool dial_again(void);
 
+/* Hang up once what is queued has been sent, and then call again as after any other end. 0, or ENOTCONN: nobody was called. */
+int dial_away(void);
+
+/* Hang up now if that was asked for. */
+void dial_leave(void);
+
 /* ms until dial_again is due; -1: it is not. */
 int dial_wait(void);
 

@@ -128,6 +128,7 @@ static int run(void) {
         more = command_pump();
         command_bury();
         line_flush();
+        dial_leave();
         if (line_lost() && power_wait() < 0) {
             if (dial_again())
                 continue;

@@ -54,10 +54,12 @@ static void note_synced(struct keeper *k) {
     keep_report(k, "synced\n", true);
 }
 
-/* The line ended. Most often its engine has, and the clients learn that when the machine is no longer alive. */
+/* The line ended. Most often its engine has, and the clients learn that when the machine is no longer alive. What they send
+ * meanwhile waits for a new call. */
 static void lose_line(struct keeper *k) {
     loop_close(&k->line);
     bytes_clear(&k->mux.line);
+    k->mux.state = MUX_BROKEN;
     k->sync_at = INT64_MAX;
     k->lose_at = now_ms() + LINGER_MS;
 }

@@ -144,6 +144,13 @@ bool line_pending(void) {
     return line.out.used <= LINE_HIGH && (line.left > 0 || (line.readable && !line.lost));
 }
 
+void line_close(void) {
+    loop_close(&line.watch);
+    bytes_clear(&line.out);
+    line.left = 0;
+    line.lost = true;
+}
+
 bool line_lost(void) { return line.lost; }
 
 void line_send(uint8_t type, uint32_t stream, const void *payload, size_t size) {

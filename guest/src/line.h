@@ -44,6 +44,9 @@ bool line_next(struct frame *out);
 /* True if line_next may give more without news from the loop. */
 bool line_pending(void);
 
+/* Close it: it is lost, until line_open. */
+void line_close(void);
+
 /* True once the other side of a socket has closed; never for a virtio port, whose host comes back. */
 bool line_lost(void);
 

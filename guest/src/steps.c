@@ -18,6 +18,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "dial.h"
 #include "exec.h"
 #include "line.h"
 #include "log.h"
@@ -208,6 +209,11 @@ static int do_sync(char **w) {
     return 0;
 }
 
+static int do_away(char **w) {
+    (void)w;
+    return dial_away();
+}
+
 /* Mounts what the host shares. The folder is made, as are those above it. */
 static int do_share(char **w) {
     char path[PATH_MAX];
@@ -253,6 +259,7 @@ static const struct {
     {"warm", 1, 1024, true, do_warm},
     {"hooks", 0, 0, false, do_hooks},
     {"sync", 0, 0, true, do_sync},
+    {"away", 0, 0, true, do_away},
 };
 enum { KINDS = sizeof kinds / sizeof *kinds };
 

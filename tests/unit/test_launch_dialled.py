@@ -19,6 +19,7 @@ from trivisor.core.errors import EngineError
 from trivisor.core.paths import MachineDir
 from trivisor.launch import keeper, tvinit
 from trivisor.launch.plan import Plan
+from trivisor.vos import guest
 from trivisor.vos.line import Line
 from trivisor.vos.processes import Processes
 
@@ -91,6 +92,28 @@ def test_a_line_cut_by_the_guest_comes_back(tmp_path: Path) -> None:
             finally:
                 line.close()
             assert info(silent)["synced"] == "1"
+
+
+def test_a_guest_sent_away_calls_when_there_is_a_door_again(tmp_path: Path) -> None:
+    with life(tmp_path) as one:
+        line = Line.connect(one.machine.line, "m")
+        door, elsewhere = tmp_path / "door", tmp_path / "elsewhere"
+        try:
+            kept = processes(line).spawn(["sleep", "60"], detach=True)
+            door.rename(elsewhere)
+            guest.configure(line, [("away",)])
+        finally:
+            line.close()
+        with one.connect() as client:
+            deadline = time.monotonic() + 5
+            while info(client)["synced"] == "1":
+                assert time.monotonic() < deadline
+            elsewhere.rename(door)
+        line = Line.connect(one.machine.line, "m")
+        try:
+            assert processes(line).exec(["sh", "-c", f"kill {kept.pid} && echo alive"]).text == "alive\n"
+        finally:
+            line.close()
 
 
 def _cut(pid: int, door: str) -> None:
