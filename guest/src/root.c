@@ -2,19 +2,28 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/fs.h>
 #include <stdbool.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
+#include <sys/statfs.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "log.h"
+#include "loop.h"
 #include "users.h"
 
-enum { MOUNTS_MAX = 512, MOUNTS_TEXT = 1 << 20 };
+/* fs/ext4/ext4.h: blocks that it is to have. */
+#define EXT4_IOC_RESIZE_FS _IOW('f', 16, uint64_t)
+
+enum { MOUNTS_MAX = 512, MOUNTS_TEXT = 1 << 20, GROW_MS = 10000, EXT4_MAGIC = 0xef53 };
 
 const char *root_failed = "root";
 
@@ -157,6 +166,46 @@ int root_switch(const char *lower, const char *upper) {
     if (mount_union(lower, upper) == 0 && enter() == 0 && furnish() == 0)
         return 0;
     return errno;
+}
+
+/* The device is told by an interrupt that it is larger now, which the driver works off when it likes. */
+static int await_size(const char *device, unsigned long long size) {
+    int fd = open(device, O_RDONLY | O_CLOEXEC | O_NONBLOCK), error = fd < 0 ? errno : 0;
+    uint64_t has = 0;
+    for (int64_t end = now_ms() + GROW_MS; !error;) {
+        if (ioctl(fd, BLKGETSIZE64, &has) < 0)
+            error = errno;
+        else if (has >= size)
+            break;
+        else if (now_ms() >= end)
+            error = ETIMEDOUT;
+        nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+    }
+    if (fd >= 0)
+        close(fd);
+    return error;
+}
+
+int root_grow(const char *upper, unsigned long long size) {
+    char path[32];
+    struct statfs fs;
+    int error = upper_fd < 0 ? ENODEV : await_size(upper, size);
+    if (error)
+        return error;
+    snprintf(path, sizeof path, "/proc/self/fd/%d", upper_fd);
+    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0)
+        return errno;
+    if (fstatfs(fd, &fs) < 0)
+        error = errno;
+    else if (fs.f_type != EXT4_MAGIC)
+        error = ENODEV;
+    uint64_t blocks = error ? 0 : size / (uint64_t)fs.f_bsize;
+    /* The kernel does nothing where it has as many, and refuses to make it smaller (EINVAL). */
+    if (!error && ioctl(fd, EXT4_IOC_RESIZE_FS, &blocks) < 0)
+        error = errno;
+    close(fd);
+    return error;
 }
 
 /* Write over a plain file that is there already: a tenth of the work of making one, and after a clone every

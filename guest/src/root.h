@@ -14,6 +14,10 @@ int module_load(const char *words);
 /* squashfs on `lower` under `upper` (an ext4 device, or "ram") becomes the root. 0 or errno, with root_failed. */
 int root_switch(const char *lower, const char *upper);
 
+/* Have the file system on `upper` be `size` bytes while it is used, waiting for the device to have them. 0 or errno: ENODEV where the
+ * root was not switched to a disk. One that is as large already is left alone, a larger one is EINVAL. */
+int root_grow(const char *upper, unsigned long long size);
+
 /* What root_switch was at when it failed. */
 extern const char *root_failed;
 

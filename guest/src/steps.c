@@ -70,6 +70,15 @@ static int do_root(char **w) {
     return error;
 }
 
+static int do_grow(char **w) {
+    char *end;
+    errno = 0;
+    unsigned long long size = strtoull(w[2], &end, 10);
+    if (errno || !*w[2] || *end || size > INT64_MAX)
+        return EINVAL;
+    return root_grow(w[1], size);
+}
+
 static int do_hostname(char **w) {
     char text[TEXT_MAX];
     if (!*w[1] || strlen(w[1]) > 64 || strpbrk(w[1], " \t\n/"))
@@ -244,6 +253,7 @@ static const struct {
     {"wait", 1, 1, true, do_wait},
     {"flush", 1, 1, false, do_flush},
     {"root", 2, 2, false, do_root},
+    {"grow", 2, 2, false, do_grow},
     {"share", 4, 4, false, do_share},
     {"unshare", 1, 1, false, do_unshare},
     {"hostname", 1, 1, false, do_hostname},

@@ -42,7 +42,7 @@ VERBS: dict[str, Verb] = {
     "stats": _own("stats", "Print what running machines use."),
     "events": _own("events", "Print what happened to machines."),
     "forward": _own("forward", "Forward a port of this host to a port in a machine."),
-    "modify": _own("modify", "Change a machine's memory and processors, while it runs where that can be."),
+    "modify": _own("modify", "Change a machine's memory, processors and disk, while it runs where that can be."),
     "wait": _own("wait", "Wait until machines no longer run; print their exit status."),
     "build": _own("build", "Build an image from a Containerfile."),
     "images": _own("images", "List images, and all that is done with them."),

@@ -17,7 +17,7 @@ from pathlib import Path
 from trivisor.core.errors import HostLacks, StorageError
 
 _CONTROL = Path("/dev/loop-control")
-_LOOP_CONFIGURE, _LOOP_GET_STATUS64, _LOOP_CTL_GET_FREE = 0x4C0A, 0x4C05, 0x4C82
+_LOOP_CONFIGURE, _LOOP_GET_STATUS64, _LOOP_SET_CAPACITY, _LOOP_CTL_GET_FREE = 0x4C0A, 0x4C05, 0x4C07, 0x4C82
 _AUTOCLEAR = 4
 _INFO = struct.Struct("=QQQQQIIII64s64s32s16x")
 """struct loop_info64."""
@@ -53,6 +53,8 @@ def attached(file: Path) -> Iterator[Path]:
                     break
             else:
                 raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(file))
+            # One that it was already knows the size that the file had then.
+            fcntl.ioctl(_open(device, os.O_RDWR, stack), _LOOP_SET_CAPACITY)
             yield device
     except OSError as error:
         raise StorageError(f"{file} cannot be made a loop device: {error.strerror}", hint="see `losetup --list`") from error

@@ -20,7 +20,7 @@ from trivisor.core import process
 from trivisor.core.errors import EngineError, HostLacks, StorageError
 from trivisor.core.spec import Spec
 from trivisor.core.units import MIB
-from trivisor.launch import ids, loop
+from trivisor.launch import ext4, ids, loop
 from trivisor.launch.container import Layer
 from trivisor.launch.ids import Shape
 from trivisor.launch.jail import Bind
@@ -68,9 +68,29 @@ def ready(box: Box) -> Iterator[list[Layer]]:
         yield found
         return
     place = box.dir.root / "layers"
+    assert isinstance(box.spec.disk, int)
+    if ext4.size(disk_file(box)) < box.spec.disk // ext4.BLOCK * ext4.BLOCK:
+        grow(box, box.spec.disk, live=False)
     with loop.attached(disk_file(box)) as device:
         # Within the disk they lie as they do within the folder that it was made from.
         yield [replace(layer, upper="/" / Path(str(layer.upper)).relative_to(place), device=device) for layer in found]
+
+
+def grow(box: Box, size: int, *, live: bool) -> None:
+    """Make the disk of a machine `size` bytes; `live`: of one that runs, where `ext4.able`. Raises HostLacks, StorageError."""
+    file = disk_file(box)
+    size = size // ext4.BLOCK * ext4.BLOCK
+    try:
+        if file.stat().st_size < size:
+            os.truncate(file, size)
+    except OSError as error:
+        hint = "the home's file system must take files of that size"
+        raise StorageError(f"{file} cannot be made larger: {error.strerror}", machine=box.spec.name, hint=hint) from error
+    if not live:
+        ext4.grow_file(file, size)
+        return
+    with loop.attached(file) as device:
+        ext4.grow(device, size)
 
 
 def volatile(spec: Spec) -> bool:
@@ -176,7 +196,7 @@ def _make_disk(box: Box) -> None:
     """Make the disk, with a copy of the empty layers in it. Some 5 ms and 200 KB, whatever its size."""
     file = disk_file(box)
     assert isinstance(box.spec.disk, int)
-    options = ["-q", "-F", "-b", "4096", "-m", "0", "-G", "64", "-O", "^resize_inode"]
+    options = ["-q", "-F", "-b", str(ext4.BLOCK), "-m", "0", "-G", "64", "-O", "^resize_inode"]
     options += ["-E", "nodiscard,assume_storage_prezeroed=1,lazy_itable_init=0,lazy_journal_init=1"]
     if box.spec.disk >= _JOURNAL:
         options += ["-J", "size=32"]

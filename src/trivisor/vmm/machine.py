@@ -153,15 +153,18 @@ class Machine:
         *,
         cpus: int | float | None = None,
         memory: int | str | None = None,
+        disk: int | str | None = None,
         dry_run: bool = False,
         timeout: float = 10.0,
     ) -> Plan:
-        """Give it other processors and memory: now where it can have them, else from its next start on. The plan that is returned says so.
+        """Give it other processors and memory, a larger disk: now where it can have them, else from its next start on. The plan says so.
 
         With `dry_run` nothing is changed. The guest of a virtual machine has `timeout` seconds to take part in each. Raises InvalidSpec,
         InvalidState for a virtual machine that is paused, GuestError, GuestShort (vos.memory.service.Memory.limit), HostLacks, OverBudget.
         """
-        return modify.modify(self._context, self.id, lambda: self.files, cpus=cpus, memory=memory, dry_run=dry_run, timeout=timeout)
+        return modify.modify(
+            self._context, self.id, lambda: self.files, cpus=cpus, memory=memory, disk=disk, dry_run=dry_run, timeout=timeout
+        )
 
     def commit(self, name: str, *, config: Mapping[str, Any] | None = None, author: str = "", message: str = "") -> Image:
         """Make the image `name` of its image and what it wrote: one more layer. While it runs it stands still for that.

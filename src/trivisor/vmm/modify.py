@@ -1,11 +1,12 @@
-"""What a machine has of memory and processors, changed: a plan that says what is done now, and its being done.
+"""What a machine has of memory, processors and disk, changed: a plan that says what is done now, and its being done.
 
 now       the machine runs, and its wall can
 restart   the machine runs, and cannot have it before its next start, for which it is kept
 start     the machine does not run: from its next start on
 
 On the container and gVisor walls it is a control group's limits. A virtual machine's guest takes part (engines/vm/growth.py): it brings up
-vCPUs, takes memory and gives it back, as far as it can. Each change is written down when it has been made.
+vCPUs, takes memory and gives it back, as far as it can. A disk only ever grows (stretch.py). Each change is written down when it has been
+made.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from trivisor.core.spec import Spec, checked
 from trivisor.core.state import State, check
 from trivisor.core.units import format_size, parse_size
 from trivisor.launch.cgroups import Cgroup, Limits
-from trivisor.vmm import budget, life, reconcile
+from trivisor.vmm import budget, life, reconcile, stretch
 from trivisor.vmm.context import Context
 from trivisor.vmm.engine import Box
 from trivisor.vmm.records import Row
@@ -93,13 +94,14 @@ class Growable(Protocol):
 
 @dataclass(frozen=True)
 class Change:
-    """One thing that is other than it was. `why` says what stands in the way of having it now."""
+    """One thing that is other than it was. `why` says what stands in the way of having it now, `note` what is to be known of it."""
 
-    what: Literal["cpus", "memory"]
+    what: Literal["cpus", "memory", "disk"]
     before: int | float
     after: int | float
     when: Literal["now", "restart", "start"]
     why: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ def modify(
     *,
     cpus: int | float | None = None,
     memory: int | str | None = None,
+    disk: int | str | None = None,
     dry_run: bool = False,
     timeout: float = TIMEOUT,
 ) -> Plan:
@@ -133,6 +136,8 @@ def modify(
         wishes["cpus"] = int(cpus) if isinstance(cpus, float) and cpus.is_integer() else cpus
     if memory is not None:
         wishes["memory"] = parse_size(memory, "memory")
+    if disk is not None:
+        wishes["disk"] = parse_size(disk, "disk")
     if not dry_run:
         with _operation(context, machine, "modify") as row:
             plan = _plan(context, row, wishes)
@@ -222,20 +227,24 @@ def _operation(context: Context, machine: str, verb: str) -> Iterator[Row]:
 
 def _plan(context: Context, row: Row, wishes: dict[str, Any]) -> Plan:
     """Raises InvalidSpec for what no machine can be, HostLacks for what this host cannot enforce."""
+    if "disk" in wishes:
+        stretch.check(row, wishes["disk"])
     spec = _with(row.spec, wishes)
     context.engine(spec.wall, row.name).check(spec)
     live = row.state in reconcile.LIVE
     growth = _growth(context, row, "be changed") if live and row.spec.wall == "vm" else None
     changes = []
-    for what in ("cpus", "memory"):
+    for what in ("cpus", "memory", "disk"):
         if what not in wishes:
             continue
         before, after = getattr(row.spec, what), getattr(spec, what)
-        why = ""
-        if growth is not None:
+        why, note = "", ""
+        if what == "disk":
+            why, note = stretch.not_now(row) if live else "", stretch.note(context, row, after)
+        elif growth is not None:
             before, why = _now(growth, what, before, after)
         if before != after or getattr(row.spec, what) != after:
-            changes.append(Change(what, before, after, "start" if not live else "restart" if why else "now", why))
+            changes.append(Change(what, before, after, "start" if not live else "restart" if why else "now", why, note))
     if growth is not None and changes and row.state is State.PAUSED:
         raise InvalidState(row.name, row.state.value, "modify", [state.value for state in State if state is not State.PAUSED])
     return Plan(tuple(changes))
@@ -276,6 +285,8 @@ def _carry_out(context: Context, row: Row, changes: Sequence[Change], files: Cal
             if change.when == "now" and change.what == "memory":
                 with budget.changing(context, row, int(change.after)):
                     _set_memory(context, msgspec.structs.replace(row, spec=spec), change, files, timeout)
+            elif change.when == "now" and change.what == "disk":
+                stretch.carry_out(context, row, int(change.after), timeout)
             elif change.when == "now":
                 _set_cpus(context, row, spec, timeout)
         except GuestShort:
@@ -327,7 +338,7 @@ def _set_cpus(context: Context, row: Row, spec: Spec, timeout: float) -> None:
 
 def _words(change: Change) -> str:
     def word(value: int | float) -> str:
-        return format_size(int(value)) if change.what == "memory" else f"{value:g}"
+        return f"{value:g}" if change.what == "cpus" else format_size(int(value))
 
     when = {"now": "", "start": ", from its next start on", "restart": f", at its next start: {change.why}"}[change.when]
-    return f"{change.what} {word(change.before)} to {word(change.after)}{when}"
+    return f"{change.what} {word(change.before)} to {word(change.after)}{when}{change.note and '; '}{change.note}"

@@ -222,8 +222,10 @@ def test_modify(cli: Cli, web: str) -> None:
     cli("stop", web)
     assert cli("modify", "--memory", "300M", "--dry-run", web).out == "memory 256M to 300M, from its next start on\n"
     assert cli("modify", "--cpus", "2", "-m", "256M", "--json", web).json == [
-        {"what": "cpus", "before": 1, "after": 2, "when": "start", "why": ""}
+        {"what": "cpus", "before": 1, "after": 2, "when": "start", "why": "", "note": ""}
     ]
+    grown = cli("modify", "--disk", "9G", web)
+    assert grown.out.startswith("disk 8G to 9G, from its next start on") or "no disk of its own" in grown.err
     assert cli("inspect", web).json[0]["spec"]["cpus"] == 2
     assert cli("modify", web).out == "nothing changes\n"
     assert cli("modify", "--memory", "much", web).status == 125

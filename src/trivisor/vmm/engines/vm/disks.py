@@ -8,8 +8,10 @@ are zeros of a fresh file already, so the guest has nothing left to initialise i
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 
+from trivisor.core.errors import StorageError
 from trivisor.core.paths import Home
 from trivisor.core.process import find, run
 from trivisor.core.units import MIB
@@ -17,6 +19,7 @@ from trivisor.vmm.engines.vm import files
 
 _FORMAT = 2
 _BLOCK = 4096
+_MAGIC = b"QFI\xfb"
 
 
 def check() -> None:
@@ -27,7 +30,7 @@ def check() -> None:
 
 def template(home: Home, size: int) -> Path:
     """Return the template of `size` bytes, made at the first call. Raises HostLacks, EngineError, StorageError."""
-    size = size // _BLOCK * _BLOCK
+    size = rounded(size)
     path = home.cache / f"disk-{size}-{_FORMAT}.qcow2"
     if path.exists():
         return path
@@ -41,6 +44,23 @@ def template(home: Home, size: int) -> Path:
         # Whoever else made it made the same.
         made.rename(path)
     return path
+
+
+def rounded(size: int) -> int:
+    """Return the size of the disk that is made for a wish of `size` bytes."""
+    return size // _BLOCK * _BLOCK
+
+
+def size(disk: Path) -> int:
+    """Return the bytes that the guest sees of a disk (docs/interop/qcow2.txt). Raises StorageError."""
+    try:
+        with disk.open("rb") as stream:
+            head = stream.read(32)
+    except OSError as error:
+        raise files.storage(error, "reading the machine's disk") from error
+    if len(head) < 32 or head[:4] != _MAGIC:
+        raise StorageError(f"{disk} is not a disk of a machine", hint="delete the machine")
+    return int(struct.unpack_from(">Q", head, 24)[0])
 
 
 def create(home: Home, size: int, target: Path) -> None:

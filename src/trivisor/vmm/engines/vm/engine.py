@@ -42,6 +42,7 @@ from trivisor.vmm.engines.vm import (
     ram,
     runner,
     sharing,
+    stretch,
 )
 from trivisor.vmm.engines.vm.growth import Growth
 from trivisor.vmm.engines.vm.hotplug import Hotplug
@@ -169,6 +170,10 @@ class VmEngine:
         """Return what changes the memory and the vCPUs of a running machine."""
         return Growth(box)
 
+    def grow_disk(self, box: Box, size: int, timeout: float) -> None:
+        """Make the writable layer of a running machine `size` bytes."""
+        stretch.live(box, size, timeout)
+
     def hotplug(self, box: Box) -> Hotplug:
         """Return what plugs devices into a running machine, and pulls them out."""
         return Hotplug(box)
@@ -267,9 +272,16 @@ class VmEngine:
         try:
             guest.configure(
                 line,
-                [*_first(), *mount, *sharing.steps(box.spec, setup.shape.shares, setup.kit.shares), *_steps(box, setup.net)],
+                [
+                    *_first(),
+                    *mount,
+                    *stretch.steps(box),
+                    *sharing.steps(box.spec, setup.shape.shares, setup.kit.shares),
+                    *_steps(box, setup.net),
+                ],
                 timeout=_STEPS,
             )
+            stretch.done(box)
             if box.spec.oom == "stop":
                 Files(Processes(lambda: line, box.spec.name)).write("/proc/sys/vm/panic_on_oom", b"1\n")
         finally:
