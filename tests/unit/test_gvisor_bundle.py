@@ -49,7 +49,7 @@ def sandbox(**changes: object) -> Sandbox:
         tvinit=Path("/lib/tvinit"),
         log=7,
         memory=256 << 20,
-        door=Path("/srv/m/door.sock"),
+        door=Path("/srv/m/door"),
         layers=(Layer(Path("/srv/tree"), Path("/srv/m/layers/root")),),
     )
     return replace(plain, **changes)  # type: ignore[arg-type]
@@ -65,7 +65,7 @@ def argv(plan: Plan) -> list[str]:
 
 def test_config_says_nothing_of_the_host() -> None:
     config = bundle.config(hostname="web", memory=1 << 30, volumes=[bundle.Shared("/data", True), bundle.Shared("/rw", False)])
-    assert config["process"]["args"] == ["/.trivisor/tvinit", "guest", "--connect", "/.trivisor/line"]
+    assert config["process"]["args"] == ["/.trivisor/tvinit", "guest", "--connect", "/.trivisor/door/line"]
     assert config["hostname"] == "web"
     assert config["root"] == {"path": bundle.ROOT}
     mounts = {mount["destination"]: mount for mount in config["mounts"]}
@@ -115,7 +115,7 @@ def test_the_plan_jails() -> None:
         **dict.fromkeys(("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"), "rw,dev"),
         "/usr/bin/runsc": "ro,exec",
         "/lib/tvinit": "ro,exec",
-        "/srv/m/door.sock": "rw",
+        "/srv/m/door": "ro",
     }
     assert encode(plan)
 
@@ -184,7 +184,7 @@ def test_kvm_sees_its_device_and_no_other_platform_does() -> None:
 def test_a_trial_has_no_layer_and_no_line() -> None:
     plan = jailed.plan(sandbox(layers=(), door=None))
     assert not named(plan, "overlay")
-    assert not any("door.sock" in word for op in plan for word in op)
+    assert not any("/srv/m/door" in word for op in plan for word in op)
 
 
 def test_a_binarys_own_words() -> None:

@@ -209,7 +209,7 @@ def test_hooks_run_before_anything_else_and_have_the_environment(wall_vmm: VMM) 
 
 
 def test_another_user_of_the_machine_cannot_take_the_line(machine: Machine) -> None:
-    code = "import socket; socket.socket(socket.AF_UNIX).connect('/.trivisor/line')"
+    code = "import socket; socket.socket(socket.AF_UNIX).connect('/.trivisor/door/line')"
     done = machine.exec(["python3", "-c", code], user="nobody")
     assert "PermissionError" in done.stderr.decode()
 

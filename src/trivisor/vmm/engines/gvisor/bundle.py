@@ -14,7 +14,8 @@ from typing import Any
 
 ROOT = "/box/root"
 GUEST = "/box/guest"
-"""Holds tvinit and the socket that it calls."""
+"""Holds tvinit and the folder of the socket that it calls."""
+DOOR = "door"
 VOLUMES = "/box/volumes"
 INSIDE = "/.trivisor"
 """Where the machine finds GUEST."""
@@ -45,7 +46,7 @@ def config(
     *,
     hostname: str,
     memory: int,
-    argv: Sequence[str] = (f"{INSIDE}/tvinit", "guest", "--connect", f"{INSIDE}/line"),
+    argv: Sequence[str] = (f"{INSIDE}/tvinit", "guest", "--connect", f"{INSIDE}/{DOOR}/line"),
     env: Mapping[str, str] | None = None,
     volumes: Sequence[Shared] = (),
     root: str = ROOT,

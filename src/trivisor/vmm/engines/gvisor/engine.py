@@ -1,7 +1,7 @@
 """The gvisor wall: programs on the Sentry, a kernel in user space; runsc drives it, jailed, and a keeper runs runsc.
 
 As on the container wall, what is kept of a machine while it is stopped is its writable layer, and its mounts end with its
-namespaces. tvinit is PID 1 in the sandbox; it calls the machine's `door`, a unix socket that it sees as /.trivisor/line, and
+namespaces. tvinit is PID 1 in the sandbox; it calls the machine's `door`, a unix socket that it sees as /.trivisor/door/line, and
 calls again whenever that line ends, since the Sentry cannot carry a connection of the host's over a checkpoint.
 """
 
@@ -162,7 +162,7 @@ def _sandbox(box: Box, found: Runsc, platform: str, shape: Shape, group: Cgroup,
         tvinit=tvinit.path(),
         log=log,
         memory=spec.memory,
-        door=door.path(box.dir),
+        door=door.folder(box.dir),
         layers=lies,
         machine_id=hashlib.sha256(f"machine {box.id}".encode()).hexdigest()[:32],
         dns=net.dns,

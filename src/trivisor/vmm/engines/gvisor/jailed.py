@@ -26,7 +26,6 @@ PROGRAM = "/runsc"
 STATE = "/run"
 _BUNDLE = "/box/bundle"
 NAME = "machine"
-LINE = f"{bundle.GUEST}/line"
 KVM = "/dev/kvm"
 _HOSTS_ALONE = "/proc/sys/net/core"
 _WHOLE_PROC = "/box/proc"
@@ -68,7 +67,7 @@ class Sandbox:
     log: int
     memory: int
     door: Path | None = None
-    """The bound socket that tvinit calls; None in a trial."""
+    """The folder with the bound socket that tvinit calls; None in a trial."""
     layers: Sequence[Layer] = ()
     """The first is the root; none in a trial."""
     machine_id: str = ""
@@ -155,7 +154,7 @@ def _files(s: Sandbox) -> Iterator[Op]:
     yield ("mount", "proc", "proc", _WHOLE_PROC, "rw", "")
     yield ("bind", str(s.tvinit), f"{bundle.GUEST}/tvinit", "ro,exec")
     if s.door is not None:
-        yield ("bind", str(s.door), LINE, "rw")
+        yield ("bind", str(s.door), f"{bundle.GUEST}/{bundle.DOOR}", "ro")
 
 
 def _root(s: Sandbox) -> Iterator[Op]:
