@@ -17,10 +17,13 @@ from trivisor.core.units import parse_size
 
 NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?")
 """A device's: as long as a disk's serial number may be, by which it is found in the guest."""
+STORED = "disk:"
+"""Begins what a disk of the home is called where a path could be."""
 SECTOR = 512
 Format = Literal["raw", "qcow2"]
 Bus = Literal["virtio", "nvme", "usb"]
 Action = Literal["reset", "poweroff", "pause", "none"]
+_DISK = re.compile(r"[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?")
 _NETWORK = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _USB_ID = re.compile(r"[0-9a-f]{4}:[0-9a-f]{4}")
 _USB_PORT = re.compile(r"[0-9]{1,3}-[0-9]{1,3}(\.[0-9]{1,3}){0,6}")
@@ -32,7 +35,8 @@ _MAC = re.compile(r"([0-9a-f]{2}:){5}[0-9a-f]{2}")
 class Disk:
     """A disk in a file of the host's, or a block device. Raises InvalidSpec.
 
-    `format` is by default qcow2 for a name that ends so, else raw. `iops` (a second) and `bandwidth` (bytes a second, or text
+    `path` may be "disk:NAME", a disk of the home (vmm/disks.py): the machine then has its own part over it, or with `readonly` the disk
+    itself. `format` is by default qcow2 for a name that ends so, else raw. `iops` (a second) and `bandwidth` (bytes a second, or text
     such as "10M") bound reading and writing together. `bus` is what the guest finds it at: a virtio disk, an NVMe drive or a USB stick.
     """
 
@@ -42,13 +46,18 @@ class Disk:
     iops: int | None = None
     bandwidth: int | str | None = None
     bus: Bus = "virtio"
+    below: str = ""
+    """Of a machine's own part of a disk of the home: that disk. Set when it is attached."""
 
     def __post_init__(self) -> None:
-        path = str(Path(self.path).absolute())
+        stored = str(self.path).startswith(STORED)
+        path = str(self.path) if stored else str(Path(self.path).absolute())
         object.__setattr__(self, "path", path)
+        if stored and disk_name(path.removeprefix(STORED)) and self.format not in (None, "qcow2"):
+            raise InvalidSpec("a disk of the home is a qcow2", hint="leave out the format")
         if "\0" in path:
             raise InvalidSpec("a disk's path holds a NUL")
-        kind = self.format or ("qcow2" if path.endswith(".qcow2") else "raw")
+        kind = self.format or ("qcow2" if stored or path.endswith(".qcow2") else "raw")
         if kind not in ("raw", "qcow2"):
             raise InvalidSpec(f"a disk's format is raw or qcow2, not {kind!r}")
         object.__setattr__(self, "format", kind)
@@ -62,6 +71,12 @@ class Disk:
     @property
     def file(self) -> Path:
         return Path(self.path)
+
+    @property
+    def stored(self) -> str:
+        """The name of a disk of the home that is still to be opened, or ""."""
+        path = str(self.path)
+        return path.removeprefix(STORED) if path.startswith(STORED) else ""
 
     @property
     def bytes_a_second(self) -> int | None:
@@ -200,6 +215,15 @@ def check_name(name: str) -> str:
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise InvalidSpec(
             f"{name!r} is no name for a device", hint="a-z, 0-9 and -, at most 20, starting and ending with a letter or digit"
+        )
+    return name
+
+
+def disk_name(name: str) -> str:
+    """Return `name` if a disk of the home may have it. Raises InvalidSpec."""
+    if not isinstance(name, str) or not _DISK.fullmatch(name):
+        raise InvalidSpec(
+            f"{name!r} is no name for a disk", hint="a-z, 0-9, - and _, at most 63, starting and ending with a letter or digit"
         )
     return name
 

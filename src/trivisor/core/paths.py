@@ -60,6 +60,11 @@ class Home:
         return self.root / "volumes"
 
     @property
+    def disks(self) -> Path:
+        """The store of disks that machines are given. Made with the first."""
+        return self.root / "disks"
+
+    @property
     def tmp(self) -> Path:
         """Half-made things. Each is `PID-STARTTIME-*` of its maker; the sweep removes those of the dead."""
         return self.root / "tmp"

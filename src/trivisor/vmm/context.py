@@ -12,6 +12,7 @@ from trivisor.core.paths import Home, MachineDir
 from trivisor.core.spec import Wall
 from trivisor.images import host
 from trivisor.images.catalog import Images
+from trivisor.images.disks.catalog import Catalog
 from trivisor.vmm.engine import Box, Engine
 from trivisor.vmm.guestline import Lines
 from trivisor.vmm.records import Records, Row
@@ -28,6 +29,7 @@ class Context:
     home: Home
     records: Records
     images: Images
+    disks: Catalog
     engines: Mapping[Wall, Engine]
     lines: Lines = field(default_factory=Lines)
     _held: dict[str, Held] = field(default_factory=dict)

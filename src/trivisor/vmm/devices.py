@@ -16,7 +16,7 @@ from typing import Protocol, runtime_checkable
 from trivisor.core.devices import Device, Disk, Served, kind_of
 from trivisor.core.errors import AlreadyExists, InvalidSpec, InvalidState, NotFound, TrivisorError, UnsupportedByWall
 from trivisor.core.state import State, check
-from trivisor.vmm import locks, means, reconcile
+from trivisor.vmm import locks, means, reconcile, stored
 from trivisor.vmm.context import Context
 from trivisor.vmm.engine import Box
 from trivisor.vmm.means import Given
@@ -82,22 +82,28 @@ class MachineDevices:
                 refused.hint = "start it first: a device that a process answers for is not kept for the next start"
                 raise refused
             plug.modules(device)
-            self._check_new(row, known, name, device, fd)
-            device = means.check(self._context, row, known, device)
-            if not live:
-                write(self._folder(row), {**known, name: entry(device)})
-                return
-            with means.prepare(self._context, row, name, device, fd) as given:
-                write(self._folder(row), {**known, name: entry(device, given.link)})
+            self._check_new(row, known, name)
+            others = [found.device for found in known.values()]
+            with stored.opened(self._context, row, name, device, others) as (opened, file):
+                self._check_alone(row, known, opened, file)
+                self._attach(row, plug, known, name, opened, fd if file is None else file, live=live)
+
+    def _attach(self, row: Row, plug: Hotplug, known: dict[str, Entry], name: str, device: Device, fd: int | None, *, live: bool) -> None:
+        device = means.check(self._context, row, known, device)
+        if not live:
+            write(self._folder(row), {**known, name: entry(device)})
+            return
+        with means.prepare(self._context, row, name, device, fd) as given:
+            write(self._folder(row), {**known, name: entry(device, given.link)})
+            try:
+                _plug(self._context, row, plug, name, device, given)
+            except BaseException as error:
                 try:
-                    _plug(self._context, row, plug, name, device, given)
-                except BaseException as error:
-                    try:
-                        means.forget(self._context, row, known)
-                        write(self._folder(row), known)
-                    except TrivisorError as failure:
-                        error.add_note(f"and it could not be crossed out: {failure}")
-                    raise
+                    means.forget(self._context, row, known)
+                    write(self._folder(row), known)
+                except TrivisorError as failure:
+                    error.add_note(f"and it could not be crossed out: {failure}")
+                raise
 
     def detach(self, name: str) -> None:
         with self._hold("detach") as row:
@@ -113,6 +119,7 @@ class MachineDevices:
                 means.forget(self._context, row, left)
             means.gone(known[name].device)
             write(self._folder(row), left)
+            stored.release(self._context, row, known[name].device, [found.device for found in left.values()])
 
     def place(self, name: str) -> str:
         row = self._context.row(self._machine)
@@ -142,11 +149,14 @@ class MachineDevices:
             check(settled.name, settled.state, verb)
             yield settled
 
-    def _check_new(self, row: Row, known: dict[str, Entry], name: str, device: Device, fd: int | None) -> None:
+    def _check_new(self, row: Row, known: dict[str, Entry], name: str) -> None:
         if name in known:
             raise AlreadyExists(f"there is a device {name}", machine=row.name, hint="give another name, or detach it")
         if len(known) >= MOST:
             raise InvalidSpec(f"a machine may have {MOST} devices", machine=row.name, hint="detach one first")
+
+    def _check_alone(self, row: Row, known: dict[str, Entry], device: Device, fd: int | None) -> None:
+        """Refuse a disk that the machine has already, by whatever name."""
         if not isinstance(device, Disk) or fd is None:
             return
         ours = diskfile.identity(fd)

@@ -19,12 +19,14 @@ from trivisor.core.events import Event
 from trivisor.core.paths import Home, default_home
 from trivisor.core.spec import HOST_IMAGE, WALLS, Spec, Wall
 from trivisor.images.catalog import Images
+from trivisor.images.disks.catalog import Catalog
 from trivisor.vmm import life, limits, names, reconcile, shares
 from trivisor.vmm import sweep as sweeping
 from trivisor.vmm.budget import MemoryBudget, possible
 from trivisor.vmm.choice import choose
 from trivisor.vmm.context import Context
 from trivisor.vmm.dedupe import Dedupe
+from trivisor.vmm.disks import Disks
 from trivisor.vmm.engine import Engine, Progress, WallReport
 from trivisor.vmm.engines.container.engine import ContainerEngine
 from trivisor.vmm.engines.gvisor.engine import GvisorEngine
@@ -65,6 +67,7 @@ class VMM:
                 noted=lambda image: records.note("image-imported", f"{image.name} from {image.source}"),
                 needs=lambda: {row.digest for row in records.rows()},
             ),
+            disks=Catalog(place),
             engines={engine.wall: engine for engine in chosen},
         )
         if memory_budget is not None:
@@ -78,6 +81,11 @@ class VMM:
     @property
     def images(self) -> Images:
         return self._context.images
+
+    @property
+    def disks(self) -> Disks:
+        """The disks of the home, and what goes to other hypervisors and comes from them."""
+        return Disks(self._context)
 
     @property
     def budget(self) -> MemoryBudget:
@@ -186,6 +194,7 @@ class VMM:
         """Let go of the home: commands that do not outlive it (spawn's `detach`) are killed, machines go on as they are."""
         self._context.close()
         self._context.images.close()
+        self._context.disks.close()
         self._context.records.close()
 
     def __enter__(self) -> Self:

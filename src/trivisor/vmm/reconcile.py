@@ -83,6 +83,7 @@ def erase(context: Context, row: Row, kind: str = "deleted", detail: str = "") -
     _leave(context, row)
     remove_tree(folder.root)
     context.images.unpin(pin_owner(row.id))
+    context.disks.unpin(pin_owner(row.id))
     context.records.remove(row, (kind, detail))
 
 

@@ -46,6 +46,7 @@ def sweep(context: Context, *, deep: bool = False) -> list[str]:
         _try(said, "host's network", _network)
         _try(said, "trees", partial(context.images.sweep, lambda: {row.digest for row in context.records.rows()}))
     _try(said, "store", partial(_store, context.home.store / "tmp"))
+    _try(said, "disks", context.disks.sweep)
     for words in said:
         context.records.note("swept", words)
     return said

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import stat
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from trivisor.core.devices import Disk
 from trivisor.core.errors import InvalidSpec, NotFound, StorageError
@@ -56,6 +58,16 @@ def open_disk(disk: Disk) -> int:
         os.close(fd)
         raise
     return fd
+
+
+@contextmanager
+def opened(disk: Disk) -> Iterator[int]:
+    """Give the descriptor that `open_disk` returns, closed at the end."""
+    fd = open_disk(disk)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _check(disk: Disk, fd: int, path: str) -> None:

@@ -33,7 +33,7 @@ class DevicePort(Protocol):
         ...
 
     def attach(self, name: str, device: Device, fd: int | None) -> None:
-        """Plug a device, or keep it for the next start; `fd` is the caller's to close.
+        """Plug a device, or keep it for the next start; `fd`, of one that a process answers for, is the caller's to close.
 
         Raises AlreadyExists, InvalidSpec, InvalidState, Busy, NotFound, EngineError, StorageError, UnsupportedByWall.
         """

@@ -7,7 +7,6 @@ from here, and goes when the process does, or the machine stops.
 from __future__ import annotations
 
 import builtins
-import os
 import socket
 import time
 from collections.abc import Callable, MutableMapping
@@ -17,7 +16,7 @@ from typing import Protocol
 
 from trivisor.core.devices import Device, Disk, Served, SharedFolder, Value, check_name, kind_of, path_of
 from trivisor.core.errors import GuestError, InvalidSpec, TrivisorError
-from trivisor.vos.devices import diskfile, place
+from trivisor.vos.devices import place
 from trivisor.vos.devices.block import BlockDevice
 from trivisor.vos.devices.char import CharDevice
 from trivisor.vos.devices.port import DevicePort
@@ -81,12 +80,7 @@ class Devices:
         if isinstance(device, BlockDevice | CharDevice | UsbDevice):
             self._attach_served(chosen, device)
         else:
-            fd = diskfile.open_disk(device) if isinstance(device, Disk) else None
-            try:
-                self._port.attach(chosen, device, fd)
-            finally:
-                if fd is not None:
-                    os.close(fd)
+            self._port.attach(chosen, device, None)
             if self._port.running():
                 self._await(chosen, device)
         return next(found for found in self.list() if found.name == chosen)

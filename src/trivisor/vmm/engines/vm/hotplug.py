@@ -30,7 +30,7 @@ from trivisor.launch.net import provide
 from trivisor.vmm.engine import Box
 from trivisor.vmm.engines.vm import kit, modules, passthrough, sharing
 from trivisor.vmm.engines.vm.qmp import Qmp
-from trivisor.vos.devices import place
+from trivisor.vos.devices import diskfile, place
 
 PREFIX = "hot-"
 UNPLUG = 10.0
@@ -187,16 +187,11 @@ def _plug_disk(qmp: Qmp, undo: ExitStack, name: str, port: str, device: Disk | S
     undo.callback(_clear, qmp, name)
     readonly = device.readonly
     if isinstance(device, Disk):
-        number = int(qmp.ask("add-fd", {}, fd=fd)["fdset-id"])
-        file = {"driver": "file", "filename": f"/dev/fdset/{number}", "locking": "on"}
-        options: dict[str, Any] = {"driver": device.format, "node-name": node, "read-only": readonly, "discard": "unmap", "file": file}
-        if device.format == "qcow2":
-            options["backing"] = None
-        try:
-            qmp.ask("blockdev-add", options)
-        finally:
-            # What was opened holds a descriptor of its own.
-            qmp.ask("remove-fd", {"fdset-id": number})
+        with ExitStack() as sets:
+            options: dict[str, Any] = {"driver": device.format, "node-name": node, "read-only": readonly, "discard": "unmap"}
+            if device.format == "qcow2":
+                options["backing"] = _below(qmp, sets, device.below) if device.below else None
+            qmp.ask("blockdev-add", {**options, "file": _file(qmp, sets, fd)})
         if device.iops or device.bandwidth:
             node = _limit(qmp, name, node, device)
     else:
@@ -212,6 +207,19 @@ def _plug_disk(qmp: Qmp, undo: ExitStack, name: str, port: str, device: Disk | S
         qmp.ask("device_add", _device(name, port, driver="nvme", drive=node, serial=name))
     else:
         qmp.ask("device_add", _device(name, port, driver="usb-storage", drive=node, serial=name))
+
+
+def _file(qmp: Qmp, sets: ExitStack, fd: int) -> dict[str, Any]:
+    """Hand QEMU a file, and return what it is called there until `sets` closes: what was opened holds a descriptor of its own."""
+    number = int(qmp.ask("add-fd", {}, fd=fd)["fdset-id"])
+    sets.callback(qmp.ask, "remove-fd", {"fdset-id": number})
+    return {"driver": "file", "filename": f"/dev/fdset/{number}", "locking": "on"}
+
+
+def _below(qmp: Qmp, sets: ExitStack, path: str) -> dict[str, Any]:
+    """The disk that a machine's own part lies over: many may read it, and nobody writes to it."""
+    with diskfile.opened(Disk(path, "qcow2", readonly=True)) as fd:
+        return {"driver": "qcow2", "read-only": True, "backing": None, "file": _file(qmp, sets, fd)}
 
 
 def _limit(qmp: Qmp, name: str, node: str, disk: Disk) -> str:

@@ -1,0 +1,101 @@
+"""`vmm.disks`: disks from other hypervisors into the home and out again, for machines to have, and machines' own disks out."""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import os
+from pathlib import Path
+
+from trivisor.core.devices import disk_name
+from trivisor.core.errors import CallerError, InvalidSpec
+from trivisor.images.disks import catalog, formats, qemuimg
+from trivisor.images.disks.catalog import StoredDisk
+from trivisor.images.disks.formats import Format
+from trivisor.images.disks.headers import Header
+from trivisor.images.disks.qemuimg import DEFAULT, Bounds, Progress
+from trivisor.vmm.context import Context, pin_owner
+
+AnyPath = str | os.PathLike[str]
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+class Disks:
+    """The disks of one home. Machines have them as Disk("disk:NAME") (core/devices.py)."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def import_(
+        self,
+        path: AnyPath,
+        name: str = "",
+        format: Format | None = None,  # noqa: A002 - what it is
+        *,
+        bounds: Bounds = DEFAULT,
+        progress: Progress = _silent,
+    ) -> StoredDisk:
+        """Bring in the disk image at `path` (qcow2, raw, VMDK, VHDX, VHD, VDI), called `name` or as its file is, as a qcow2 of the home.
+
+        `format` is found out by its first bytes unless given; "raw" takes any file as it lies. The disk must stand for itself: one with a
+        backing file, a parent or data in other files is refused. Raises InvalidSpec, NotFound, AlreadyExists, ImageError, StorageError,
+        EngineError, HostLacks.
+        """
+        file = Path(path)
+        chosen = disk_name(name) if name else named(file)
+        kind = formats.checked(format) if format is not None else None
+        found = self._context.disks.import_(file, chosen, kind, str(file.absolute()), bounds, progress)
+        self._context.records.note("disk-imported", f"{found.name} from {found.source}")
+        return found
+
+    def list(self) -> builtins.list[StoredDisk]:
+        """Return every disk, by name, with the machines that have it."""
+        names = {pin_owner(row.id): row.name for row in self._context.records.rows()}
+        owners = self._context.disks.owners()
+        return [
+            dataclasses.replace(disk, machines=tuple(names[owner] for owner in owners.get(disk.digest, ()) if owner in names))
+            for disk in self._context.disks.list()
+        ]
+
+    def get(self, name: str) -> StoredDisk:
+        """Return the disk with that name. Raises NotFound, StorageError if its file is gone."""
+        self._context.disks.get(name)
+        return next(disk for disk in self.list() if disk.name == name)
+
+    def export(
+        self,
+        name: str,
+        path: AnyPath,
+        format: Format | None = None,  # noqa: A002 - what it is
+        *,
+        bounds: Bounds = DEFAULT,
+        progress: Progress = _silent,
+    ) -> Header:
+        """Write the disk to the file `path`, which is replaced once all is written. `format`: what the file's name says, unless given.
+
+        Raises NotFound, InvalidSpec, StorageError, EngineError, HostLacks.
+        """
+        with self._context.disks.workspace() as work:
+            self._context.disks.pin(self._context.disks.get_ref(name), work.owner)
+            source = qemuimg.open_source(self.get(name).path, "qcow2", bounds)
+            to = formats.checked(format) if format is not None else None
+            return catalog.write(source, Path(path), to, progress, bounds=bounds)
+
+    def remove(self, name: str) -> None:
+        """Remove the disk. Raises NotFound, CallerError if a machine has it."""
+        for disk in self.list():
+            if disk.name == name and disk.machines:
+                raise CallerError(f"disk {name} is used by {', '.join(disk.machines)}", hint="detach it there first")
+        self._context.disks.remove(name)
+
+
+def named(file: Path) -> str:
+    """Return what a disk is called after its file. Raises InvalidSpec if that can be no name."""
+    stem = file.name.split(".")[0].lower()
+    try:
+        return disk_name(stem)
+    except InvalidSpec:
+        raise InvalidSpec(f"a disk cannot be called {stem!r}, as its file is", hint="give a name") from None
