@@ -94,6 +94,7 @@ class _Named(click.types.StringParamType):
 MACHINE = _Named("machine", lambda vmm: [machine.name for machine in vmm.list()])
 IMAGE = _Named("image", lambda vmm: [image.name for image in vmm.images.list()])
 EITHER = _Named("name", lambda vmm: [*(one.name for one in vmm.list()), *(one.name for one in vmm.images.list())])
+DISK = _Named("disk", lambda vmm: [disk.name for disk in vmm.disks.list()])
 VOLUME = _Named("volume", lambda vmm: [volume.name for volume in vmm.volumes.list()])
 
 machine_argument = click.argument("machine", type=MACHINE)

@@ -58,6 +58,7 @@ VERBS: dict[str, Verb] = {
     "du": _image("du", "Print what images take of the disk, and what prune would free."),
     "prune": _image("prune", "Remove what no image and no machine needs."),
     "volume": _own("volume", "List, make and remove volumes."),
+    "disk": _own("disk", "List disks; bring them in from other hypervisors and out to them."),
     "memory": _own("memory", "Say what machines take of the host's memory; bound it; look into it."),
     "device": _own("device", "Attach, list and detach devices."),
     "network": _own("network", "Say how machines are connected; change it."),

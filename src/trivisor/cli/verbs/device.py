@@ -91,7 +91,7 @@ def attach(machine: str, kind: str, what: str | None, name: str | None, as_json:
     Its name is printed when the guest has found it. A machine that is stopped has it from its next start on.
 
     \b
-    disk FILE                    a file, or a block device of the host
+    disk FILE|disk:NAME          a file, a block device of the host, or a disk of `trivisor disk`
     folder SOURCE:PATH[:ro]      a folder of the host, at PATH in the guest
     network [NETWORK]            a further network card, on nat or a named network
     serial SOCKET                a serial port, whose other end is a unix socket
