@@ -18,6 +18,7 @@
 
 #include "log.h"
 #include "loop.h"
+#include "pieces.h"
 #include "users.h"
 
 /* fs/ext4/ext4.h: blocks that it is to have. */
@@ -106,17 +107,17 @@ static int mount_upper(const char *upper) {
     return step("mount ext4", mount(upper, "/upper", "ext4", MS_NOATIME, NULL));
 }
 
-static int mount_union(const char *lower, const char *upper) {
-    make_folder("/lower", 0755);
+static int mount_union(const char *lower, const char *upper, char **offsets) {
+    char lowers[256], options[512];
     make_folder("/root.new", 0755);
-    if (step("mount squashfs", mount(lower, "/lower", "squashfs", MS_RDONLY, NULL)) < 0 || mount_upper(upper) < 0)
+    if (step("mount squashfs", pieces_mount(lower, offsets, lowers, sizeof lowers)) < 0 || mount_upper(upper) < 0)
         return -1;
     make_folder("/upper/upper", 0755);
     make_folder("/upper/work", 0755);
     upper_fd = open("/upper", O_PATH | O_DIRECTORY | O_CLOEXEC);
     /* redirect_dir: folders of the image can be renamed as on any file system. */
-    return step("mount overlay", mount("overlay", "/root.new", "overlay", 0,
-                                       "lowerdir=/lower,upperdir=/upper/upper,workdir=/upper/work,redirect_dir=on,index=off"));
+    snprintf(options, sizeof options, "lowerdir=%s,upperdir=/upper/upper,workdir=/upper/work,redirect_dir=on,index=off", lowers);
+    return step("mount overlay", mount("overlay", "/root.new", "overlay", 0, options));
 }
 
 /* The new root takes the mounts along and covers the initramfs. */
@@ -160,10 +161,10 @@ static int furnish(void) {
     return 0;
 }
 
-int root_switch(const char *lower, const char *upper) {
+int root_switch(const char *lower, const char *upper, char **offsets) {
     if (upper_fd >= 0)
         return EALREADY;
-    if (mount_union(lower, upper) == 0 && enter() == 0 && furnish() == 0)
+    if (mount_union(lower, upper, offsets) == 0 && enter() == 0 && furnish() == 0)
         return 0;
     return errno;
 }

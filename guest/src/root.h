@@ -11,8 +11,9 @@ void modules_begin(void);
 /* Load one module of the initramfs. One that is not there, or is loaded, is fine. 0 or errno. */
 int module_load(const char *words);
 
-/* squashfs on `lower` under `upper` (an ext4 device, or "ram") becomes the root. 0 or errno, with root_failed. */
-int root_switch(const char *lower, const char *upper);
+/* squashfs on `lower` (several where there are offsets: pieces.h) under `upper` (an ext4 device, or "ram") becomes the root. 0 or errno, with
+ * root_failed. */
+int root_switch(const char *lower, const char *upper, char **offsets);
 
 /* Have the file system on `upper` be `size` bytes while it is used, waiting for the device to have them. 0 or errno: ENODEV where the
  * root was not switched to a disk. One that is as large already is left alone, a larger one is EINVAL. */

@@ -65,7 +65,7 @@ static int do_flush(char **w) {
 }
 
 static int do_root(char **w) {
-    int error = root_switch(w[1], w[2]);
+    int error = root_switch(w[1], w[2], w + 3);
     about = error ? root_failed : NULL;
     return error;
 }
@@ -252,7 +252,7 @@ static const struct {
     {"module", 1, 64, false, do_module},
     {"wait", 1, 1, true, do_wait},
     {"flush", 1, 1, false, do_flush},
-    {"root", 2, 2, false, do_root},
+    {"root", 2, 17, false, do_root},
     {"grow", 2, 2, false, do_grow},
     {"share", 4, 4, false, do_share},
     {"unshare", 1, 1, false, do_unshare},

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 from trivisor.core.paths import Home
+from trivisor.images import stacked
 from trivisor.images.catalog import Image, Images
 from trivisor.images.limits import DEFAULT, Limits
 
@@ -49,6 +50,15 @@ def extracted(image: Image, target: Path) -> Path:
     """Unpack as whoever runs the tests: owners and some attributes need root."""
     subprocess.run(["unsquashfs", "-q", "-n", "-d", target, squashfs(image)], capture_output=True, check=os.geteuid() == 0)
     return target
+
+
+def unpacked(root: Path, target: Path) -> tuple[Path, ...]:
+    """Unpack each squashfs of a root, the uppermost first."""
+    target.mkdir()
+    places = [0, *stacked.pieces(root)]
+    for at in places:
+        subprocess.run(["unsquashfs", "-q", "-n", "-o", str(at), "-d", target / str(at), root], capture_output=True, check=True)
+    return tuple(target / str(at) for at in reversed(places))
 
 
 def left(home: Home) -> list[str]:

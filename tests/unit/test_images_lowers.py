@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from squash_support import extracted, make_home
+from squash_support import make_home, squashfs, unpacked
 from tar_maker import END, block, file, folder, hardlink, pax, symlink
 from test_images_layers import BASE, SECOND, THIRD, saved
 
@@ -56,7 +56,7 @@ def same(home: Home, image: Image, tmp_path: Path) -> Facts:
     assert len(lowers) == len(image.layers)
     found = shown(lowers)
     target = tmp_path / f"merged-{len(list(tmp_path.iterdir()))}"
-    merged = shown((extracted(image, target),))
+    merged = shown(unpacked(squashfs(image), target))
     shutil.rmtree(target)
     for name in found.keys() & {"proc", "sys", "dev", "run", "tmp"}:
         found[name] = merged[name] = found[name][:4]

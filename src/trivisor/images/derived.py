@@ -15,7 +15,7 @@ from pathlib import Path
 
 from trivisor.core.errors import ImageError, NotFound
 from trivisor.core.paths import Home
-from trivisor.images import host, older, rootless, squash
+from trivisor.images import host, older, rootless, squash, stacked
 from trivisor.images.documents import Documents, Library
 from trivisor.images.layer import apply
 from trivisor.images.layers import ROOT, Unstackable, unpack_layers
@@ -163,30 +163,76 @@ class Derived:
 
     def _make_tree(self, digest: str, progress: Progress, made: Path) -> None:
         squashfs = self.rootfs(digest, progress)
+        documents = self._documents(digest)
+        if documents is not None and stacked.pieces(squashfs):
+            squashfs = made / _SQUASHFS
+            self._whole(documents, progress, squashfs)
         progress("unpacking the image")
         older.unsquash(squashfs, made / ROOT)
+        for name in (_SQUASHFS, stacked.INDEX):
+            (made / name).unlink(missing_ok=True)
         if os.geteuid() != 0:
             (made / _LOST).write_text(LOST + "\n")
 
     def _make_squashfs(self, documents: Documents, progress: Progress, made: Path) -> None:
         check_platform(documents)
+        target = made / _SQUASHFS
+        try:
+            self._on_top(documents, progress, made)
+        except stacked.Whole:
+            target.unlink(missing_ok=True)
+            self._whole(documents, progress, target)
+        target.chmod(0o444)  # a jailed engine of another uid gets this one file
+
+    def _on_top(self, documents: Documents, progress: Progress, made: Path) -> None:
+        """Make the root out of that of the layers below, if there is one. Raises Whole."""
+        for count in range(len(documents.chain) - 1, 0, -1):
+            below = self._roots.path(documents.chain[count - 1])
+            try:
+                known = stacked.read((below / stacked.INDEX).read_bytes(), DEFAULT, documents.digest)
+                if known is None or len(stacked.pieces(below / _SQUASHFS)) >= stacked.MOST - 1:
+                    continue
+                with ExitStack() as stack:
+                    sources = self._read(documents, count, known.tree, progress, stack)
+                    known.tree.need()
+                    changed = known.changed()
+                    progress("writing what the layers add")
+                    squash.make(changed, sources, made / "added")
+                stacked.join(below / _SQUASHFS, made / "added", made / _SQUASHFS)
+            except FileNotFoundError:
+                (made / _SQUASHFS).unlink(missing_ok=True)
+                continue  # there is none, or none any more
+            finally:
+                (made / "added").unlink(missing_ok=True)
+            (made / stacked.INDEX).write_bytes(stacked.index(known.tree))
+            return
+        raise stacked.Whole
+
+    def _whole(self, documents: Documents, progress: Progress, target: Path) -> None:
+        tree = Tree(DEFAULT, documents.digest)
         with ExitStack() as stack:
-            tree = Tree(DEFAULT, documents.digest)
-            sources: list[Source] = []
-            for number, (layer, diff) in enumerate(zip(documents.manifest.layers, documents.config.rootfs.diff_ids, strict=True)):
-                progress(f"reading layer {number + 1} of {len(documents.manifest.layers)}")
-                file = stack.enter_context(self._store.path(layer.digest).open("rb"))
-                section = Section(file.fileno(), 0, layer.size, layer.digest)
-                plain = Hashed(unpack(section, DEFAULT), DEFAULT)
-                tree.layer = number
-                apply(tree, plain, number, DEFAULT, layered=True)
-                if plain.digest() != diff:
-                    raise ImageError(f"{layer.digest}: the layer is not what the image's config says", hint="get the image again")
-                sources.append(LayerSource(section.part(0, layer.size, layer.digest), DEFAULT))
+            sources = self._read(documents, 0, tree, progress, stack)
             tree.need()
             progress("writing the root file system")
-            squash.make(tree, sources, made / _SQUASHFS)
-            (made / _SQUASHFS).chmod(0o444)  # a jailed engine of another uid gets this one file
+            squash.make(tree, sources, target)
+        target.with_name(stacked.INDEX).write_bytes(stacked.index(tree))
+
+    def _read(self, documents: Documents, first: int, tree: Tree, progress: Progress, stack: ExitStack) -> list[Source]:
+        """Apply the layers from number `first` on to `tree`; return where the bytes of files come from, by number of the layer."""
+        sources: list[Source] = []
+        for number, (layer, diff) in enumerate(zip(documents.manifest.layers, documents.config.rootfs.diff_ids, strict=True)):
+            file = stack.enter_context(self._store.path(layer.digest).open("rb"))
+            section = Section(file.fileno(), 0, layer.size, layer.digest)
+            sources.append(LayerSource(section, DEFAULT))
+            if number < first:
+                continue
+            progress(f"reading layer {number + 1} of {len(documents.manifest.layers)}")
+            plain = Hashed(unpack(section.part(0, layer.size, layer.digest), DEFAULT), DEFAULT)
+            tree.layer = number
+            apply(tree, plain, number, DEFAULT, layered=True)
+            if plain.digest() != diff:
+                raise ImageError(f"{layer.digest}: the layer is not what the image's config says", hint="get the image again")
+        return sources
 
 
 def check_platform(documents: Documents) -> None:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from trivisor.images.source import Source, read
 from trivisor.images.tree import Node, Tree
 
-_TYPES = {"f": b"0", "h": b"1", "l": b"2", "d": b"5", "p": b"6"}
+_TYPES = {"f": b"0", "h": b"1", "l": b"2", "d": b"5", "p": b"6", "w": b"3"}
+"""Of kind "w" is the device node 0:0, overlayfs's whiteout: in roots alone, in no layer."""
 
 
 def emit(tree: Tree, sources: Sequence[Source], write: Callable[[bytes], object], *, root: bool = False) -> None:

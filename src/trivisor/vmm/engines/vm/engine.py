@@ -210,7 +210,7 @@ class VmEngine:
     def _run(self, box: Box, setup: Setup, progress: Progress) -> str:
         """Start the machine in the quickest way; say in words which it was."""
         fresh = self._ice == "image" and (box.spec.disk == "ram" or _fresh(box.dir).exists())
-        mount = making.mount_steps(setup.shape.upper)
+        mount = making.mount_steps(box.rootfs, setup.shape.upper)
         if self._ice == "off" or setup.shape.shares is not None or box.spec.hugepages == "transparent":
             # A daemon that shares a folder maps the machine's RAM, and that of ice is mapped by nobody else; and it is a file's.
             _used(box.dir)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from trivisor.core.errors import EngineError, GuestError
 from trivisor.core.paths import Home, MachineDir
+from trivisor.images import stacked
 from trivisor.launch import keeper, tvinit
 from trivisor.vmm.engine import Progress
 from trivisor.vmm.engines.vm import argv, disks, files, ice, runner
@@ -53,9 +54,13 @@ def image_key(setup: Setup, image: Image) -> str:
     return ice.key("image", blank_key(setup), image.digest, image.disk)
 
 
-def mount_steps(upper: bool) -> list[Sequence[str]]:
-    """Return the steps that make the disks the guest's root."""
-    return [("root", ROOT_DISK, UPPER_DISK if upper else "ram")]
+def mount_steps(rootfs: Path, upper: bool) -> list[Sequence[str]]:
+    """Return the steps that make the disks, of which the first is `rootfs`, the guest's root. Raises StorageError, ImageError."""
+    try:
+        offsets = stacked.pieces(rootfs)
+    except OSError as error:
+        raise files.storage(error, "reading the image's root") from error
+    return [("root", ROOT_DISK, UPPER_DISK if upper else "ram", *map(str, offsets))]
 
 
 def ensure_blank(home: Home, setup: Setup, progress: Progress) -> None:
@@ -100,7 +105,7 @@ def _make_image(home: Home, setup: Setup, image: Image, name: str, blank: Ice) -
         if image.disk is not None:
             disk = place.disk
             disks.create(home, image.disk, disk)
-        steps = [("seed", os.urandom(32).hex()), ("clock", str(time.time_ns())), *mount_steps(disk is not None)]
+        steps = [("seed", os.urandom(32).hex()), ("clock", str(time.time_ns())), *mount_steps(image.rootfs, disk is not None)]
         # Files that each clone writes over: making them is dearer, and would be done in every clone. The shortest name: to make a
         # file longer is cheap, to cut it is not.
         steps += [("hostname", "t"), ("machine-id", "0" * 32)]
