@@ -31,7 +31,7 @@ _MACHINE = (
     "q35,memory-backend=ram,sata=off,smbus=off,smm=off,vmport=off,hpet=off,i8042=off,graphics=off,usb=off,"
     "dump-guest-core=off,mem-merge=off,suppress-vmdesc=on"
 )
-_TCG_CPU = "max,-erms,-fsrm"
+TCG_CPU = "max,-erms,-fsrm"
 """The kernel copies by `rep movsb` where these say that it is quick; the translator does it byte by byte, at a third of the speed."""
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 _DISK_DEVICE = "num-queues=1,logical_block_size=512,physical_block_size=512,write-cache=on,discard=on,write-zeroes=on,werror=report"
@@ -103,14 +103,15 @@ def command(
     *,
     boot: bool,
     blank: bool,
+    hold: bool = False,
     places: Places = Places(),
     name: str = "ice",
 ) -> list[str]:
-    """Return QEMU's argv. `boot` starts the kernel, else QEMU waits for a frozen state; `blank` binds the disks to
-    dummies that a clone's real disks take the place of."""
+    """Return QEMU's argv. `boot` starts the kernel, else QEMU waits for a frozen state, and with `hold` stands still when it has it;
+    `blank` binds the disks to dummies that a clone's real disks take the place of."""
     accel = f"tcg,tb-size={shape.translation_mib}" if shape.accel == "tcg" else "kvm"
     argv = [qemu, "-name", f"guest={name}", "-nodefaults", "-no-user-config", "-display", "none", "-sandbox", _SANDBOX]
-    argv += ["-machine", _MACHINE, "-accel", accel, "-cpu", _TCG_CPU if shape.accel == "tcg" else "host"]
+    argv += ["-machine", _MACHINE, "-accel", accel, "-cpu", TCG_CPU if shape.accel == "tcg" else "host"]
     vcpus = shape.cpus + shape.spare_cpus
     argv += ["-smp", f"cpus={vcpus},sockets=1,cores={vcpus},threads=1", "-m", _size(shape)]
     argv += ["-object", _memory(shape, memory, places), "-no-reboot", "-global", "migration.send-configuration=off"]
@@ -134,7 +135,7 @@ def command(
     for spare in range(1, SPARE_PORTS + 1):
         argv += ["-device", f"pcie-root-port,id=spare{spare},chassis={spare},slot={spare},addr=0x{15 + spare:x}"]
     if not boot:
-        return [*argv, "-incoming", "defer"]
+        return [*argv, *(["-S"] if hold else []), "-incoming", "defer"]
     return [*argv, "-kernel", places.kernel, "-initrd", places.initramfs, "-append", append(shape)]
 
 

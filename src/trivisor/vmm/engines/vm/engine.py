@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +29,8 @@ from trivisor.vmm.engine import Box, Progress, Usage, WallReport
 from trivisor.vmm.engines.vm import (
     argv,
     disks,
+    freezing,
+    frozen,
     growth,
     ice,
     kit,
@@ -44,6 +46,7 @@ from trivisor.vmm.engines.vm import (
     sharing,
     stretch,
 )
+from trivisor.vmm.engines.vm.argv import Shape
 from trivisor.vmm.engines.vm.growth import Growth
 from trivisor.vmm.engines.vm.hotplug import Hotplug
 from trivisor.vmm.engines.vm.ice import Ice
@@ -51,6 +54,7 @@ from trivisor.vmm.engines.vm.making import Image
 from trivisor.vmm.engines.vm.qmp import Qmp, StateRefused
 from trivisor.vmm.engines.vm.reading import helper, written
 from trivisor.vmm.engines.vm.runner import Ram, Setup, Work
+from trivisor.vmm.freezer import Frozen
 from trivisor.vos import guest
 from trivisor.vos.files import Files
 from trivisor.vos.line import Line
@@ -116,8 +120,13 @@ class VmEngine:
 
     def start(self, box: Box, undo: Undo, progress: Progress) -> dict[str, str]:
         setup, why = self._setup(box.spec, progress)
+        return self._bring(box, setup, why, undo, lambda given: self._run(box, given, progress))
+
+    def _bring(self, box: Box, setup: Setup, why: str, undo: Undo, run: Callable[[Setup], str]) -> dict[str, str]:
+        """Make what a running machine has beside its QEMU, have `run` start that, and return the facts."""
         begun = time.monotonic()
         growth.forget(box)
+        frozen.note(box, setup)
         with ExitStack() as stack:
             if setup.shape.tap:
                 link = stack.enter_context(provide.provide(box.home, box.dir, box.id, box.slot, box.spec, "tap", undo))
@@ -126,7 +135,7 @@ class VmEngine:
                 passt.free(box.spec.ports, box.spec.name)
             setup = replace(setup, cgroups=stack.enter_context(limits.group(box)))
             undo.add("qemu", lambda: keeper.kill(box.dir))
-            way = self._run(box, setup, progress)
+            way = run(setup)
         if box.spec.dedupe:
             self.merge(box, True)
         took = f"{(time.monotonic() - begun) * 1000:.0f} ms"
@@ -191,20 +200,71 @@ class VmEngine:
         setup, _ = self._setup(helper(self._home, box.spec), lambda _: None)
         written(self._home, setup, box.dir.disk, box.spec.disk, into, booted=self._ice == "off")
 
+    def freeze(
+        self, box: Box, into: Path, *, memory: bool, ends: bool = False, lasting: bool = True, quiesce: bool = False, progress: Progress
+    ) -> Frozen:
+        """Freeze a machine (vmm/freezer.py)."""
+        if memory:
+            return freezing.freeze(box, into, ends=ends, lasting=lasting, progress=progress)
+        return freezing.freeze_disk(box, into, fresh=_fresh(box.dir).exists(), lasting=lasting)
+
+    def fits(self, box: Box, needs: Mapping[str, str]) -> None:
+        """Raise HostLacks if this host cannot run on what was frozen with these needs."""
+        found = self._found()
+        frozen.differs(box, found, probe.verdict(found, self._home).accel, needs)
+
+    def thaw(self, box: Box, place: Path, *, other: bool, undo: Undo, progress: Progress) -> dict[str, str]:
+        """Start `box` from what was frozen with its memory (vmm/freezer.py)."""
+        whole, known = frozen.load(place, box.spec.name)
+        if known.shape is None:
+            raise StorageError("it was frozen without its memory", machine=box.spec.name, hint="refill a machine with it, and start that")
+        self.fits(box, known.needs)
+        setup, why = self._setup(box.spec, progress, known.shape)
+        return self._bring(box, setup, why, undo, lambda given: self._thaw(box, given, whole, other=other))
+
+    def _thaw(self, box: Box, setup: Setup, whole: Ice, *, other: bool) -> str:
+        if setup.shape.upper:
+            disks.copy(whole.disk, box.dir.disk)
+        _used(box.dir)
+        with ExitStack() as stack:
+            apart = box.spec.ram == "shared" or box.spec.hugepages == "reserved"
+            given = ram.provide(stack, self._home, setup, box.dir, whole, apart=apart, in_huge_pages=box.spec.hugepages == "reserved")
+            runner.run(setup, _work(box, setup, given, state=whole.state))
+        steps = [*_first(), *(_steps(box, setup.net) if other else setup.net.steps if setup.net else ())]
+        line = Line.connect(box.dir.line, box.spec.name)
+        try:
+            guest.configure(line, steps, timeout=_STEPS)
+        finally:
+            line.close()
+        return "from its frozen memory"
+
+    def refill(self, box: Box, place: Path, undo: Undo) -> None:
+        """Give `box`, which does not run, the frozen writable layer (vmm/freezer.py)."""
+        whole, _ = frozen.load(place, box.spec.name)
+        if box.spec.disk == "ram":
+            return
+        fresh = (place / frozen.FRESH).exists()
+        if not fresh:
+            _used(box.dir)
+        disks.copy(whole.disk, box.dir.disk)
+        if fresh:
+            _fresh(box.dir).touch()
+
     def sweep(self, home: Home, machines: set[str]) -> list[str]:
         return kit.sweep(home) + ice.sweep(home)
 
     def _found(self) -> qemu.Qemu:
         return qemu.inspect(qemu.locate(self._qemu), self._home)
 
-    def _setup(self, spec: Spec, progress: Progress) -> tuple[Setup, str]:
+    def _setup(self, spec: Spec, progress: Progress, like: Shape | None = None) -> tuple[Setup, str]:
+        """Return what a machine of this spec is run with, and why it is run so; `like` a machine that was frozen."""
         found = self._found()
         verdict = probe.verdict(found, self._home)
         fixed = verdict.accel == "tcg" and found.translates_by_address
         linked = spec.network != "none"
         tap = linked and not provide.possible()
         shape = argv.Shape(verdict.accel, int(spec.cpus), spec.memory, spec.disk != "ram", linked, fixed, tap, sharing.shares(spec))
-        shape = replace(shape, spare_cpus=limits.spare_cpus(spec), room=growth.ROOM)
+        shape = like or replace(shape, spare_cpus=limits.spare_cpus(spec), room=growth.ROOM)
         return Setup(found, shape, kit.get(self._home, spec.kernel, progress), jail.probe()), verdict.why
 
     def _run(self, box: Box, setup: Setup, progress: Progress) -> str:
@@ -251,17 +311,17 @@ class VmEngine:
         disks_there = [("wait", making.ROOT_DISK), *([("wait", making.UPPER_DISK)] if setup.shape.upper else [])]
         self._configure(box, setup, [*disks_there, *mount])
 
-    def _clone(self, box: Box, setup: Setup, frozen: Ice, mount: Sequence[Sequence[str]]) -> None:
-        """Run the machine on from `frozen`, whose use the caller holds."""
+    def _clone(self, box: Box, setup: Setup, cold: Ice, mount: Sequence[Sequence[str]]) -> None:
+        """Run the machine on from `cold`, whose use the caller holds."""
         with ExitStack() as stack:
             huge = box.spec.hugepages == "reserved"
             apart = box.spec.ram == "shared" or huge
-            given = ram.provide(stack, self._home, setup, box.dir, frozen, apart=apart, in_huge_pages=huge)
+            given = ram.provide(stack, self._home, setup, box.dir, cold, apart=apart, in_huge_pages=huge)
             try:
-                runner.run(setup, _work(box, setup, given, state=frozen.state))
+                runner.run(setup, _work(box, setup, given, state=cold.state))
             except EngineError as error:
                 if isinstance(error.__cause__, StateRefused):
-                    ice.drop(self._home, frozen.facts.key)
+                    ice.drop(self._home, cold.facts.key)
                     error.hint = f"that ice was thrown away: start again; {error.hint}"
                 raise
         self._configure(box, setup, mount)

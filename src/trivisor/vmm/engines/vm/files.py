@@ -122,12 +122,12 @@ def copy_sparse(source: int, target: int) -> int:
                 break
             raise
         at = os.lseek(source, start, os.SEEK_HOLE)
-        _copy_range(source, target, start, at)
+        copy_range(source, target, start, at)
         copied += at - start
     return copied
 
 
-def _copy_range(source: int, target: int, start: int, end: int) -> None:
+def copy_range(source: int, target: int, start: int, end: int) -> None:
     while start < end:
         try:
             done = os.copy_file_range(source, target, end - start, start, start)

@@ -29,7 +29,7 @@ from trivisor.vos.line import Line
 
 T = TypeVar("T")
 
-_MEMORY, _BALLOON = "growth", "balloon"
+MEMORY, BALLOON = "growth", "balloon"
 
 BLOCK = 4 * MIB
 """What a guest takes or gives at once: Linux's largest order of pages."""
@@ -100,7 +100,7 @@ class Growth:
                 _plug(qmp, self._box, wanted)
             before = found.more.size if found.more else 0
             self._note(wanted, before)
-            path = f"/machine/peripheral/{_MEMORY}"
+            path = f"/machine/peripheral/{MEMORY}"
             qmp.ask("qom-set", {"path": path, "property": "requested-size", "value": wanted})
             reached = _settled(lambda: _extent(qmp), lambda extent: extent.size == wanted, timeout)
             if reached.size == wanted:
@@ -143,13 +143,11 @@ class Growth:
             base = sizes(qmp).base
             if size >= base:
                 raise InvalidSpec(f"a balloon of {size} bytes leaves nothing of {base}", machine=self._box.spec.name)
-            if not _there(qmp, _BALLOON):
+            if not _there(qmp, BALLOON):
                 if not size:
                     return 0
                 self._load("balloon")
-                qmp.ask(
-                    "device_add", {"driver": "virtio-balloon-pci", "id": _BALLOON, "bus": _port(qmp, self._box), "deflate-on-oom": True}
-                )
+                qmp.ask("device_add", {"driver": "virtio-balloon-pci", "id": BALLOON, "bus": _port(qmp, self._box), "deflate-on-oom": True})
             qmp.ask("balloon", {"value": base - size})
 
             def taken() -> int:
@@ -196,8 +194,8 @@ class Growth:
 def sizes(qmp: Qmp) -> Sizes:
     """Return how much memory the machine behind `qmp` has. Raises EngineError."""
     base = int(qmp.ask("query-memory-size-summary")["base-memory"])
-    balloon = base - int(qmp.ask("query-balloon")["actual"]) if _there(qmp, _BALLOON) else 0
-    return Sizes(base, _extent(qmp) if _there(qmp, _MEMORY) else None, balloon)
+    balloon = base - int(qmp.ask("query-balloon")["actual"]) if _there(qmp, BALLOON) else 0
+    return Sizes(base, _extent(qmp) if _there(qmp, MEMORY) else None, balloon)
 
 
 def own(qmp: Qmp) -> bool:
@@ -225,7 +223,7 @@ def forget(box: Box) -> None:
 def _extent(qmp: Qmp) -> Extent:
     for device in qmp.ask("query-memory-devices"):
         data: dict[str, Any] = device["data"]
-        if data.get("id") == _MEMORY:
+        if data.get("id") == MEMORY:
             return Extent(int(data["memaddr"]), int(data["size"]), int(data["requested-size"]), int(data["max-size"]))
     raise EngineError("QEMU has lost the machine's further memory")
 
@@ -249,7 +247,7 @@ def _plug(qmp: Qmp, box: Box, wanted: int) -> None:
     kind = {"qom-type": "memory-backend-memfd", "share": True} if mapped else {"qom-type": "memory-backend-ram"}
     while True:
         try:
-            qmp.ask("object-add", {**kind, "id": f"{_MEMORY}-ram", "size": size, "merge": box.spec.dedupe})
+            qmp.ask("object-add", {**kind, "id": f"{MEMORY}-ram", "size": size, "merge": box.spec.dedupe})
             break
         except EngineError:
             # A host that promises no more memory than it has (vm.overcommit_memory=2) may have less to promise.
@@ -257,10 +255,10 @@ def _plug(qmp: Qmp, box: Box, wanted: int) -> None:
             if size < wanted:
                 raise
     try:
-        device = {"driver": "virtio-mem-pci", "id": _MEMORY, "memdev": f"{_MEMORY}-ram", "bus": port, "requested-size": 0}
+        device = {"driver": "virtio-mem-pci", "id": MEMORY, "memdev": f"{MEMORY}-ram", "bus": port, "requested-size": 0}
         qmp.ask("device_add", device | {"block-size": BLOCK})
     except EngineError:
-        qmp.ask("object-del", {"id": f"{_MEMORY}-ram"})
+        qmp.ask("object-del", {"id": f"{MEMORY}-ram"})
         raise
 
 

@@ -69,10 +69,10 @@ def _found(box: Box, qmp: Qmp) -> Still:
     has = growth.sizes(qmp)
     size = has.base
     low = size if size < _BELOW_HOLE else _LOW
-    base = _number(r" is (0x[0-9a-f]+)", _monitor(qmp, "gpa2hva 0"), box)
-    ram = [Ram(0, low, base)]
+    begin = base(box, qmp)
+    ram = [Ram(0, low, begin)]
     if size > low:
-        ram.append(Ram(4 * GIB, size - low, base + low))
+        ram.append(Ram(4 * GIB, size - low, begin + low))
     if has.more is not None and has.more.size:
         # It may have holes where the guest gave memory back: nothing but zeros is there.
         address = _number(r" is (0x[0-9a-f]+)", _monitor(qmp, f"gpa2hva {has.more.physical:#x}"), box)
@@ -81,6 +81,11 @@ def _found(box: Box, qmp: Qmp) -> Still:
     levels = 5 if _number(r"\bCR4=([0-9a-f]+)", said, box) & _LA57 else 4
     shared = Path(f"/proc/{pid}/fd/{argv.RAM_FD}") if box.spec.ram == "shared" else None
     return Still(pid, tuple(ram), _number(r"\bCR3=([0-9a-f]+)", said, box), levels, shared)
+
+
+def base(box: Box, qmp: Qmp) -> int:
+    """Return where in QEMU's memory the RAM begins that the machine was started with; it lies there in one piece. Raises EngineError."""
+    return _number(r" is (0x[0-9a-f]+)", _monitor(qmp, "gpa2hva 0"), box)
 
 
 def _monitor(qmp: Qmp, line: str) -> str:

@@ -14,7 +14,7 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -46,21 +46,7 @@ class Qmp:
     @classmethod
     def connect(cls, path: Path, machine: str = "", timeout: float = TIMEOUT) -> Self:
         """Connect to the socket at `path` and leave negotiation mode. Raises EngineError."""
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        try:
-            # QEMU talks to one client at a time, and few may wait for it. One more is to wait, too; settimeout would make the socket
-            # one that does not block, and such a one is refused at once then (connect(2), EAGAIN).
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(timeout), int(timeout % 1 * 1e6)))
-            # A path may be longer than a socket address: go by the folder's descriptor.
-            folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                sock.connect(f"/proc/self/fd/{folder}/{path.name}")
-            finally:
-                os.close(folder)
-            sock.settimeout(timeout)
-        except OSError as error:
-            sock.close()
-            raise EngineError("QEMU does not answer", output=str(error), machine=machine) from error
+        sock = _dial(path, machine, timeout)
         qmp = cls(sock, machine)
         try:
             greeting = qmp._message(time.monotonic() + timeout)
@@ -159,6 +145,20 @@ class Qmp:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    @contextlib.contextmanager
+    def letter(self, path: Path, commands: Sequence[str]) -> Iterator[None]:
+        """Have QEMU, which listens at `path` too, carry out `commands` when this connection has ended, however that comes about.
+
+        They wait in a second connection, which it takes when the first is over. It is given the sender's end of that itself: what came
+        by a connection whose sender has ended it might not read.
+        """
+        said = ["qmp_capabilities", *commands]
+        with _dial(path, self._machine, TIMEOUT) as sock:
+            end = {"execute": "closefd", "arguments": {"fdname": "letter"}}
+            sock.sendall(b"".join(json.dumps(message).encode() for message in (*({"execute": command} for command in said), end)))
+            self.ask("getfd", {"fdname": "letter"}, fd=sock.fileno())
+        yield
+
     def _message(self, deadline: float, command: str = "connect") -> dict[str, Any]:
         while True:
             end = self._buffer.find(b"\n")
@@ -190,3 +190,22 @@ class Qmp:
 
     def _gone(self, command: str, error: OSError | None) -> EngineError:
         return EngineError(f"QEMU ended during {command}", output=str(error or ""), machine=self._machine)
+
+
+def _dial(path: Path, machine: str, timeout: float) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        # QEMU talks to one client at a time, and few may wait for it. One more is to wait, too; settimeout would make the socket
+        # one that does not block, and such a one is refused at once then (connect(2), EAGAIN).
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", int(timeout), int(timeout % 1 * 1e6)))
+        # A path may be longer than a socket address: go by the folder's descriptor.
+        folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            sock.connect(f"/proc/self/fd/{folder}/{path.name}")
+        finally:
+            os.close(folder)
+        sock.settimeout(timeout)
+    except OSError as error:
+        sock.close()
+        raise EngineError("QEMU does not answer", output=str(error), machine=machine) from error
+    return sock

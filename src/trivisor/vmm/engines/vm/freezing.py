@@ -1,0 +1,168 @@
+"""Freezing a virtual machine while it runs, so that any number of machines can go on from there.
+
+What it shares with its ice is copied before anything else. Then QEMU is stopped, which drains and flushes its disks; its devices are saved
+without RAM, its own pages taken, its writable layer copied, and it goes on. All that is left to do then is done beside it. A large
+writable layer is not copied in that pause: QEMU itself keeps for us what the guest overwrites meanwhile (blockdev-backup), so a
+disk stays one file without a backing file, however often it is frozen.
+
+A QEMU whose stopper dies would stand still for ever. So before it is stopped, a letter is put in its mail (`Qmp.letter`): to go on, when
+the connection by which it was stopped has ended, however that came about. To a machine that runs by then it is no news.
+
+Only a machine that has the devices it was started with is frozen with its memory: a copy has no others to load their state into.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from trivisor.core.errors import EngineError, GuestGone, UnsupportedByWall
+from trivisor.core.units import MIB
+from trivisor.launch import keeper
+from trivisor.vmm.engine import Box, Progress
+from trivisor.vmm.engines.vm import backup, files, frozen, growth, hotplug, pages, runner
+from trivisor.vmm.engines.vm.argv import Shape
+from trivisor.vmm.engines.vm.backup import Copy
+from trivisor.vmm.engines.vm.frozen import Life
+from trivisor.vmm.engines.vm.memory import base
+from trivisor.vmm.engines.vm.pages import Pages
+from trivisor.vmm.engines.vm.qmp import Qmp
+from trivisor.vmm.freezer import Frozen
+from trivisor.vos import guest
+from trivisor.vos.line import Line
+from trivisor.vos.memory.foreign import Foreign
+
+_STARTED = frozenset({"ports", "root-disk", "upper-disk", "nic", "random", "generation"})
+"""The devices with names that a machine is started with, beside spare ports and shared folders (argv.py)."""
+_SYNC = 60.0
+
+
+def freeze(box: Box, into: Path, *, ends: bool, lasting: bool, progress: Progress) -> Frozen:
+    """Freeze a machine that runs or is paused, with its memory, as `Freezer.freeze` says."""
+    known = frozen.life(box.dir, box.spec.name)
+    pid = runner.engine(box.dir)
+    if pid is None:
+        raise GuestGone("its QEMU has ended", machine=box.spec.name)
+    try:
+        with ExitStack() as stack:
+            foreign = stack.enter_context(Foreign(pid, box.spec.name))
+            qmp = stack.enter_context(Qmp.connect(box.dir.qmp, box.spec.name))
+            movable(box, qmp, known.shape)
+            progress("copying what the machine shares")
+            state = stack.enter_context((into / "state").open("wb", buffering=0))
+            target = stack.enter_context((into / "ram").open("wb", buffering=0))
+            size = growth.sizes(qmp).base
+            ram = stack.enter_context(pages.opened(foreign, base(box, qmp), size, target.fileno()))
+            parts: list[Pages | Copy] = [ram]
+            if known.shape.upper:
+                parts.append(stack.enter_context(backup.opened(box, qmp, into / frozen.DISK, at_once=ends)))
+            for part in parts:
+                part.before()
+            with still(box, qmp) as stood:
+                qmp.state_to(state.fileno())
+                for part in reversed(parts):
+                    part.take()
+                if ends:
+                    _finish(into, known, parts, lasting=True)
+                    keeper.kill(box.dir)
+            if not ends:
+                progress("writing what is its own")
+                _finish(into, known, parts, lasting=lasting)
+    except OSError as error:
+        raise files.storage(error, "freezing the machine") from error
+    own, shared = f"{ram.written // MIB} MiB", f"{ram.copied // MIB} MiB"
+    return Frozen(known.needs, stood.seconds, {"own": own, "shared": shared})
+
+
+def freeze_disk(box: Box, into: Path, *, fresh: bool, lasting: bool) -> Frozen:
+    """Freeze the writable layer alone, of a machine that runs, is paused, or stands still. `fresh`: no guest has had it yet."""
+    if box.spec.disk == "ram":
+        error = UnsupportedByWall("freeze the files of a machine alone that has them in its memory", "vm", machine=box.spec.name)
+        error.hint = "freeze its memory too, or make it with a disk"
+        raise error
+    needed = {"wall": "vm", "root": box.rootfs_digest}
+    stood = Stood()
+    try:
+        if keeper.alive(box.dir):
+            with ExitStack() as stack:
+                qmp = stack.enter_context(Qmp.connect(box.dir.qmp, box.spec.name))
+                if qmp.ask("query-status")["running"]:
+                    _sync(box)
+                copy = stack.enter_context(backup.opened(box, qmp, into / frozen.DISK))
+                copy.before()
+                with still(box, qmp) as stood:
+                    copy.take()
+                copy.after()
+        else:
+            files.copy_file(box.dir.disk, into / frozen.DISK)
+        if fresh:
+            (into / frozen.FRESH).touch()
+        frozen.finish(into, None, needed, lasting=lasting)
+    except OSError as error:
+        raise files.storage(error, "freezing the machine") from error
+    return Frozen(needed, stood.seconds)
+
+
+class Stood:
+    """For how long a machine stood still."""
+
+    seconds = 0.0
+
+
+@contextmanager
+def still(box: Box, qmp: Qmp) -> Iterator[Stood]:
+    """Have the machine stand still, and then go on if it ran before. Raises EngineError."""
+    stood = Stood()
+    if not qmp.ask("query-status")["running"]:
+        yield stood
+        return
+    with qmp.letter(box.dir.qmp, ["cont"]):
+        began = time.monotonic()
+        qmp.ask("stop")
+        try:
+            yield stood
+        finally:
+            # Should QEMU have ended, then that is what it was to do, or is said by what failed.
+            with suppress(EngineError):
+                qmp.ask("cont")
+            stood.seconds = time.monotonic() - began
+
+
+def movable(box: Box, qmp: Qmp, shape: Shape) -> None:
+    """Raise UnsupportedByWall for a machine whose devices no other QEMU could go on with."""
+
+    def refuse(what: str, hint: str) -> UnsupportedByWall:
+        error = UnsupportedByWall(f"freeze the memory of a machine with {what}", "vm", machine=box.spec.name)
+        error.hint = hint
+        return error
+
+    if shape.shares is not None:
+        raise refuse("volumes", "give memory=False: its disk alone is frozen then, and no volume is part of that")
+    there = {str(entry["name"]) for entry in qmp.ask("qom-list", {"path": "/machine/peripheral"}) if entry["type"].startswith("child<")}
+    for name in sorted(name for name in there - _STARTED if not name.startswith("spare")):
+        if name.startswith(hotplug.PREFIX):
+            raise refuse(f"a device that was attached to it, {name.removeprefix(hotplug.PREFIX)}", "detach it, and attach it again after")
+        if name == "usb":
+            raise refuse("a USB controller", "it came with the first USB device and stays until the machine is stopped")
+        if name in (growth.MEMORY, growth.BALLOON):
+            raise refuse("memory that was given to it, or taken, while it ran", "stop and start it: it has its memory from the start then")
+    blocked = qmp.ask("query-migrate").get("blocked-reasons")
+    if blocked:
+        raise refuse("something that cannot be moved", str(blocked[0])[:200])
+
+
+def _sync(box: Box) -> None:
+    """Have the guest write what its programs wrote: what it holds back is not on its disk. Raises GuestError, GuestGone."""
+    line = Line.connect(box.dir.line, box.spec.name)
+    try:
+        guest.configure(line, [("sync",)], timeout=_SYNC)
+    finally:
+        line.close()
+
+
+def _finish(into: Path, known: Life, parts: Sequence[Pages | Copy], *, lasting: bool) -> None:
+    for part in parts:
+        part.after()
+    frozen.finish(into, known.shape, known.needs, lasting=lasting)
