@@ -60,6 +60,11 @@ class Home:
         return self.root / "volumes"
 
     @property
+    def snapshots(self) -> Path:
+        """Frozen machines, a folder each, and what is kept of them. Made with the first."""
+        return self.root / "snapshots"
+
+    @property
     def disks(self) -> Path:
         """The store of disks that machines are given. Made with the first."""
         return self.root / "disks"

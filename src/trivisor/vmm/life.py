@@ -24,10 +24,11 @@ from trivisor.core.undo import Undo
 from trivisor.images.catalog import Image
 from trivisor.launch import keeper
 from trivisor.launch.net import provide
-from trivisor.vmm import budget, devices, limits, locks, reconcile, shares
+from trivisor.vmm import budget, devices, limits, locks, reconcile, removal, shares
 from trivisor.vmm.context import Context, pin_owner
 from trivisor.vmm.engine import Progress
 from trivisor.vmm.records import Row
+from trivisor.vmm.snapshots import keeping, thawing
 
 _FORCE_WAIT = 15.0
 _KEEPER_LATE = 10.0
@@ -37,6 +38,18 @@ _IDLE: dict[str, Any] = {"operation": "", "operator": None}
 
 def create(context: Context, spec: Spec, image: Image) -> Row:
     """Make a machine: its row, its image's pin, its folder, its disk. All of it or nothing."""
+    with Undo() as undo:
+        row = make(context, spec, image, undo, "create", {})
+        done = context.records.update(row.id, durable=row.owner is None, event=("created", spec.image), **_IDLE)
+        undo.keep()
+    return done or row
+
+
+def make(context: Context, spec: Spec, image: Image, undo: Undo, operation: str, more: dict[str, Any]) -> Row:
+    """Make a machine that stays in the hands of `operation` (one of reconcile.MAKING), which ends it, or takes back what `undo` names.
+
+    `more` is written down of it as well.
+    """
     me = Who.me()
     row = Row(
         id=secrets.token_hex(6),
@@ -45,49 +58,58 @@ def create(context: Context, spec: Spec, image: Image) -> Row:
         spec=spec,
         digest=image.digest,
         state=State.CREATED,
-        operation="create",
+        operation=operation,
         operator=me,
         owner=me if spec.lifetime == "process" else None,
         created=time.time(),
+        **more,
     )
     folder = context.folder(row)
-    with Undo() as undo:
-        undo.add("row", lambda: context.records.remove(row))
-        row = _add(context, row)
-        undo.add("pin", lambda: context.images.unpin(pin_owner(row.id)))
-        context.images.pin(image, pin_owner(row.id), durable=row.owner is None)
-        undo.add("folder", lambda: reconcile.remove_tree(folder.root))
-        _make_folder(context, row)
-        with locks.hold(folder.lock, "create", row.name):
-            shares.prepare(context.home, spec.volumes)
-            context.engine(spec.wall, row.name).create(context.box(row), undo)
-            done = context.records.update(row.id, durable=row.owner is None, event=("created", spec.image), **_IDLE)
-            undo.keep()
-    return done or row
+    undo.add("row", lambda: context.records.remove(row))
+    row = _add(context, row)
+    undo.add("pin", lambda: context.images.unpin(pin_owner(row.id)))
+    context.images.pin(image, pin_owner(row.id), durable=row.owner is None)
+    undo.add("folder", lambda: removal.remove_tree(folder.root))
+    _make_folder(context, row)
+    with locks.hold(folder.lock, operation, row.name):
+        shares.prepare(context.home, spec.volumes)
+        context.engine(spec.wall, row.name).create(context.box(row), undo)
+    return row
 
 
-def start(context: Context, machine: str, progress: Progress) -> Row:
-    """Run the machine until its guest answers."""
-    with operation(context, machine, "start") as row, Undo() as undo:
-        engine = context.engine(row.spec.wall, row.name)
-        derive = context.images.rootfs if row.spec.wall == "vm" else context.images.lowers
-        derive(row.digest, progress)
-        box = context.box(row)
-        shares.prepare(context.home, row.spec.volumes)
+def start(context: Context, machine: str, progress: Progress, verb: str = "start") -> Row:
+    """Run the machine until its guest answers: from the beginning, or from what it was frozen in."""
+    with operation(context, machine, verb) as row, Undo() as undo:
         undo.add("record", lambda: context.records.update(row.id, state=row.state, granted=0, **_IDLE))
-        budget.admit(context, row.id, row.spec.memory)
-        _clear(context, row)
-        limits.clear(context, row)
-        undo.add("cgroup", lambda: limits.clear(context, row))
-        undo.add("sockets", lambda: reconcile.clear_sockets(box.dir))
-        undo.add("keeper", lambda: keeper.kill(box.dir))
-        facts = engine.start(box, undo, progress)
-        provide.settle(row.spec)
-        devices.restore(context, row)
-        life: dict[str, Any] = {"started": time.time(), "ended": None, "status": None, "reason": "", "facts": facts, "oom_kills": 0}
-        done = context.records.update(row.id, state=State.RUNNING, boot_id=process.boot_id(), event=("started", ""), **life, **_IDLE)
+        done = launch(context, row, undo, progress, ("started" if verb == "start" else "resumed", ""))
         undo.keep()
-        return done or row
+        return done
+
+
+def launch(context: Context, row: Row, undo: Undo, progress: Progress, event: tuple[str, str], *, base: str = "", idle: bool = True) -> Row:
+    """Run a machine that the caller holds, and write that down, with the end of the operation if it is `idle` then.
+
+    `base` is the frozen machine that it is made of from now on, if that changed.
+    """
+    engine = context.engine(row.spec.wall, row.name)
+    derive = context.images.rootfs if row.spec.wall == "vm" else context.images.lowers
+    derive(row.digest, progress)
+    box = context.box(row)
+    shares.prepare(context.home, row.spec.volumes)
+    budget.admit(context, row.id, row.spec.memory)
+    _clear(context, row)
+    limits.clear(context, row)
+    undo.add("cgroup", lambda: limits.clear(context, row))
+    undo.add("sockets", lambda: reconcile.clear_sockets(box.dir))
+    undo.add("keeper", lambda: keeper.kill(box.dir))
+    facts = thawing.thaw(context, row, box, undo, progress) if row.ice else engine.start(box, undo, progress)
+    provide.settle(row.spec)
+    devices.restore(context, row)
+    life: dict[str, Any] = {"started": time.time(), "ended": None, "status": None, "reason": "", "facts": facts, "oom_kills": 0}
+    life |= {"ice": "", "base": row.ice or base or row.base, **(_IDLE if idle else {})}
+    done = context.records.update(row.id, state=State.RUNNING, boot_id=process.boot_id(), event=event, **life) or row
+    keeping.release(context, keeping.needed(row) - {life["base"]})
+    return done
 
 
 def pause(context: Context, machine: str) -> Row:
@@ -109,6 +131,11 @@ def stop(context: Context, machine: str, timeout: float) -> Row:
     if not (0 <= timeout < math.inf):
         raise InvalidSpec(f"timeout must be seconds, 0 or more, not {timeout!r}", machine=machine)
     with operation(context, machine, "stop") as row:
+        if row.state is State.SUSPENDED:
+            said: dict[str, Any] = {"reason": "its memory was dropped", "status": None, "ended": time.time(), "ice": ""}
+            done = context.records.update(row.id, state=State.STOPPED, event=("stopped", said["reason"]), **said, **_IDLE)
+            keeping.release(context, {row.ice} - {*row.base.split()})
+            return done or row
         grace = timeout
         if row.state is State.PAUSED and not grace:
             limits.killable(context, row)
@@ -127,8 +154,8 @@ def delete(context: Context, machine: str, *, force: bool = False) -> None:
     row = context.row(machine)
     folder = context.folder(row)
     if not folder.root.exists():
-        if row.operation == "create" and row.operator is not None and row.operator.alive():
-            raise Busy(row.name, "create")
+        if row.operation in reconcile.MAKING and row.operator is not None and row.operator.alive():
+            raise Busy(row.name, row.operation)
         # Something took the folder away; the lock still needs one.
         _make_folder(context, row)
     with ExitStack() as stack:
@@ -143,7 +170,7 @@ def delete(context: Context, machine: str, *, force: bool = False) -> None:
                 check(fresh.name, fresh.state, "delete")
         if fresh is None:
             dying.close()
-            reconcile.remove_tree(folder.root)
+            removal.remove_tree(folder.root)
             return
         try:
             context.records.update(row.id, durable=row.owner is None, operation="delete", operator=Who.me())
@@ -153,7 +180,7 @@ def delete(context: Context, machine: str, *, force: bool = False) -> None:
             # hold a removed file for a second, until it has taken down the dead engine's mounts.
             with suppress(OSError):
                 os.truncate(folder.disk, 0)
-            reconcile.remove_tree(folder.root)
+            removal.remove_tree(folder.root)
         dying.close()
         reconcile.erase(context, fresh)
 

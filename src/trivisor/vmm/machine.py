@@ -19,13 +19,17 @@ from trivisor.core.errors import NotFound, WaitTimeout
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.state import State, check
 from trivisor.images.catalog import Image
+from trivisor.images.disks.formats import Format
+from trivisor.images.disks.headers import Header
 from trivisor.images.pack import PackedLayer
 from trivisor.vmm import commit, life, limits, logs, memory, modify, network, reconcile, watch
 from trivisor.vmm.context import Context
 from trivisor.vmm.devices import MachineDevices
+from trivisor.vmm.disks import Disks
 from trivisor.vmm.engine import Progress
 from trivisor.vmm.modify import Plan
 from trivisor.vmm.records import Row
+from trivisor.vmm.snapshots.machine import Freezable
 from trivisor.vos import guest
 from trivisor.vos.capture import Sink, Stdin
 from trivisor.vos.devices.service import Devices
@@ -58,20 +62,15 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     """The guest's own figures (PROTOCOL.md, stats), to be believed as far as the guest is; empty while paused."""
 
 
-class Machine:
+class Machine(Freezable):
     """One machine of a home. Got from VMM.create, run, get and list. Thread-safe, and usable after a fork."""
 
     def __init__(self, context: Context, row: Row) -> None:
-        self._context = context
-        self._first = row
+        super().__init__(context, row)
         self._folder = context.folder(row)
         self._deleted_at_exit = False
 
     # -- what it is -------------------------------------------------------------------------------
-
-    @property
-    def id(self) -> str:
-        return self._first.id
 
     @property
     def name(self) -> str:
@@ -117,7 +116,11 @@ class Machine:
         life.pause(self._context, self.id)
 
     def resume(self) -> None:
-        """Let it go on. Raises InvalidState, Busy, OverBudget, EngineError."""
+        """Let it go on, from a pause or from a suspend. Raises InvalidState, Busy, OverBudget, EngineError; of a suspended one what start
+        raises."""
+        if self.state is State.SUSPENDED:
+            network.started(self._context, life.start(self._context, self.id, lambda _: None, "resume"))
+            return
         life.resume(self._context, self.id)
 
     def stop(self, timeout: float = 10.0) -> None:
@@ -181,6 +184,19 @@ class Machine:
         `without` are paths that are left out; no file in it is newer than `latest` (seconds since the epoch). Raises what `commit` raises.
         """
         return commit.layer(self._context, self.id, Path(target), without=without, latest=latest)
+
+    def export_disk(
+        self,
+        path: str | os.PathLike[str],
+        format: Format | None = None,  # noqa: A002 - what it is
+        *,
+        device: str = "",
+        size: int | str | None = None,
+        progress: Progress | None = None,
+    ) -> Header:
+        """Write its root with all that it wrote, or with `device` a disk that it was given, to a disk image: Disks.export_machine."""
+        told = progress or (lambda _: None)
+        return Disks(self._context).export_machine(self.id, path, format, device=device, size=size, progress=told)
 
     # -- what runs in it --------------------------------------------------------------------------
 

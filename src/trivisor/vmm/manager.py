@@ -34,6 +34,8 @@ from trivisor.vmm.engines.vm.engine import VmEngine
 from trivisor.vmm.keywords import Keywords, RunKeywords
 from trivisor.vmm.machine import Machine
 from trivisor.vmm.records import Records, Row
+from trivisor.vmm.snapshots import begun
+from trivisor.vmm.snapshots.service import Snapshots
 from trivisor.vmm.volumes import Volumes
 from trivisor.vos.syscalls.compile import compile_exec
 from trivisor.vos.syscalls.policy import Policy
@@ -102,13 +104,33 @@ class VMM:
         """The named volumes of the home."""
         return Volumes(self._context.home, self._context.records.rows)
 
-    def create(self, image: str, *, name: str | None = None, wall: str = "auto", **keywords: Unpack[Keywords]) -> Machine:
+    @property
+    def snapshots(self) -> Snapshots:
+        """The snapshots of the home's machines."""
+        return Snapshots(self._context)
+
+    def create(
+        self, image: str = "", *, snapshot: str | None = None, name: str | None = None, wall: str = "auto", **keywords: Unpack[Keywords]
+    ) -> Machine:
         """Make a machine from an image, without starting it. `keywords`: the fields of core.spec.Spec.
+
+        Or from a `snapshot` ("web@ready"): its first start goes on where that stands, or, if that is without memory, begins with its files.
+        It is then on that one's wall, and what it is asked to be can be changed in part (vmm/snapshots/begun.py).
 
         `syscalls` may be a Policy: its rules and paths are the machine's, its handlers answer the commands that this process starts.
 
-        Raises InvalidSpec, NotFound (image), AlreadyExists (name), UnsupportedByWall, HostLacks, OverBudget, StorageError.
+        Raises InvalidSpec, NotFound (image, snapshot), AlreadyExists (name), UnsupportedByWall, HostLacks, OverBudget, StorageError.
         """
+        if snapshot is None and not image:
+            hint = 'create("debian"), or create(snapshot="web@ready")'
+            raise InvalidSpec("a machine is made from an image or from a snapshot", hint=hint)
+        if snapshot is not None:
+            if image:
+                raise InvalidSpec("a snapshot has its image", hint="give one of the two")
+            return Machine(self._context, begun.create(self._context, snapshot, name, wall, {**keywords}))
+        return self._create(image, name, wall, keywords)
+
+    def _create(self, image: str, name: str | None, wall: str, keywords: Keywords) -> Machine:
         chosen = self._wall(wall)
         spec: dict[str, Any] = {**keywords}
         wishes = Spec.make(image=image, name=names.readable() if name is None else name, wall=chosen, **spec)
@@ -133,13 +155,16 @@ class VMM:
                     raise
         raise AssertionError("unreachable")
 
-    def run(self, image: str, *, progress: Progress | None = None, **keywords: Unpack[RunKeywords]) -> Machine:
-        """Make and start a machine that ends with this process, and is deleted when the `with` that it is used in ends.
+    def run(
+        self, image: str = "", *, snapshot: str | None = None, progress: Progress | None = None, **keywords: Unpack[RunKeywords]
+    ) -> Machine:
+        """Make and start a machine, from an image or a snapshot. It ends with this process, and is deleted when the `with` that it is used
+        in ends.
 
         Raises what create and start raise; nothing is left then.
         """
         given: RunKeywords = {"lifetime": "process", **keywords}
-        machine = self.create(image, **given)
+        machine = self.create(image, snapshot=snapshot, **given)
         try:
             machine.start(progress=progress)
         except BaseException:

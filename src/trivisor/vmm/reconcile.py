@@ -11,30 +11,31 @@ All of it happens under the machine's lock, so it never meets an operation of a 
 from __future__ import annotations
 
 import contextlib
-import errno
-import shutil
 import signal
 import stat
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from trivisor.core import process
-from trivisor.core.errors import Busy, EngineError, HostError, StorageError
+from trivisor.core.errors import Busy, HostError, StorageError
 from trivisor.core.paths import MachineDir
 from trivisor.core.state import State
-from trivisor.launch import ids, keeper
+from trivisor.launch import keeper
 from trivisor.launch.net import networks
 from trivisor.vmm import fired, limits, locks, plugged
 from trivisor.vmm.context import Context, pin_owner
 from trivisor.vmm.records import Row
+from trivisor.vmm.removal import remove_tree
+from trivisor.vmm.snapshots import keeping
 from trivisor.vos.devices import endpoint
 
-_BY_HAND = "remove it by hand, then delete again"
 LIVE = (State.RUNNING, State.PAUSED)
+MAKING = ("create", "clone")
+"""Operations before whose end there is no machine."""
+STARTING = ("start", "resume", "restore")
 _PANIC = b"Kernel panic"
 _OOM = "out of memory"
 """Also the keeper's word for it."""
@@ -59,9 +60,9 @@ def settle_held(context: Context, machine: str) -> Row | None:
     row = context.records.row(machine)
     if row is None:
         return None
-    if row.operation == "create" and row.operator is not None and row.operator.alive():
-        # Between its row and its lock, or taking back a failed create: not ours to touch.
-        raise Busy(row.name, "create")
+    if row.operation in MAKING and row.operator is not None and row.operator.alive():
+        # Between its row and its lock, taking back a failed create, or waiting for its brothers: not ours to touch.
+        raise Busy(row.name, row.operation)
     if row.owner is not None and not row.owner.alive():
         erase(context, row, "deleted", "the process that it belonged to ended")
         return None
@@ -85,6 +86,7 @@ def erase(context: Context, row: Row, kind: str = "deleted", detail: str = "") -
     context.images.unpin(pin_owner(row.id))
     context.disks.unpin(pin_owner(row.id))
     context.records.remove(row, (kind, detail))
+    keeping.release(context, keeping.needed(row))
 
 
 def ended(context: Context, row: Row) -> Row | None:
@@ -95,7 +97,7 @@ def ended(context: Context, row: Row) -> Row | None:
     verdict = judge(keeper.ended(folder), rebooted=rebooted, panic=_panic(folder) or fired.killed(folder, row.started), killed=killed)
     clear_sockets(folder)
     _leave(context, row)
-    return _put_right(
+    done = _put_right(
         context,
         row,
         (verdict.state.value, verdict.reason),
@@ -106,7 +108,11 @@ def ended(context: Context, row: Row) -> Row | None:
         operation="",
         operator=None,
         granted=0,
+        ice="",
     )
+    if row.ice:
+        keeping.release(context, {row.ice})
+    return done
 
 
 def _put_right(context: Context, row: Row, event: tuple[str, str], **changes: Any) -> Row | None:
@@ -154,32 +160,6 @@ def judge(ending: keeper.Exit | None, *, rebooted: bool, panic: str, killed: boo
     return Verdict(State.FAILED, None, f"its engine {how} {ending.value}", at)
 
 
-def remove_tree(path: Path) -> None:
-    """Remove a folder with all that is in it; that it is gone already is no error. Raises StorageError.
-
-    A machine may have left folders that nobody may enter, files of ids that only a user namespace has, or a tree deeper than
-    Python's stack: what shutil cannot do is left to rm(1), which is root where those ids are.
-    """
-    for _ in range(3):
-        try:
-            shutil.rmtree(path)
-        except FileNotFoundError:
-            # Another process may be removing the same tree: what matters is that nothing is left.
-            if not path.exists():
-                return
-        except (PermissionError, RecursionError):
-            break
-        except OSError as error:
-            if error.errno != errno.ENOTEMPTY:  # else something was still written beside us: once more, and then by rm(1)
-                raise StorageError(f"{path} cannot be removed: {error.strerror}", hint=_BY_HAND) from error
-        else:
-            return
-    try:
-        ids.remove_tree(path)
-    except EngineError as error:
-        raise StorageError(f"{path} cannot be removed: {error.output.strip()[-200:]}", hint=_BY_HAND) from error
-
-
 def clear_sockets(folder: MachineDir) -> None:
     """Remove the sockets that a dead keeper and engine left in a machine's folder."""
     with contextlib.suppress(FileNotFoundError):
@@ -206,20 +186,35 @@ def _doubtful(context: Context, row: Row) -> bool:
 def _recover(context: Context, row: Row) -> Row | None:
     """Take back, or finish, the operation whose process died. The machine's lock is held."""
     folder = context.folder(row)
-    if row.operation in ("create", "delete"):
+    if row.operation in (*MAKING, "delete"):
         erase(context, row, "swept", f"{row.operation} was cut short")
         return None
-    state = row.state
-    if row.operation == "start":
+    state, ice = row.state, row.ice
+    if row.operation in STARTING and row.state not in LIVE:
         # The record of a start is its last step, so whatever runs now was never reported as running.
-        keeper.kill(folder)
-        limits.close(context, row)
-        clear_sockets(folder)
-        _leave(context, row)
+        end(context, row)
     elif keeper.alive(folder):
         state = standing(context, row)
+        ice = ""
+    elif row.operation == "suspend" and row.ice and row.boot_id == process.boot_id() and keeping.settle(context, row.ice):
+        # Its end was the last step of its freezing: whoever was to write that down died.
+        end(context, row)
+        state = State.SUSPENDED
     granted = row.granted if state is State.RUNNING else 0
-    return _put_right(context, row, ("swept", f"{row.operation} was cut short"), state=state, operation="", operator=None, granted=granted)
+    said = ("swept", f"{row.operation} was cut short")
+    done = _put_right(context, row, said, state=state, operation="", operator=None, granted=granted, ice=ice)
+    if ice != row.ice:
+        keeping.release(context, {row.ice})
+    return done
+
+
+def end(context: Context, row: Row) -> None:
+    """Clear away what ran of a life that nobody was told of."""
+    folder = context.folder(row)
+    keeper.kill(folder)
+    limits.close(context, row)
+    clear_sockets(folder)
+    _leave(context, row)
 
 
 def _settle_without_folder(context: Context, row: Row) -> Row | None:

@@ -33,27 +33,10 @@ from trivisor.core.events import Event
 from trivisor.core.process import Who
 from trivisor.core.spec import Spec
 from trivisor.core.state import State
+from trivisor.vmm.schema import MIGRATIONS
 
 KEPT_EVENTS = 5000
 BUSY_TIMEOUT = 15.0
-
-MIGRATIONS: tuple[tuple[str, ...], ...] = (
-    (
-        """CREATE TABLE machines (
-            id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, slot INTEGER NOT NULL UNIQUE, spec TEXT NOT NULL,
-            digest TEXT NOT NULL, state TEXT NOT NULL, operation TEXT NOT NULL DEFAULT '', operator TEXT NOT NULL DEFAULT '',
-            owner TEXT NOT NULL DEFAULT '', boot_id TEXT NOT NULL DEFAULT '', created REAL NOT NULL, started REAL, ended REAL,
-            status INTEGER, reason TEXT NOT NULL DEFAULT '', facts TEXT NOT NULL DEFAULT '{}') STRICT""",
-        """CREATE TABLE events (
-            id INTEGER PRIMARY KEY AUTOINCREMENT, time REAL NOT NULL, kind TEXT NOT NULL, machine TEXT NOT NULL,
-            name TEXT NOT NULL, detail TEXT NOT NULL) STRICT""",
-    ),
-    ("ALTER TABLE machines ADD COLUMN oom_kills INTEGER NOT NULL DEFAULT 0",),
-    (
-        "ALTER TABLE machines ADD COLUMN granted INTEGER NOT NULL DEFAULT 0",
-        "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
-    ),
-)
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,6 +68,12 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     """Processes that the host's kernel killed in its current or last life, because its memory limit was met."""
     granted: int = 0
     """Bytes that it holds of the home's memory budget (vmm/budget.py); 0 while it is paused or does not run, or if it began without one."""
+    base: str = ""
+    """The frozen machines (vmm/snapshots) that what it is made of may lie in, by their ids, with spaces between."""
+    ice: str = ""
+    """The frozen machine whose memory its next start goes on with."""
+    ancestor: str = ""
+    """The snapshot that was last taken of it, or that it was last made from."""
 
 
 _COLUMNS = Row.__struct_fields__
@@ -232,6 +221,18 @@ class Records:
         """Return a number that changes when another process changes something."""
         with self._connected() as connection:
             return int(connection.execute("PRAGMA data_version").fetchone()[0])
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """For other tables of this database. Raises StorageError."""
+        with self._connected() as connection:
+            yield connection
+
+    @contextmanager
+    def writing(self, *, durable: bool = False) -> Iterator[sqlite3.Connection]:
+        """The same, in a transaction of the `with`'s."""
+        with self._writing(durable=durable) as connection:
+            yield connection
 
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:

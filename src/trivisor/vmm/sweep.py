@@ -16,9 +16,10 @@ from trivisor.core.process import Who
 from trivisor.launch import keeper
 from trivisor.launch.net import host, networks
 from trivisor.store import workspace
-from trivisor.vmm import limits, locks, plugged, reconcile
+from trivisor.vmm import limits, locks, plugged, reconcile, removal
 from trivisor.vmm.context import Context
 from trivisor.vmm.records import Row
+from trivisor.vmm.snapshots import keeping
 
 
 def sweep(context: Context, *, deep: bool = False) -> list[str]:
@@ -38,6 +39,7 @@ def sweep(context: Context, *, deep: bool = False) -> list[str]:
     ids = {row.id for row in rows}
     for name in sorted(grouped - ids):
         _try(said, f"cgroup {name}", partial(limits.sweep, context, name))
+    _try(said, "snapshots", partial(keeping.sweep, context))
     _try(said, "tmp", partial(_tmp, context.home.tmp))
     for engine in context.engines.values():
         _try(said, f"{engine.wall} engine", partial(engine.sweep, context.home, ids))
@@ -56,7 +58,7 @@ def _members(context: Context) -> dict[str, set[str]]:
     """Return the machines that run or start on each named network that a machine has."""
     found: dict[str, set[str]] = {}
     for row in context.records.rows():
-        live = row.state in reconcile.LIVE or row.operation == "start"
+        live = row.state in reconcile.LIVE or row.operation in (*reconcile.STARTING, "clone")
         for network in (row.spec.network, *(link.network for link in plugged.links(context.folder(row).root))):
             found.setdefault(network, set()).update({row.name} if live else ())
     return found
@@ -108,7 +110,7 @@ def _folder(context: Context, name: str) -> list[str]:
         return []
     else:
         keeper.kill(folder)
-        reconcile.remove_tree(folder.root)
+        removal.remove_tree(folder.root)
     return [f"folder {name}: removed, no machine names it"]
 
 
@@ -120,7 +122,7 @@ def _tmp(tmp: Path) -> list[str]:
             continue
         path = tmp / name
         if path.is_dir() and not path.is_symlink():
-            reconcile.remove_tree(path)
+            removal.remove_tree(path)
         else:
             path.unlink(missing_ok=True)
         said.append(f"tmp {name}: removed, its maker ended")

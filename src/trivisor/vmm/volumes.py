@@ -11,7 +11,7 @@ from trivisor.core.errors import AlreadyExists, CallerError, NotFound, StorageEr
 from trivisor.core.paths import Home
 from trivisor.core.wishes import volume_name
 from trivisor.store import workspace
-from trivisor.vmm import reconcile
+from trivisor.vmm import removal
 from trivisor.vmm.records import Row
 from trivisor.vmm.shares import make, place
 
@@ -66,7 +66,7 @@ class Volumes:
                 raise NotFound(f"there is no volume {name}", hint="it was removed meanwhile") from error
             except OSError as error:
                 raise StorageError(f"{stored.path} cannot be removed: {error.strerror}") from error
-            reconcile.remove_tree(aside.path / "volume")
+            removal.remove_tree(aside.path / "volume")
 
     def _users(self) -> dict[str, builtins.list[str]]:
         users: dict[str, builtins.list[str]] = {}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from trivisor.launch import keeper
-from trivisor.vmm import reconcile
+from trivisor.vmm import removal
 from trivisor.vmm.machine import Machine
 from trivisor.vmm.manager import VMM
 
@@ -27,7 +27,7 @@ def test_a_file_that_comes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyP
         rmtree(path)
 
     monkeypatch.setattr(shutil, "rmtree", late)
-    reconcile.remove_tree(folder)
+    removal.remove_tree(folder)
     assert len(rounds) == 2
     assert not folder.exists()
 
