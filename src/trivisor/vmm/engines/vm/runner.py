@@ -66,6 +66,9 @@ class Work:
     name: str
     ram: Ram
     state: Path | None = None
+    incoming: Callable[[], None] | None = None
+    """Instead: gives a waiting QEMU its state from elsewhere and lets it run (migrating.py), in `patience` seconds."""
+    patience: float = 0.0
     root: Path | None = None
     """The image's squashfs; without it both disks are dummies."""
     disk: Path | None = None
@@ -79,6 +82,10 @@ class Work:
     owner: int | None = None
     ttl: float | None = None
     idle: float | None = None
+
+    @property
+    def boots(self) -> bool:
+        return self.state is None and self.incoming is None
 
 
 def run(setup: Setup, work: Work) -> keeper.Kept:
@@ -112,7 +119,8 @@ def run(setup: Setup, work: Work) -> keeper.Kept:
             setup.qemu.path,
             setup.shape,
             work.ram.memory,
-            boot=work.state is None,
+            boot=work.boots,
+            hold=work.incoming is not None,
             blank=work.root is None,
             places=places,
             name=work.name,
@@ -133,7 +141,7 @@ def run(setup: Setup, work: Work) -> keeper.Kept:
             owner=work.owner,
             ttl=work.ttl,
             idle=work.idle,
-            wait=BOOT_WAIT if work.state is None else CLONE_WAIT,
+            wait=BOOT_WAIT if work.boots else CLONE_WAIT + work.patience,
             begin=begin,
         )
     _note(work.place, kept.engine_pid)
@@ -171,6 +179,8 @@ def _note(place: MachineDir, pid: int) -> None:
 
 def _thaw(work: Work) -> None:
     """Give a waiting QEMU its state and let it run. Called when it has been started."""
+    if work.incoming is not None:
+        work.incoming()
     if work.state is None:
         return
     if work.ram.finish is not None:
@@ -201,7 +211,7 @@ def _binds(setup: Setup, work: Work, places: Places) -> Iterator[Bind]:
         yield Bind(Path(data), data, "ro")
     if setup.shape.accel == "kvm":
         yield Bind(Path("/dev/kvm"), "/dev/kvm", "rw,dev")
-    if work.state is None:
+    if work.boots:
         kernel, initramfs = _kernel(setup)
         yield Bind(kernel, places.kernel, "ro")
         yield Bind(initramfs, places.initramfs, "ro")
