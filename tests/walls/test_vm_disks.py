@@ -53,13 +53,18 @@ def node(machine: Machine, name: str) -> str:
     return found
 
 
-def test_a_disk_of_another_hypervisor_is_a_machines_disk(wall: Wall, vmm: VMM, running: Machine, disk: str) -> None:
+def test_a_disk_of_another_hypervisor_is_a_machines_disk(wall: Wall, vmm: VMM, running: Machine, disk: str, tmp_path: Path) -> None:
     """It is mounted and written to; the disk itself stays as it was, and what the machine wrote goes with its device."""
     attached = running.devices.attach(Disk(f"disk:{disk}"), "data")
     running.exec(f"mount {node(running, 'data')} /mnt && cat /mnt/hello && echo more > /mnt/more && umount /mnt", check=True)
     assert attached.plugged and vmm.disks.get(disk).machines == (running.name,)
     with pytest.raises(CallerError, match=running.name):
         vmm.disks.remove(disk)
+    assert running.export_disk(tmp_path / "now.raw", device="data").size == 16 * MIB
+    found = subprocess.run(["debugfs", "-R", "cat /more", tmp_path / "now.raw"], capture_output=True, text=True, check=True)
+    assert found.stdout == "more\n" and running.state.value == "running"
+    with pytest.raises(NotFound, match="no disk other"):
+        running.export_disk(tmp_path / "other.raw", device="other")
     running.devices.detach("data")
     assert vmm.disks.get(disk).machines == () and not list((vmm.home / "machines" / running.id / "disks").iterdir())
     running.devices.attach(Disk(f"disk:{disk}", readonly=True), "data")

@@ -8,12 +8,14 @@ import os
 from pathlib import Path
 
 from trivisor.core.devices import disk_name
-from trivisor.core.errors import CallerError, InvalidSpec
+from trivisor.core.errors import CallerError, InvalidSpec, NotFound
+from trivisor.core.units import parse_size
 from trivisor.images.disks import catalog, formats, qemuimg
 from trivisor.images.disks.catalog import StoredDisk
 from trivisor.images.disks.formats import Format
 from trivisor.images.disks.headers import Header
 from trivisor.images.disks.qemuimg import DEFAULT, Bounds, Progress
+from trivisor.vmm import diskout
 from trivisor.vmm.context import Context, pin_owner
 
 AnyPath = str | os.PathLike[str]
@@ -83,6 +85,34 @@ class Disks:
             source = qemuimg.open_source(self.get(name).path, "qcow2", bounds)
             to = formats.checked(format) if format is not None else None
             return catalog.write(source, Path(path), to, progress, bounds=bounds)
+
+    def export_machine(
+        self,
+        machine: str,
+        path: AnyPath,
+        format: Format | None = None,  # noqa: A002 - what it is
+        *,
+        device: str = "",
+        size: int | str | None = None,
+        bounds: Bounds = DEFAULT,
+        progress: Progress = _silent,
+    ) -> Header:
+        """Write the root of the machine with that name or id, image and all that it wrote, to the file `path`: a disk that an ext4 fills.
+
+        There is no partition table and nothing to boot from in it. It is `size` large ("10G"), by default as the machine's own disk, or
+        larger if need be. With `device` it is instead what a disk that it was given under that name holds now. The machine stands still
+        while its own part is read. Raises what Machine.commit raises, InvalidSpec, StorageError, EngineError, HostLacks.
+        """
+        context, to = self._context, formats.checked(format) if format is not None else None
+        found = context.records.find(machine)
+        if len(found) != 1:
+            raise NotFound(f"there is no machine {machine!r}", machine=machine, hint="`trivisor ps -a` lists those there are")
+        if device:
+            if size is not None:
+                raise InvalidSpec("a disk that a machine was given has a size of its own", hint="leave out the size")
+            return diskout.device(context, found[0].id, device, Path(path), to, bounds, progress)
+        wanted = parse_size(size, "size") if size is not None else None
+        return diskout.root(context, found[0].id, Path(path), to, wanted, bounds, progress)
 
     def remove(self, name: str) -> None:
         """Remove the disk. Raises NotFound, CallerError if a machine has it."""

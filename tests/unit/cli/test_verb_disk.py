@@ -47,6 +47,8 @@ def test_what_goes_wrong_is_said(cli: Cli, raw: Path, tmp_path: Path) -> None:
     assert cli("disk", "export", "data", str(tmp_path / "out.zip")).status == 125
     assert cli("disk", "export", "none", str(tmp_path / "out.raw")).status == 125
     assert cli("disk", "rm", "none").status == 125
+    assert cli("disk", "export", "--size", "1G", "data", str(tmp_path / "out.raw")).status == 2
+    assert cli("disk", "export", "--machine", "none", str(tmp_path / "out.raw")).status == 125
     assert not (tmp_path / "out.zip").exists() and not (tmp_path / "out.raw").exists()
 
 

@@ -66,12 +66,24 @@ def import_(file: Path, name: str, kind: Any, quiet: bool, as_json: bool) -> Non
 @click.argument("name", type=DISK)
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--format", "kind", type=click.Choice(FORMATS), help="[default: by the file's name]")
+@click.option("--machine", is_flag=True, help="NAME is a machine: its root, with all that it wrote.")
+@click.option("--device", default="", metavar="DEVICE", help="Of that machine: what a disk that it was given holds now.")
+@click.option("--size", help="Of a machine's root.  [default: as its own disk, or larger if need be]")
 @_quiet
 @json_option
-def export(name: str, file: Path, kind: Any, quiet: bool, as_json: bool) -> None:
-    """Write a disk to a file for another hypervisor."""
+def export(name: str, file: Path, kind: Any, machine: bool, device: str, size: str | None, quiet: bool, as_json: bool) -> None:
+    """Write a disk to a file for another hypervisor.
+
+    With --machine a machine's root becomes one: a file system that fills it, with no partitions, and nothing in it to boot from.
+    """
+    if not machine and (device or size):
+        raise click.UsageError("--device and --size go with --machine", click.get_current_context(silent=True))
+    disks = open_vmm().disks
     with render.Steps(quiet=quiet) as steps:
-        made = open_vmm().disks.export(name, file, kind, progress=steps)
+        if machine:
+            made = disks.export_machine(name, file, kind, device=device, size=size, progress=steps)
+        else:
+            made = disks.export(name, file, kind, progress=steps)
     if as_json:
         render.emit({"file": str(file.absolute()), "format": made.format, "size": made.size})
     else:

@@ -60,11 +60,12 @@ DEFAULT = Bounds()
 
 @dataclass(frozen=True)
 class Source:
-    """A disk in a file; `below` is what a machine's own part of it, a qcow2, lies over."""
+    """A disk in a file; `below`: what a machine's own part of it, a qcow2, lies over; `shared`: an engine that stands still may have it."""
 
     path: Path
     header: Header
     below: Path | None = None
+    shared: bool = False
 
 
 def open_source(path: Path, kind: Format | None, bounds: Bounds = DEFAULT) -> Source:
@@ -95,7 +96,16 @@ def convert(
     except OSError as error:
         raise StorageError(f"{target} cannot be made: {error.strerror}") from error
     option = _OPTIONS.get("stream" if stream else to)
-    words = ["convert", "-p", "-O", _driver(to), *(["-o", option] if option else []), *_named(source), str(target)]
+    words = [
+        "convert",
+        "-p",
+        *(["-U"] if source.shared else []),
+        "-O",
+        _driver(to),
+        *(["-o", option] if option else []),
+        *_named(source),
+        str(target),
+    ]
     binds = [Bind(path, str(path), "ro") for path in (source.path, source.below) if path]
     what = f"{source.header.format} to {'streamed vmdk' if stream else to}"
     try:
