@@ -11,7 +11,7 @@
 #include "line.h"
 #include "loop.h"
 
-enum { GIVE_UP_MS = 60000, FIRST_MS = 5, MOST_MS = 200, DRAIN_MS = 1000 };
+enum { GIVE_UP_MS = 60000, FIRST_MS = 5, MOST_MS = 200, SOON_MS = 20, SOON_FOR_MS = 3000, DRAIN_MS = 1000 };
 
 static const char *number;
 static int64_t next, until, pause_ms;
@@ -59,7 +59,8 @@ bool dial_again(void) {
         close(fd);
     /* Nothing tells when a socket is listened on again. */
     next = now + pause_ms;
-    pause_ms = pause_ms * 2 < MOST_MS ? pause_ms * 2 : MOST_MS;
+    int64_t most = until - now > GIVE_UP_MS - SOON_FOR_MS ? SOON_MS : MOST_MS;
+    pause_ms = pause_ms * 2 < most ? pause_ms * 2 : most;
     return now < until;
 }
 

@@ -32,8 +32,9 @@ def run(
     input: bytes | None = None,  # noqa: A002 - subprocess's name for it
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
+    fds: Sequence[int] = (),
 ) -> bytes:
-    """Run `argv` to its end and return its standard output. Raises EngineError with the last output."""
+    """Run `argv` to its end, with the descriptors `fds`, and return its standard output. Raises EngineError with the last output."""
     command = [str(word) for word in argv]
     try:
         done = subprocess.run(
@@ -44,6 +45,7 @@ def run(
             timeout=timeout,
             env=env,
             cwd=cwd,
+            pass_fds=fds,
             check=False,
         )
     except FileNotFoundError as error:

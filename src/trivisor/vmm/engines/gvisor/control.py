@@ -24,16 +24,16 @@ class _State(msgspec.Struct):
 
 
 def pause(box: Box, command: Sequence[str]) -> None:
-    _inside(box, command, "pause", NAME)
+    inside(box, command, "pause", NAME)
 
 
 def resume(box: Box, command: Sequence[str]) -> None:
-    _inside(box, command, "resume", NAME)
+    inside(box, command, "resume", NAME)
 
 
 def paused(box: Box, command: Sequence[str]) -> bool:
     try:
-        return msgspec.json.decode(_inside(box, command, "state", NAME), type=_State).status == "paused"
+        return msgspec.json.decode(inside(box, command, "state", NAME), type=_State).status == "paused"
     except msgspec.DecodeError as error:
         raise EngineError(f"runsc's state cannot be read: {error}", machine=box.spec.name) from error
 
@@ -47,9 +47,10 @@ def engine(box: Box) -> int:
         line.close()
 
 
-def _inside(box: Box, command: Sequence[str], *verb: str) -> bytes:
-    """Run runsc in the namespaces of the machine's own. `command` is its argv up to the verb."""
-    enter = [find("nsenter", "util-linux"), "--target", str(engine(box)), "--user", "--mount", "--pid", "--net", "--ipc", "--uts"]
+def inside(box: Box, command: Sequence[str], *verb: str, pid: int = 0, fds: Sequence[int] = (), timeout: float = _TIMEOUT) -> bytes:
+    """Run runsc, with the descriptors `fds`, in the namespaces of the machine's own, whose pid may be known. `command` is its argv
+    up to the verb. Raises EngineError, GuestGone."""
+    enter = [find("nsenter", "util-linux"), "--target", str(pid or engine(box)), "--user", "--mount", "--pid", "--net", "--ipc", "--uts"]
     # Without root setgroups(2) is denied in there, which nsenter would call.
     enter += ["--preserve-credentials"] if os.geteuid() else []
-    return run([*enter, "--", *command, *verb], timeout=_TIMEOUT, env={"PATH": "/"})
+    return run([*enter, "--", *command, *verb], timeout=timeout, env={"PATH": "/"}, fds=fds)

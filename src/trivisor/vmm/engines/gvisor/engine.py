@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 from trivisor.core.errors import TrivisorError, UnsupportedByWall
 from trivisor.core.paths import Home
@@ -23,11 +24,14 @@ from trivisor.launch.container import Layer
 from trivisor.launch.ids import Shape
 from trivisor.launch.net import provide
 from trivisor.launch.net.provide import Net
-from trivisor.vmm import layers, procs
+from trivisor.vmm import frozen_layers, layers, procs
 from trivisor.vmm.engine import Box, Progress, Usage, WallReport
-from trivisor.vmm.engines.gvisor import bundle, control, door, jailed, probe, runsc
+from trivisor.vmm.engines.gvisor import bundle, control, door, freeze, jailed, probe, runsc
 from trivisor.vmm.engines.gvisor.jailed import Link, Sandbox
 from trivisor.vmm.engines.gvisor.runsc import Runsc
+from trivisor.vmm.freezer import Frozen
+from trivisor.vos import guest
+from trivisor.vos.line import Line
 from trivisor.vos.ports import MemoryPort, SyscallPort
 
 _WAIT = 60.0
@@ -73,10 +77,52 @@ class GvisorEngine:
         layers.make(box, layers.shape(box).ids(box.slot).owner)
 
     def start(self, box: Box, undo: Undo, progress: Progress) -> dict[str, str]:
+        return self._run(box, undo, None)
+
+    def freeze(
+        self, box: Box, into: Path, *, memory: bool, ends: bool = False, lasting: bool = True, quiesce: bool = False, progress: Progress
+    ) -> Frozen:
+        frozen_layers.possible(box)
+        if not memory:
+            return Frozen({}, freeze.layer(self, box, into, lasting=lasting))
+        found, paused, command = self._found()[0], self.paused(box), self._command(box)
+        if paused:
+            self.resume(box)  # its guest has to hang up
+        with Undo() as undo:
+            undo.add("pause", lambda: self.pause(box) if paused else None)
+            stood = freeze.whole(box, found, command, into, ends=ends, lasting=lasting)
+            if not ends and not freeze.goes_on(found):
+                began = time.monotonic()
+                self._run(box, undo, into)
+                stood += time.monotonic() - began
+            if paused and not ends:
+                self.pause(box)
+            undo.keep()
+        return Frozen(freeze.needs(found, self._chosen(found, layers.shape(box)), command), stood, {"runsc": found.version})
+
+    def fits(self, box: Box, needs: Mapping[str, str]) -> None:
+        found = self._found()[0]
+        freeze.fits(freeze.needs(found, self._chosen(found, layers.shape(box)), self._command(box)), needs, box.spec.name)
+
+    def thaw(self, box: Box, frozen: Path, *, other: bool, undo: Undo, progress: Progress) -> dict[str, str]:
+        self.refill(box, frozen, undo)
+        facts = self._run(box, undo, frozen)
+        line = Line.connect(box.dir.line, box.spec.name)
+        try:
+            # What else tells it apart from the frozen one is its root's, which the host lays there, and its interface's.
+            guest.configure(line, [("hostname", box.spec.name), ("hooks",)] if other else [("hooks",)])
+        finally:
+            line.close()
+        return facts
+
+    def refill(self, box: Box, frozen: Path, undo: Undo) -> None:
+        frozen_layers.give(box, layers.shape(box), frozen, undo)
+
+    def _run(self, box: Box, undo: Undo, frozen: Path | None) -> dict[str, str]:
+        """Run the machine from its beginning, or on from what it was frozen in, until its guest answers."""
         found, shape = self._found()[0], layers.shape(box)
         layers.check(box, shape)
-        verdict = probe.verdict(found, shape, self._home)
-        platform = self._platform or verdict.platform
+        platform = self._chosen(found, shape)
         begun = time.monotonic()
         with ExitStack() as stack:
             group = stack.enter_context(Cgroup.create(box.home, box.id, Limits.of(box.spec)))
@@ -87,7 +133,7 @@ class GvisorEngine:
             net = stack.enter_context(provide.provide(box.home, box.dir, box.id, box.slot, box.spec, "veth", undo, log=log))
             undo.add("sandbox", lambda: keeper.kill(box.dir))
             listener = stack.enter_context(door.bind(box.dir, shape.ids(box.slot).owner))
-            sandbox = _sandbox(box, found, platform, shape, group, net, log, stack.enter_context(layers.ready(box)))
+            sandbox = _sandbox(box, found, platform, shape, group, net, log, stack.enter_context(layers.ready(box)), frozen)
             keeper.spawn(
                 box.dir,
                 processes=[*net.processes, keeper.Process("runsc", jailed.plan(sandbox))],
@@ -142,14 +188,19 @@ class GvisorEngine:
     def _command(self, box: Box) -> list[str]:
         """Return runsc's argv up to its verb, as the machine was started with it."""
         found, shape = self._found()[0], layers.shape(box)
-        platform = self._platform or probe.verdict(found, shape, self._home).platform
-        return jailed.command(found, platform, shape.ids(box.slot), network=box.spec.network != "none")
+        return jailed.command(found, self._chosen(found, shape), shape.ids(box.slot), network=box.spec.network != "none")
+
+    def _chosen(self, found: Runsc, shape: Shape) -> str:
+        """Return the platform that machines get."""
+        return self._platform or probe.verdict(found, shape, self._home).platform
 
     def _found(self) -> tuple[Runsc, Shape]:
         return runsc.inspect(runsc.locate(self._path), self._home), ids.probe(self._home.root)
 
 
-def _sandbox(box: Box, found: Runsc, platform: str, shape: Shape, group: Cgroup, net: Net, log: int, lies: Sequence[Layer]) -> Sandbox:
+def _sandbox(
+    box: Box, found: Runsc, platform: str, shape: Shape, group: Cgroup, net: Net, log: int, lies: Sequence[Layer], frozen: Path | None
+) -> Sandbox:
     spec = box.spec
     shared = layers.volumes(spec)
     volumes = [bundle.Shared(bind.target, spec.volumes[bind.target].readonly) for bind in shared]
@@ -159,7 +210,8 @@ def _sandbox(box: Box, found: Runsc, platform: str, shape: Shape, group: Cgroup,
         ids=shape.ids(box.slot),
         namespaces=shape.namespaces,
         config=bundle.config(hostname=spec.name, memory=spec.memory, env=spec.env, volumes=volumes),
-        tvinit=tvinit.path(),
+        tvinit=frozen / freeze.TVINIT if frozen else tvinit.path(),
+        frozen=frozen / freeze.MEMORY if frozen else None,
         log=log,
         memory=spec.memory,
         door=door.folder(box.dir),

@@ -25,6 +25,7 @@ from trivisor.vmm.engines.gvisor.runsc import Runsc
 PROGRAM = "/runsc"
 STATE = "/run"
 _BUNDLE = "/box/bundle"
+_FROZEN = "/box/frozen"
 NAME = "machine"
 KVM = "/dev/kvm"
 _HOSTS_ALONE = "/proc/sys/net/core"
@@ -66,6 +67,8 @@ class Sandbox:
     tvinit: Path
     log: int
     memory: int
+    frozen: Path | None = None
+    """The folder of a checkpoint that it goes on from, instead of beginning."""
     door: Path | None = None
     """The folder with the bound socket that tvinit calls; None in a trial."""
     layers: Sequence[Layer] = ()
@@ -119,7 +122,8 @@ def command(runsc: Runsc, platform: str, ids: Ids, *, network: bool = False) -> 
 def plan(s: Sandbox) -> Plan:
     """Return the plan that runs the machine. The order is PROTOCOL.md's; nothing is looked at."""
     argv = command(s.runsc, s.platform, s.ids, network=s.link is not None or bool(s.outward))
-    return (*_outside(s), *_files(s), *_root(s), ("pivot",), *_confined(s), ("exec", *argv, "run", "--bundle", _BUNDLE, NAME))
+    verb = ["restore", "--image-path", _FROZEN] if s.frozen is not None else ["run"]
+    return (*_outside(s), *_files(s), *_root(s), ("pivot",), *_confined(s), ("exec", *argv, *verb, "--bundle", _BUNDLE, NAME))
 
 
 def _outside(s: Sandbox) -> Iterator[Op]:
@@ -153,6 +157,8 @@ def _files(s: Sandbox) -> Iterator[Op]:
     # A /proc of which something is hidden lets nobody mount another, as the Sentry does; this one does.
     yield ("mount", "proc", "proc", _WHOLE_PROC, "rw", "")
     yield ("bind", str(s.tvinit), f"{bundle.GUEST}/tvinit", "ro,exec")
+    if s.frozen is not None:
+        yield ("bind", str(s.frozen), _FROZEN, "ro")
     if s.door is not None:
         yield ("bind", str(s.door), f"{bundle.GUEST}/{bundle.DOOR}", "ro")
 

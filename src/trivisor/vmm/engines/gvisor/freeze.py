@@ -1,0 +1,222 @@
+"""Freeze and clone of a sandbox: `runsc checkpoint` and `runsc restore`, in the machine's jail (vmm/freezer.py).
+
+What is frozen: the Sentry's whole state (memory/), the writable layer of the same instant (frozen_layers.py), and the tvinit that runs in
+it, which a later one cannot stand in for (memory/tvinit).
+
+The line has to be down meanwhile, since the Sentry cannot save a socket of the host's. The door is taken away and tvinit told to hang
+up; it calls again until there is a door, which after a restore is the new keeper's. Commands go on; who listened to them is let go.
+
+A runsc that goes on by itself after a checkpoint is paused for it and for the copy of the layer. One that does not (that of 2022) ends
+with it, and the machine is restored from what was frozen at once, with another keeper.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from trivisor.core.errors import EngineError, GuestError, HostLacks, StorageError
+from trivisor.launch import keeper, tvinit
+from trivisor.vmm import frozen_layers, layers, watch
+from trivisor.vmm.engine import Box, Engine
+from trivisor.vmm.engines.gvisor import control, door, jailed
+from trivisor.vmm.engines.gvisor.runsc import Runsc
+from trivisor.vos import guest
+from trivisor.vos.line import Line
+
+MEMORY = "memory"
+TVINIT = "tvinit"
+_HANGS_UP = 10.0
+_BACK = 20.0
+_ENDS = 30.0
+_SAVE = 300.0
+_SYNC = 60.0
+_POLL = 0.001
+_GOES_ON = "TESTONLY-autosave-resume"
+"""An option of every runsc that `checkpoint --leave-running` leaves running; those before end, and start another."""
+
+
+def goes_on(found: Runsc) -> bool:
+    """Whether a machine of this runsc runs on by itself after it was frozen."""
+    return _GOES_ON in found.options
+
+
+def whole(box: Box, found: Runsc, command: Sequence[str], into: Path, *, ends: bool, lasting: bool) -> float:
+    """Freeze a running machine with its memory, and return the seconds that it did not run until it does again or this returned.
+
+    It has ended with `ends`, and where not `goes_on`. If this fails it runs as before, unless runsc itself ended it.
+    """
+    shape = layers.shape(box)
+    engine = control.engine(box)
+    state = _begin(into, shape.ids(box.slot).owner)
+    stays = goes_on(found) and not ends
+    words = [*(["--leave-running"] if stays else []), *(["--compression=none"] if goes_on(found) else [])]
+    with ExitStack() as stack:
+        settled = stack.enter_context(_layer(box, engine))
+        stack.enter_context(_hung_up(box, stays))
+        place = os.open(state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        stack.callback(os.close, place)
+        began = time.monotonic()
+        if stays:
+            control.pause(box, command)
+            stack.callback(control.resume, box, command)
+            # Before it is resumed: its guest has been looking for the door since it hung up, and may look but once more.
+            stack.callback(door.unshut, box.dir)
+        # The folder is entered by its descriptor: it lies in no namespace of the machine's.
+        saved = f"/proc/self/fd/{place}"
+        control.inside(box, command, "checkpoint", "--image-path", saved, *words, jailed.NAME, pid=engine, fds=[place], timeout=_SAVE)
+        if not stays and not watch.wait_ended(box.dir, _ENDS):
+            raise EngineError("its sandbox did not end with its checkpoint", machine=box.spec.name)
+        settled()
+        frozen_layers.keep(box, shape, into, lasting=lasting)
+        _end(into, state, lasting=lasting)
+    return time.monotonic() - began
+
+
+def layer(engine: Engine, box: Box, into: Path, *, lasting: bool) -> float:
+    """Freeze the writable layer alone, and return the seconds for which the machine, which may run, stood still for that."""
+    runs = keeper.alive(box.dir) and not engine.paused(box)
+    began = time.monotonic()
+    with ExitStack() as stack:
+        root = stack.enter_context(_layer(box, control.engine(box))) if keeper.alive(box.dir) else lambda: None
+        if runs:
+            # The Sentry holds back what was written.
+            line = Line.connect(box.dir.line, box.spec.name)
+            stack.callback(line.close)
+            guest.configure(line, [("sync",)], _SYNC)
+            began = time.monotonic()
+            engine.pause(box)
+            stack.callback(engine.resume, box)
+        root()
+        frozen_layers.keep(box, layers.shape(box), into, lasting=lasting)
+    return time.monotonic() - began if runs else 0.0
+
+
+def needs(found: Runsc, platform: str, command: Sequence[str]) -> dict[str, str]:
+    """Return what a host must have to restore what is frozen with this runsc."""
+    network = next((word.partition("=")[2] for word in command if word.startswith("--network=")), "")
+    return {"runsc": found.version, "platform": platform, "network stack": network, "processor": _processor()}
+
+
+def fits(here: Mapping[str, str], needed: Mapping[str, str], machine: str) -> None:
+    """Raise HostLacks if this host is not what is needed."""
+    for what, wanted in needed.items():
+        has = here.get(what, "")
+        if what == "processor":
+            lacks = sorted(set(wanted.split()) - set(has.split()))
+            wanted, has = " ".join(lacks), "" if lacks else " ".join(lacks)
+        if wanted != has:
+            raise HostLacks(
+                f"it was frozen with {what} {wanted}, and here is {has or 'none'}",
+                machine=machine,
+                hint="a checkpoint is read by the very runsc that wrote it ($TRIVISOR_RUNSC), on a processor with the same features",
+            )
+
+
+def _processor() -> str:
+    """Return the features of the processors here that programs see."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return " ".join(sorted(value.split()))
+    return ""
+
+
+def _begin(into: Path, owner: tuple[int, int]) -> Path:
+    """Make the folder that runsc, who is `owner`, writes in, and keep the tvinit that runs."""
+    state = into / MEMORY
+    try:
+        state.mkdir(mode=0o700)
+        shutil.copyfile(tvinit.path(), into / TVINIT)
+        (into / TVINIT).chmod(0o755)
+        if owner != (os.geteuid(), os.getegid()):
+            os.chown(state, *owner)
+    except OSError as error:
+        raise StorageError(f"{state} cannot be made: {error.strerror}", hint="free space under the home") from error
+    return state
+
+
+def _end(into: Path, state: Path, *, lasting: bool) -> None:
+    """Have what runsc wrote be ours and changed by nobody."""
+    try:
+        for file in [*state.iterdir(), state]:
+            if os.geteuid() == 0:
+                os.chown(file, 0, 0)
+            file.chmod(0o755 if file is state else 0o444)
+        for file in [*state.iterdir(), state, into / TVINIT, into] if lasting else []:
+            fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+    except OSError as error:
+        raise StorageError(f"{state} cannot be written: {error.strerror}", hint="free space under the home") from error
+
+
+@contextmanager
+def _hung_up(box: Box, stays: bool) -> Iterator[None]:
+    """Have the line down while the `with` lasts, and up again after it if the machine `stays` or the `with` failed."""
+    machine = box.spec.name
+    line = Line.connect(box.dir.line, machine)
+    try:
+        door.shut(box.dir)
+        try:
+            guest.configure(line, [("away",)], _HANGS_UP)
+            _until(line, "0", _HANGS_UP, "its guest does not hang up")
+            # Our own streams are of the line before: the keeper lets us go at the next call.
+            yield
+        except BaseException:
+            stays = True
+            raise
+        finally:
+            door.unshut(box.dir)
+            if stays:
+                _back(box)
+    finally:
+        line.close()
+
+
+def _back(box: Box) -> None:
+    """Wait until the guest has called again. It has not if it ended."""
+    try:
+        line = Line.connect(box.dir.line, box.spec.name)
+    except GuestError:
+        return
+    try:
+        _until(line, "1", _BACK, "its guest does not call again")
+    finally:
+        line.close()
+
+
+def _until(line: Line, synced: str, timeout: float, fault: str) -> None:
+    """Wait until the keeper has a line to the guest, or none: it tells of that when asked alone."""
+    deadline = time.monotonic() + timeout
+    while line.keeper_info()["synced"] != synced:
+        if time.monotonic() > deadline:
+            raise EngineError(fault, machine=line.machine)
+        time.sleep(_POLL)
+
+
+@contextmanager
+def _layer(box: Box, engine: int) -> Iterator[Callable[[], None]]:
+    """Give what brings a disk of its own size up to date in its file. What is in a folder needs nothing."""
+    if not layers.sized(box.spec):
+        yield lambda: None
+        return
+    # Held open it stays mounted while it is copied, even if its machine ends.
+    root = os.open(f"/proc/{engine}/root/box/root", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield lambda: _sync(root)
+    finally:
+        os.close(root)
+
+
+def _sync(folder: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syncfs(folder) < 0:
+        raise StorageError(f"the disk cannot be written: {os.strerror(ctypes.get_errno())}")

@@ -1,0 +1,188 @@
+"""Freezing and thawing by runsc's checkpoint and restore, as the engine does it: each runsc, the same machine and another one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from machine_home import VmHome
+from missing import lacks
+from test_gvisor import BOUND, binaries
+
+from trivisor import VMM, Machine, State
+from trivisor.core.errors import HostLacks, UnsupportedByWall
+from trivisor.core.paths import Home
+from trivisor.core.undo import Undo
+from trivisor.launch import keeper
+from trivisor.vmm.engine import Box
+from trivisor.vmm.engines.gvisor.engine import GvisorEngine
+from trivisor.vmm.freezer import Freezer, Frozen
+
+STATE = """
+import os, socket, threading, time
+server = socket.create_server(("127.0.0.1", 0))
+near = socket.create_connection(server.getsockname())
+far = server.accept()[0]
+kept = open("/root/kept", "w+")
+def answer():
+    while True:
+        far.sendall(far.recv(100).upper())
+threading.Thread(target=answer, daemon=True).start()
+os.mkfifo("/run/ask")
+os.mkfifo("/run/say")
+n = 0
+names = {}
+while True:
+    with open("/run/ask") as ask, open("/run/say", "w") as say:
+        for line in ask:
+            n += 1
+            near.sendall(line.encode())
+            kept.write(line)
+            kept.flush()
+            exec(line, names)
+            print(n, near.recv(100).decode().strip(), os.path.getsize("/root/kept"), names.get("x"), file=say)
+"""
+"""A counter, an open file, a connection and what a REPL holds, asked through a pipe."""
+
+
+def box(machine: Machine) -> Box:
+    return machine._context.box(machine._context.row(machine.id))
+
+
+def ask(machine: Machine, line: str) -> str:
+    return machine.exec(["sh", "-c", 'echo "$1" > /run/ask & cat /run/say', "-", line], timeout=BOUND).text.strip()
+
+
+@contextmanager
+def machines(root: Path, binary: str | None = None) -> Iterator[tuple[VMM, GvisorEngine]]:
+    engine = GvisorEngine(Home(root), binary)
+    with VMM(root, engines=[engine]) as vmm:
+        try:
+            yield vmm, engine
+        finally:
+            for machine in vmm.list():
+                machine.delete(force=True)
+
+
+def busy(vmm: VMM, **spec: object) -> Machine:
+    """A machine in which the program runs, asked once."""
+    machine = vmm.create("debian", wall="gvisor", **spec)  # type: ignore[arg-type]
+    machine.start()
+    machine.files.write("/root/state.py", STATE.encode())
+    machine.spawn(["python3", "/root/state.py"], detach=True)
+    machine.exec("until test -p /run/say; do sleep 0.01; done", timeout=BOUND, check=True)
+    assert ask(machine, "x = 41") == "1 X = 41 7 41"
+    return machine
+
+
+def frozen(engine: GvisorEngine, machine: Machine, into: Path, **how: bool) -> Frozen:
+    into.mkdir()
+    done = engine.freeze(box(machine), into, **{"memory": True, **how}, progress=print)  # type: ignore[arg-type]
+    machine._context.lines.drop(machine.id)
+    return done
+
+
+def thawed(engine: GvisorEngine, machine: Machine, into: Path, *, other: bool) -> None:
+    with Undo() as undo:
+        engine.thaw(box(machine), into, other=other, undo=undo, progress=print)
+        undo.keep()
+    machine._context.records.update(machine.id, state=State.RUNNING)
+
+
+@pytest.fixture(autouse=True)
+def available(wall_home: VmHome) -> None:
+    with VMM(wall_home.root) as vmm:
+        report = next(report for report in vmm.walls() if report.wall == "gvisor")
+    if not report.available:
+        lacks(f"needs the gvisor wall: {report.why} ({report.remedy})")
+
+
+@pytest.mark.parametrize("binary", binaries())
+def test_what_runs_goes_on_in_it_and_in_another(wall_home: VmHome, tmp_path: Path, binary: str) -> None:
+    into = tmp_path / "frozen"
+    with machines(wall_home.root, binary) as (vmm, engine):
+        parent = busy(vmm, name="parent")
+        parent.exec(
+            "rm /etc/issue; mkdir -p /etc/trivisor/after-clone.d; printf '#!/bin/sh\\necho again >> /root/hooked' > "
+            "/etc/trivisor/after-clone.d/1; chmod +x /etc/trivisor/after-clone.d/1",
+            check=True,
+        )
+        said = frozen(engine, parent, into)
+        assert isinstance(engine, Freezer) and 0 < said.paused < BOUND
+        assert ask(parent, "x += 1") == "2 X += 1 14 42"
+        child = vmm.create("debian", wall="gvisor", name="child")
+        engine.fits(box(child), said.needs)
+        thawed(engine, child, into, other=True)
+        assert ask(child, "x += 2") == "2 X += 2 14 43"
+        assert child.exec("hostname; cat /etc/hostname").text == "child\nchild\n"
+        assert child.exec("cat /etc/machine-id").text != parent.exec("cat /etc/machine-id").text
+        assert not child.files.exists("/etc/issue")
+        assert child.files.read_text("/root/hooked") == "again\n"
+        assert not parent.files.exists("/root/hooked")
+        random = "head -c 16 /dev/urandom | od -A n -t x1"
+        assert child.exec(random).text != parent.exec(random).text
+        assert abs(float(child.exec("date +%s.%N").text) - time.time()) < 5
+        child.stop()
+        child.start()  # its layer is its own
+        assert child.files.read_text("/root/kept") == "x = 41\nx += 2\n"
+
+
+def test_one_that_ends_goes_on_where_it_was(wall_home: VmHome, tmp_path: Path) -> None:
+    into = tmp_path / "frozen"
+    with machines(wall_home.root) as (vmm, engine):
+        machine = busy(vmm)
+        machine.pause()
+        frozen(engine, machine, into, ends=True)
+        assert not keeper.alive(box(machine).dir)
+        thawed(engine, machine, into, other=False)
+        assert ask(machine, "x += 1") == "2 X += 1 14 42"
+
+
+def test_one_that_is_paused_still_is(wall_home: VmHome, tmp_path: Path) -> None:
+    with machines(wall_home.root) as (vmm, engine):
+        machine = busy(vmm)
+        machine.pause()
+        frozen(engine, machine, tmp_path / "frozen")
+        assert machine.state is State.PAUSED and engine.paused(box(machine))
+        machine.resume()
+        assert ask(machine, "x += 1") == "2 X += 1 14 42"
+
+
+def test_files_alone(wall_home: VmHome, tmp_path: Path) -> None:
+    """Of a running machine, into one with a disk of another shape; and of one that is stopped."""
+    into, again = tmp_path / "frozen", tmp_path / "again"
+    with machines(wall_home.root) as (vmm, engine):
+        machine = vmm.create("debian", wall="gvisor")
+        machine.start()
+        machine.files.write("/root/note", b"first")
+        machine.exec("rm -r /opt; mkdir /opt; chown 1234:77 /root/note; ln -s /root/note /opt/link", check=True)
+        frozen(engine, machine, into, memory=False)
+        machine.files.write("/root/note", b"second")
+        machine.stop()
+        frozen(engine, machine, again, memory=False)
+        child = vmm.create("debian", wall="gvisor")
+        for folder, note in ((into, "first"), (again, "second")):
+            with Undo() as undo:
+                engine.refill(box(child), folder, undo)
+                undo.keep()
+            child.start()
+            assert child.files.read_text("/opt/link") == note
+            assert child.exec("stat -c %u:%g /root/note; ls /opt").text == "1234:77\nlink\n"
+            child.stop()
+
+
+def test_refused(wall_home: VmHome, tmp_path: Path) -> None:
+    into = tmp_path / "frozen"
+    with machines(wall_home.root) as (vmm, engine):
+        machine = vmm.create("debian", wall="gvisor", disk="ram")
+        machine.start()
+        with pytest.raises(UnsupportedByWall):
+            frozen(engine, machine, into)
+        assert machine.exec("echo here").text == "here\n"
+        with pytest.raises(HostLacks, match="runsc other"):
+            engine.fits(box(machine), {"runsc": "other"})
+        with pytest.raises(HostLacks, match="processor warp"):
+            engine.fits(box(machine), {"processor": "warp"})
