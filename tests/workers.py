@@ -28,6 +28,8 @@ _TOGETHER = {
     **dict.fromkeys(("walls/test_parity_names.py", "walls/test_parity_network.py", "walls/test_vm_nat.py"), "another host"),
     # They look at what the whole host has left.
     "security/test_parity_hogs.py": "hogs",
+    # They run images that are built once.
+    "walls/test_parity_images.py": "images",
     # They start a machine with the full kernel, and can have the same ice.
     **dict.fromkeys(("walls/test_vm_usb.py", "walls/test_vm_usb_made.py"), "full kernel"),
 }

@@ -195,7 +195,7 @@ class Upkeep:
         for cache in self._caches:
             for path in _entries(cache):
                 if not path.name.endswith(".lock"):
-                    found[path.name] += _weight(path)
+                    found[path.name] += weight(path)
         return found
 
     def _root_names(self, digests: Iterable[str]) -> set[str]:
@@ -295,7 +295,7 @@ def _files(folder: Path) -> list[int]:
     return found
 
 
-def _weight(tree: Path) -> int:
+def weight(tree: Path) -> int:
     """Return the bytes that a tree takes on the disk, a file of several names once."""
     seen: set[int] = set()
     total, stack = 0, [str(tree)]

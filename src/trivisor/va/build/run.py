@@ -6,11 +6,8 @@ shared where the wall shares folders, and copied into the machine elsewhere; cac
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +16,7 @@ from typing import Any
 from trivisor.core.errors import BuildFailed, ExecTimeout, RecipeError
 from trivisor.core.wishes import Volume
 from trivisor.images.pack import PackedLayer
+from trivisor.va.build import caches
 from trivisor.va.build.mounts import Mount
 from trivisor.va.build.options import Options
 from trivisor.va.build.state import Run
@@ -59,13 +57,18 @@ def run(
         wishes: dict[str, Any] = {"network": network, "memory": options.memory, "cpus": options.cpus, "volumes": lent.volumes or None}
         machine = stack.enter_context(vmm.run(image, wall=options.wall, **wishes))
         for local, remote in lent.trees:
+            machine.files.mkdir(_above(remote), parents=True)
             machine.files.upload(local, remote)
         for path, data, mount in lent.files:
-            machine.files.mkdir(path.rpartition("/")[0] or "/", parents=True)
+            machine.files.mkdir(_above(path), parents=True)
             machine.files.write(path, data, mode=mount.mode)
         _exec(machine, step, options, file, lent, said)
         without = [*lent.without, SCRIPT]
         return machine.layer(target, without=without, latest=options.latest)
+
+
+def _above(path: str) -> str:
+    return path.rpartition("/")[0] or "/"
 
 
 def _exec(machine: Machine, step: Run, options: Options, file: str, lent: Lent, said: Callable[[bytes], None]) -> None:
@@ -91,16 +94,20 @@ def _exec(machine: Machine, step: Run, options: Options, file: str, lent: Lent, 
 
 def _lend(vmm: VMM, step: Run, options: Options, file: str, lend: Callable[[Mount], Path], stack: ExitStack) -> Lent:
     lent = Lent()
+    asker = caches.Asker(file, step.line, options.timeout)
+    kept = caches.hold(vmm, [mount for mount in step.mounts if mount.kind == "cache"], asker, stack)
     for mount in step.mounts:
         if mount.kind == "secret":
             _secret(lent, mount, step, options, file)
         elif mount.kind == "cache":
-            lent.volumes[mount.target] = Volume(_cache(vmm, mount, stack), mount.readonly)
+            lent.volumes[mount.target] = Volume(kept[mount.id], mount.readonly)
         elif mount.kind == "tmpfs":
             if mount.size is not None:
                 raise RecipeError(file, step.line, "--mount=type=tmpfs: no size can be set", hint="leave out size=")
-            # Not in the home, of which nothing is shared.
-            _folder(lent, Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trivisor-build-"))), mount, options)
+            # Not in the home, of which nothing is shared. As tmpfs(5) is: everybody's.
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trivisor-build-")))
+            place.chmod(0o1777)
+            _folder(lent, place, mount, options)
         else:
             place = lend(mount)
             if place.is_dir():
@@ -127,25 +134,3 @@ def _secret(lent: Lent, mount: Mount, step: Run, options: Options, file: str) ->
         lent.env[mount.env] = data.decode("utf-8", "surrogateescape")
     if mount.target:
         lent.files.append((mount.target, data, mount))
-
-
-def _cache(vmm: VMM, mount: Mount, stack: ExitStack) -> str:
-    """Return the name of the cache's volume, which nobody else has at the same time if it is asked for as locked or private."""
-    name = "build-" + hashlib.sha256(mount.id.encode("utf-8", "surrogateescape")).hexdigest()[:24]
-    if mount.sharing == "shared":
-        return name
-    number = 0
-    while True:
-        tried = f"{name}-{number}" if number else name
-        with contextlib.suppress(BlockingIOError):
-            stack.enter_context(_locked(vmm.home / "tmp" / f"{tried}.lock", wait=mount.sharing == "locked"))
-            return tried
-        number += 1
-
-
-@contextlib.contextmanager
-def _locked(path: Path, *, wait: bool) -> Iterator[None]:
-    with path.open("ab") as file:
-        # A build that holds it ends, or is killed: the kernel lets go of it then.
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
