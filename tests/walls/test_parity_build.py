@@ -39,7 +39,7 @@ def made(wall_vmm: VMM, wall: Wall, context: Path) -> Build:
 
     def from_text(text: str, tags: Sequence[str] = ("built",), **options: object) -> Image:
         (context / "Containerfile").write_text(text)
-        return build(wall_vmm, context, tags, options=Options(wall=wall, **{**QUICK, **options}))  # type: ignore[arg-type]
+        return build(wall_vmm, context, tags, options=Options(**{"wall": wall, **QUICK, **options}))  # type: ignore[arg-type]
 
     return from_text
 
@@ -75,24 +75,25 @@ A is $A
 E
 RUN --mount=type=secret,id=key --mount=type=bind,source=d,target=/lent --mount=type=cache,target=/kept <<E
 cat /run/secrets/key /lent/x > /both
-echo again >> /kept/log
-cp /kept/log /log
+echo kept > /kept/log
 E
 USER user
-RUN id -u > /w/me
+RUN --mount=type=cache,target=/kept --mount=type=tmpfs,target=/none/here \\
+    id -u | cat - /kept/log > /w/me; echo >/none/here/x; echo /none/here/* >> /w/me
 CMD ["cat", "/etc/conf"]
 """
 
 
 @pytest.mark.walls("vm", "container", "gvisor")
 def test_a_whole_recipe(wall_vmm: VMM, wall: Wall, made: Build) -> None:
-    image = made(WHOLE, secrets={"key": b"hush\n"})
+    image = made(WHOLE, secrets={"key": b"hush\n"}, epoch=1_000_000, use_cache=False)
     assert (image.config.cmd, image.config.user, image.config.env) == (["cat", "/etc/conf"], "user", {"A": "a"})
     lines = said(wall_vmm, wall, "cat /one /w/y /w/names /etc/conf /both /w/me").splitlines()
-    assert lines == ["a", "hello", "here/x", "A is a", "hush", "hello", "1000"]
+    assert lines == ["a", "hello", "here/x", "A is a", "hush", "hello", "1000", "kept", "/none/here/x"]
     # coreutils of Debian 12 and its gVisor do not agree on statx.
     script = "stat -c '%u:%g %a' /w/here /etc/conf; ls /deep; ls -A /lent /run/secrets 2>/dev/null; test -e /bin/yes || echo gone"
     assert said(wall_vmm, "container", script) == "1000:2000 755\n0:0 750\ner\ngone\n"
+    assert made(WHOLE, wall="container", secrets={"key": b"hush\n"}, epoch=1_000_000, use_cache=False).digest == image.digest
 
 
 @pytest.mark.walls("container")
