@@ -7,7 +7,6 @@ which make the machine itself: random seed, clock, name, address, environment.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,14 +16,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from trivisor.core.errors import EngineError, InvalidSpec, StorageError, TrivisorError
-from trivisor.core.paths import Home, MachineDir
+from trivisor.core.paths import Home
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.undo import Undo
 from trivisor.core.units import MIB
 from trivisor.launch import jail, keeper, seccomp
 from trivisor.launch.net import passt, provide
-from trivisor.launch.net.links import INSIDE
-from trivisor.launch.net.provide import Net
 from trivisor.vmm.engine import Box, Progress, Usage, WallReport
 from trivisor.vmm.engines.vm import (
     argv,
@@ -35,6 +32,7 @@ from trivisor.vmm.engines.vm import (
     ice,
     kit,
     limits,
+    lives,
     making,
     memory,
     merging,
@@ -45,6 +43,7 @@ from trivisor.vmm.engines.vm import (
     runner,
     sharing,
     stretch,
+    thawing,
 )
 from trivisor.vmm.engines.vm.argv import Shape
 from trivisor.vmm.engines.vm.growth import Growth
@@ -53,7 +52,7 @@ from trivisor.vmm.engines.vm.ice import Ice
 from trivisor.vmm.engines.vm.making import Image
 from trivisor.vmm.engines.vm.qmp import Qmp, StateRefused
 from trivisor.vmm.engines.vm.reading import helper, written
-from trivisor.vmm.engines.vm.runner import Ram, Setup, Work
+from trivisor.vmm.engines.vm.runner import Ram, Setup
 from trivisor.vmm.freezer import Frozen
 from trivisor.vos import guest
 from trivisor.vos.files import Files
@@ -115,8 +114,8 @@ class VmEngine:
             return
         undo.add("disk", lambda: box.dir.disk.unlink(missing_ok=True))
         disks.create(box.home, box.spec.disk, box.dir.disk)
-        undo.add("fresh", lambda: _fresh(box.dir).unlink(missing_ok=True))
-        _fresh(box.dir).touch()
+        undo.add("fresh", lambda: lives.fresh(box.dir).unlink(missing_ok=True))
+        lives.fresh(box.dir).touch()
 
     def start(self, box: Box, undo: Undo, progress: Progress) -> dict[str, str]:
         setup, why = self._setup(box.spec, progress)
@@ -193,7 +192,7 @@ class VmEngine:
         Raises EngineError, GuestError, StorageError, HostLacks; ImageError for a disk that cannot be read.
         """
         assert box.spec.disk != "ram"
-        if _fresh(box.dir).exists():
+        if lives.fresh(box.dir).exists():
             into.write(b"e")
             into.flush()
             return
@@ -206,7 +205,7 @@ class VmEngine:
         """Freeze a machine (vmm/freezer.py)."""
         if memory:
             return freezing.freeze(box, into, ends=ends, lasting=lasting, progress=progress)
-        return freezing.freeze_disk(box, into, fresh=_fresh(box.dir).exists(), lasting=lasting)
+        return freezing.freeze_disk(box, into, fresh=lives.fresh(box.dir).exists(), lasting=lasting)
 
     def fits(self, box: Box, needs: Mapping[str, str]) -> None:
         """Raise HostLacks if this host cannot run on what was frozen with these needs."""
@@ -220,35 +219,11 @@ class VmEngine:
             raise StorageError("it was frozen without its memory", machine=box.spec.name, hint="refill a machine with it, and start that")
         self.fits(box, known.needs)
         setup, why = self._setup(box.spec, progress, known.shape)
-        return self._bring(box, setup, why, undo, lambda given: self._thaw(box, given, whole, other=other))
-
-    def _thaw(self, box: Box, setup: Setup, whole: Ice, *, other: bool) -> str:
-        if setup.shape.upper:
-            disks.copy(whole.disk, box.dir.disk)
-        _used(box.dir)
-        with ExitStack() as stack:
-            apart = box.spec.ram == "shared" or box.spec.hugepages == "reserved"
-            given = ram.provide(stack, self._home, setup, box.dir, whole, apart=apart, in_huge_pages=box.spec.hugepages == "reserved")
-            runner.run(setup, _work(box, setup, given, state=whole.state))
-        steps = [*_first(), *(_steps(box, setup.net) if other else setup.net.steps if setup.net else ())]
-        line = Line.connect(box.dir.line, box.spec.name)
-        try:
-            guest.configure(line, steps, timeout=_STEPS)
-        finally:
-            line.close()
-        return "from its frozen memory"
+        return self._bring(box, setup, why, undo, lambda given: thawing.thaw(box, given, whole, other=other))
 
     def refill(self, box: Box, place: Path, undo: Undo) -> None:
         """Give `box`, which does not run, the frozen writable layer (vmm/freezer.py)."""
-        whole, _ = frozen.load(place, box.spec.name)
-        if box.spec.disk == "ram":
-            return
-        fresh = (place / frozen.FRESH).exists()
-        if not fresh:
-            _used(box.dir)
-        disks.copy(whole.disk, box.dir.disk)
-        if fresh:
-            _fresh(box.dir).touch()
+        thawing.refill(box, place)
 
     def sweep(self, home: Home, machines: set[str]) -> list[str]:
         return kit.sweep(home) + ice.sweep(home)
@@ -269,11 +244,11 @@ class VmEngine:
 
     def _run(self, box: Box, setup: Setup, progress: Progress) -> str:
         """Start the machine in the quickest way; say in words which it was."""
-        fresh = self._ice == "image" and (box.spec.disk == "ram" or _fresh(box.dir).exists())
+        fresh = self._ice == "image" and (box.spec.disk == "ram" or lives.fresh(box.dir).exists())
         mount = making.mount_steps(box.rootfs, setup.shape.upper)
         if self._ice == "off" or setup.shape.shares is not None or box.spec.hugepages == "transparent":
             # A daemon that shares a folder maps the machine's RAM, and that of ice is mapped by nobody else; and it is a file's.
-            _used(box.dir)
+            lives.used(box.dir)
             self._boot(box, setup, mount)
             return "booted"
         making.ensure_blank(self._home, setup, progress)
@@ -290,11 +265,11 @@ class VmEngine:
                 if found is not None:
                     if box.spec.disk != "ram":
                         disks.copy(found.disk, box.dir.disk)
-                    _used(box.dir)
+                    lives.used(box.dir)
                     self._clone(box, setup, found, [])
                     return "from the image's ice"
         with ice.using(self._home, making.blank_key(setup), progress) as blank:
-            _used(box.dir)
+            lives.used(box.dir)
             if blank is None:
                 raise StorageError("the ice was removed while it was needed", machine=box.spec.name, hint="start again")
             self._clone(box, setup, blank, mount)
@@ -307,7 +282,7 @@ class VmEngine:
             huge = box.spec.hugepages == "reserved"
             apart = box.spec.ram == "shared" or huge
             given = ram.empty(stack, setup.shape.memory // MIB * MIB, in_huge_pages=huge) if apart else Ram("anonymous")
-            runner.run(setup, _work(box, setup, given))
+            runner.run(setup, lives.work(box, setup, given))
         disks_there = [("wait", making.ROOT_DISK), *([("wait", making.UPPER_DISK)] if setup.shape.upper else [])]
         self._configure(box, setup, [*disks_there, *mount])
 
@@ -318,7 +293,7 @@ class VmEngine:
             apart = box.spec.ram == "shared" or huge
             given = ram.provide(stack, self._home, setup, box.dir, cold, apart=apart, in_huge_pages=huge)
             try:
-                runner.run(setup, _work(box, setup, given, state=cold.state))
+                runner.run(setup, lives.work(box, setup, given, state=cold.state))
             except EngineError as error:
                 if isinstance(error.__cause__, StateRefused):
                     ice.drop(self._home, cold.facts.key)
@@ -333,11 +308,11 @@ class VmEngine:
             guest.configure(
                 line,
                 [
-                    *_first(),
+                    *lives.first(),
                     *mount,
                     *stretch.steps(box),
                     *sharing.steps(box.spec, setup.shape.shares, setup.kit.shares),
-                    *_steps(box, setup.net),
+                    *lives.steps(box, setup.net),
                 ],
                 timeout=_STEPS,
             )
@@ -346,51 +321,3 @@ class VmEngine:
                 Files(Processes(lambda: line, box.spec.name)).write("/proc/sys/vm/panic_on_oom", b"1\n")
         finally:
             line.close()
-
-
-def _work(box: Box, setup: Setup, memory: Ram, *, state: Path | None = None) -> Work:
-    return Work(
-        box.dir,
-        box.slot,
-        box.spec.name,
-        memory,
-        state=state,
-        root=box.rootfs,
-        disk=box.dir.disk if setup.shape.upper else None,
-        ports=box.spec.ports,
-        net=setup.net,
-        cgroups=setup.cgroups,
-        shared=box.spec if setup.shape.shares else None,
-        owner=box.owner,
-        ttl=box.spec.ttl,
-        idle=box.spec.idle,
-    )
-
-
-def _first() -> list[Sequence[str]]:
-    return [("seed", os.urandom(32).hex()), ("clock", str(time.time_ns()))]
-
-
-def _steps(box: Box, link: Net | None) -> list[Sequence[str]]:
-    name = hashlib.sha256(f"machine {box.id}".encode()).digest()
-    steps: list[Sequence[str]] = [("hostname", box.spec.name), ("machine-id", name[:16].hex())]
-    if link is not None:
-        steps += link.steps
-    elif box.spec.network != "none":
-        steps += [("mac", INSIDE, provide.mac(box.id)), *passt.steps()]
-    if box.spec.env:
-        steps.append(("env", *(f"{key}={value}" for key, value in box.spec.env.items())))
-    steps.append(("hooks",))
-    return steps
-
-
-def _fresh(place: MachineDir) -> Path:
-    """A mark that lies beside a disk for as long as no guest has had it."""
-    return place.root / "fresh"
-
-
-def _used(place: MachineDir) -> None:
-    try:
-        _fresh(place).unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"{place.root} cannot be written: {error.strerror}") from error

@@ -41,6 +41,7 @@ class Qmp:
         self._socket = sock
         self._machine = machine
         self._buffer = bytearray()
+        self._asked = 0
         self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
 
     @classmethod
@@ -49,9 +50,11 @@ class Qmp:
         sock = _dial(path, machine, timeout)
         qmp = cls(sock, machine)
         try:
-            greeting = qmp._message(time.monotonic() + timeout)
-            if "QMP" not in greeting:
-                raise EngineError("QEMU answered with something that is not QMP", machine=machine)
+            deadline = time.monotonic() + timeout
+            # What the client before did not wait for may come first.
+            while "QMP" not in (said := qmp._message(deadline)):
+                if "return" not in said and "error" not in said:
+                    raise EngineError("QEMU answered with something that is not QMP", machine=machine)
             qmp.ask("qmp_capabilities", timeout=timeout)
         except BaseException:
             qmp.close()
@@ -60,7 +63,8 @@ class Qmp:
 
     def ask(self, command: str, arguments: dict[str, Any] | None = None, *, timeout: float = TIMEOUT, fd: int | None = None) -> Any:
         """Carry out one command and return what it returns; `fd` travels with it. Raises EngineError."""
-        request = json.dumps({"execute": command, "arguments": arguments or {}}).encode() + b"\n"
+        self._asked += 1
+        request = json.dumps({"execute": command, "arguments": arguments or {}, "id": self._asked}).encode() + b"\n"
         deadline = time.monotonic() + timeout
         try:
             self._socket.settimeout(timeout)
@@ -73,6 +77,8 @@ class Qmp:
             raise self._gone(command, error) from error
         while True:
             message = self._message(deadline, command)
+            if "event" not in message and message.get("id") != self._asked:
+                continue  # it is for the client before
             if "error" in message:
                 detail = message["error"]
                 text = str(detail.get("desc", detail)) if isinstance(detail, dict) else str(detail)

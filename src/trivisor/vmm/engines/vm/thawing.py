@@ -1,0 +1,51 @@
+"""Starting a virtual machine from what was frozen, and giving one that stands still the writable layer alone.
+
+What is set anew in a copy, before anything in it can ask: random state and clock (QEMU gives it another generation id, too: its kernel
+mixes that in by itself). A copy that is another machine gets a name, an id, an address and its hooks besides; its programs go on.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from trivisor.vmm.engine import Box
+from trivisor.vmm.engines.vm import disks, frozen, lives, ram, runner
+from trivisor.vmm.engines.vm.ice import Ice
+from trivisor.vmm.engines.vm.runner import Setup
+from trivisor.vos import guest
+from trivisor.vos.line import Line
+
+_STEPS = 60.0
+
+
+def thaw(box: Box, setup: Setup, whole: Ice, *, other: bool) -> str:
+    """Run `box` on from `whole`; return in words how it was started. Raises EngineError, StorageError, GuestError."""
+    if setup.shape.upper:
+        disks.copy(whole.disk, box.dir.disk)
+    lives.used(box.dir)
+    with ExitStack() as stack:
+        huge = box.spec.hugepages == "reserved"
+        apart = box.spec.ram == "shared" or huge
+        given = ram.provide(stack, box.home, setup, box.dir, whole, apart=apart, in_huge_pages=huge)
+        runner.run(setup, lives.work(box, setup, given, state=whole.state))
+    link = setup.net.steps if setup.net else ()
+    line = Line.connect(box.dir.line, box.spec.name)
+    try:
+        guest.configure(line, [*lives.first(), *(lives.steps(box, setup.net) if other else link)], timeout=_STEPS)
+    finally:
+        line.close()
+    return "from its frozen memory"
+
+
+def refill(box: Box, place: Path) -> None:
+    """Give `box`, which does not run, the frozen writable layer. Raises StorageError."""
+    whole, _ = frozen.load(place, box.spec.name)
+    if box.spec.disk == "ram":
+        return
+    fresh = (place / frozen.FRESH).exists()
+    if not fresh:
+        lives.used(box.dir)
+    disks.copy(whole.disk, box.dir.disk)
+    if fresh:
+        lives.fresh(box.dir).touch()
