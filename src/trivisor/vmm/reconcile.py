@@ -36,6 +36,8 @@ LIVE = (State.RUNNING, State.PAUSED)
 MAKING = ("create", "clone")
 """Operations before whose end there is no machine."""
 STARTING = ("start", "resume", "restore")
+STILL = ("commit",)
+"""Operations for which a running machine stands still, to run on after them."""
 _PANIC = b"Kernel panic"
 _OOM = "out of memory"
 """Also the keeper's word for it."""
@@ -194,7 +196,7 @@ def _recover(context: Context, row: Row) -> Row | None:
         # The record of a start is its last step, so whatever runs now was never reported as running.
         end(context, row)
     elif keeper.alive(folder):
-        state = standing(context, row)
+        state = _run_on(context, row, standing(context, row))
         ice = ""
     elif row.operation == "suspend" and row.ice and row.boot_id == process.boot_id() and keeping.settle(context, row.ice):
         # Its end was the last step of its freezing: whoever was to write that down died.
@@ -206,6 +208,15 @@ def _recover(context: Context, row: Row) -> Row | None:
     if ice != row.ice:
         keeping.release(context, {row.ice})
     return done
+
+
+def _run_on(context: Context, row: Row, state: State) -> State:
+    """Have a machine that stands still for nothing but the operation that was cut short run on; return its state."""
+    if state is not State.PAUSED or row.state is not State.RUNNING or row.operation not in STILL:
+        return state
+    with contextlib.suppress(HostError):
+        context.engine(row.spec.wall, row.name).resume(context.box(row))
+    return standing(context, row)
 
 
 def end(context: Context, row: Row) -> None:

@@ -258,6 +258,20 @@ def test_a_pause_that_nobody_wrote_down(home: TestHome, running: Machine) -> Non
         assert vmm.sweep() == []
 
 
+def test_a_commit_that_was_killed(home: TestHome, running: Machine) -> None:
+    """It stood still for that alone, so it runs on."""
+    engine = int((home.folder(running) / "engine").read_text().split()[0])
+    os.kill(engine, signal.SIGSTOP)
+    _wait_stat(engine, "T")
+    connection = sqlite3.connect(home.root / "trivisor.db")
+    connection.execute("UPDATE machines SET operation = 'commit', operator = '1 1'")
+    connection.commit()
+    connection.close()
+    with home.open() as vmm:
+        assert vmm.get(running.name).state is State.RUNNING
+        assert running.exec(["true"]).exit_code == 0
+
+
 def test_a_folder_that_was_taken_away(home: TestHome, vmm: VMM, created: Machine) -> None:
     shutil.rmtree(home.folder(created))
     with pytest.raises(Exception, match="is gone") as caught:
