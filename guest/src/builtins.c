@@ -223,7 +223,7 @@ static const struct {
     {"write", 4, do_write},   {"mkdir", 4, do_mkdir},   {"remove", 3, do_remove}, {"rename", 3, do_rename},
     {"symlink", 3, do_symlink}, {"chmod", 3, do_chmod}, {"put", 2, tree_put},     {"get", 2, tree_get},
     {"stats", 1, stats_main}, {"connect", 3, connect_main}, {"answer", 2, remote_main},
-    {"device", 2, device_main}, {"upper", 2, upper_main},
+    {"device", 2, device_main}, {"upper", 2, upper_main}, {"program", 1, program_main},
 };
 
 int builtin_main(char **argv) {

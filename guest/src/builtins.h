@@ -19,6 +19,7 @@ int connect_main(char **argv);
 int remote_main(char **argv);
 int device_main(char **argv);
 int upper_main(char **argv);
+int program_main(char **argv);
 
 /* Say what failed on stderr, return errno. */
 int complain(const char *what);

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "line.h"
+#include "program.h"
 #include "request.h"
 #include "stream.h"
 #include "wire.h"
@@ -141,6 +142,7 @@ bool command_reap(void) {
         pid_t pid = wait4(-1, &status, WNOHANG, &usage);
         if (pid <= 0)
             return pid == 0;
+        program_ended(pid, status);
         for (struct command *c = commands; c; c = c->next) {
             if (c->ended || c->pid != pid)
                 continue;

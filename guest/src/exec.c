@@ -24,6 +24,7 @@
 #include "line.h"
 #include "loop.h"
 #include "policy.h"
+#include "program.h"
 #include "request.h"
 #include "spawn.h"
 #include "wire.h"
@@ -229,6 +230,7 @@ static int start(uint32_t stream, const struct request *r, const struct policy *
         return error ? error : ENOMEM;
     }
     added->in.keys = j.keys[1];
+    program_begin(r, pid);
     if (s.records)
         command_trace(added, s.records);
     close_fd(&j.keys[0]);
@@ -249,14 +251,13 @@ static void refuse(uint32_t stream, int error, const char *what) {
 
 static void run(uint32_t stream, const uint8_t *data, size_t size) {
     struct request r;
+    int wrong;
     if (!request_decode(data, size, &r)) {
         refuse(stream, EINVAL, "malformed request");
     } else if (closed) {
         refuse(stream, ESHUTDOWN, r.argv[0]);
-    } else if (r.flags & EXEC_BUILTIN && r.flags & EXEC_PTY) {
-        refuse(stream, EINVAL, "a builtin has no terminal");
-    } else if (r.flags & EXEC_BUILTIN && r.flags & EXEC_POLICY) {
-        refuse(stream, EINVAL, "a builtin has no policy");
+    } else if ((wrong = request_refused(&r, &failed_what))) {
+        refuse(stream, wrong, failed_what);
     } else if (command_count() >= COMMANDS_MAX) {
         refuse(stream, EAGAIN, "too many commands");
     } else {

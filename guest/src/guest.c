@@ -29,6 +29,7 @@
 #include "net.h"
 #include "port.h"
 #include "power.h"
+#include "program.h"
 #include "request.h"
 #include "root.h"
 #include "spawn.h"
@@ -48,7 +49,7 @@ static void signal_news(struct watch *w, uint32_t events) {
         if (info.ssi_signo == SIGCHLD)
             child_news = true;
         else
-            power_begin(POWER_OFF);
+            power_begin(POWER_OFF, PROGRAM_MS);
     }
 }
 
@@ -72,6 +73,7 @@ static int watch_signals(void) {
 static void handle(const struct frame *f) {
     struct reader r = reader_of(f->payload, f->length);
     const uint8_t *nonce;
+    enum power how;
     switch (f->type) {
     case F_SYNC:
         if ((nonce = read_bytes(&r, NONCE_SIZE))) {
@@ -85,7 +87,8 @@ static void handle(const struct frame *f) {
         command_gone(f->stream >> 16);
         break;
     case F_SHUTDOWN:
-        power_begin(read_u8(&r) == 1 ? POWER_REBOOT : POWER_OFF);
+        how = read_u8(&r) == 1 ? POWER_REBOOT : POWER_OFF;
+        power_begin(how, r.left ? read_u32(&r) : PROGRAM_MS);
         break;
     case F_STEPS:
         steps_frame(f);
@@ -132,7 +135,7 @@ static int run(void) {
         if (line_lost() && power_wait() < 0) {
             if (dial_again())
                 continue;
-            power_begin(POWER_OFF);
+            power_begin(POWER_OFF, 0);
             more = true; /* see at once whether there is any child to wait for */
         } else if (power_turn(children)) {
             return 0;

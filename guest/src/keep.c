@@ -26,7 +26,7 @@ enum { REAP_MS = 5000, MAX_FD = 65535, DRAIN_READS = 256, TRIM_BYTES = 128 * 102
 static struct keeper keeper = {
     .line = {.fd = -1}, .listener = {.fd = -1}, .signals = {.fd = -1}, .owner = {.fd = -1}, .oom = {.fd = -1}, .ready = {.fd = -1},
     .dialled = {.fd = -1}, .intake = {.fd = -1}, .answer_listen = {.fd = -1}, .answer_log = -1,
-    .folder = -1, .alive = -1, .init_log = {.file = -1},
+    .folder = -1, .alive = -1, .init_log = {.file = -1}, .program_log = {.file = -1},
     .ttl = INT64_MAX, .idle = INT64_MAX, .grace = 10000, .kill_at = INT64_MAX, .sync_at = INT64_MAX, .lose_at = INT64_MAX,
 };
 

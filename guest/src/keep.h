@@ -46,7 +46,7 @@ struct keeper {
     struct watch dialled; /* the socket that the guest calls to make the line, again when it has ended; fd -1: the line was given */
     bool line_readable, line_writable, listener_ready, dialled_ready;
     int folder, alive;
-    struct logfile logs[KEEP_LOGS], init_log;
+    struct logfile logs[KEEP_LOGS], init_log, program_log; /* the last: cap 0 until its program writes */
     size_t log_count;
     struct process processes[KEEP_PROCESSES]; /* the last is the engine */
     size_t process_count;

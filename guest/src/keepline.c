@@ -19,6 +19,7 @@ enum {
     BACKOFF_MOST_MS = 1000,
     SETTLED_MS = 10000,          /* ... and is forgotten after this long without one */
     DRAIN_CHUNKS = 64,
+    OTHERS_MS = 3000,            /* for the SIGTERM and SIGKILL that end what is left when the program has (power.h) */
     LINGER_MS = 1000,            /* from the line's end until the engine's, which is to come first for the clients */
 };
 
@@ -224,6 +225,14 @@ static bool unfinished(const struct keeper *k) {
     return false;
 }
 
+/* Of what is left until it is killed the machine's program gets all but what those that are left then need to end in order. */
+static bool tell_shutdown(struct keeper *k, int64_t now) {
+    uint8_t payload[5] = {0};
+    int64_t left = k->kill_at > now ? k->kill_at - now : 0, others = left / 3 < OTHERS_MS ? left / 3 : OTHERS_MS;
+    put_u32(payload + 1, left - others < UINT32_MAX ? (uint32_t)(left - others) : UINT32_MAX);
+    return mux_tell_guest(&k->mux, F_SHUTDOWN, 0, payload, sizeof payload);
+}
+
 bool keepline_serve(struct keeper *k) {
     int64_t now = now_ms();
     struct mux *m = &k->mux;
@@ -241,8 +250,7 @@ bool keepline_serve(struct keeper *k) {
     if (wants && now >= k->throttled)
         read_line(k);
     if (k->tell_shutdown && m->state == MUX_SYNCED) {
-        uint8_t power_off = 0;
-        k->tell_shutdown = !mux_tell_guest(m, F_SHUTDOWN, 0, &power_off, 1);
+        k->tell_shutdown = !tell_shutdown(k, now);
     }
     serve_clients(k, !wants);
     write_line(k);
@@ -292,6 +300,13 @@ static void on_log(void *context, const uint8_t *data, size_t size) {
         keepfiles_log(k, &k->init_log, data, size);
 }
 
+static void on_output(void *context, const uint8_t *data, size_t size) {
+    struct keeper *k = context;
+    struct logfile *log = &k->program_log;
+    if (k->init_log.cap && (log->cap || keepfiles_open_log(k, log, "program", k->init_log.cap)))
+        keepfiles_log(k, log, data, size);
+}
+
 /* Answer a KEEPER* frame; false if it is malformed. */
 static bool on_keeper(void *context, struct mux_client *c, const struct frame *f) {
     struct keeper *k = context;
@@ -317,6 +332,7 @@ static bool on_keeper(void *context, struct mux_client *c, const struct frame *f
 void keepline_open(struct keeper *k) {
     k->mux.context = k;
     k->mux.on_log = on_log;
+    k->mux.on_output = on_output;
     k->mux.on_keeper = on_keeper;
     k->line.on = line_event;
     k->listener.on = listener_event;

@@ -188,6 +188,8 @@ void line_synced(const uint8_t nonce[NONCE_SIZE]) {
     line.synced = true;
 }
 
+bool line_heard(void) { return line.synced && !line.lost; }
+
 bool line_room(void) { return !line.lost && line.out.used < WRITE_MAX; }
 
 uint8_t *line_reserve(size_t size) {

@@ -62,6 +62,9 @@ bool line_log(const char *text, size_t size);
 /* Room for one more frame of data. */
 bool line_room(void);
 
+/* A keeper listens. */
+bool line_heard(void);
+
 /* Space for a data frame of `size` bytes after its header; NULL if memory is out. */
 uint8_t *line_reserve(size_t size);
 void line_commit(uint32_t stream, uint8_t channel, size_t size);

@@ -141,6 +141,8 @@ static bool frame_for_us(struct mux *m, const struct frame *f) {
     m->noise += FRAME_HEADER + f->length;
     if (f->type == F_LOG)
         m->on_log(m->context, f->payload, f->length);
+    else if (f->type == F_DATA && f->length > 0 && m->on_output)
+        m->on_output(m->context, f->payload + 1, f->length - 1);
     else if (f->type == F_BYE && f->length == 4 && f->stream == 0) {
         m->bye = true;
         m->bye_status = get_u32(f->payload);

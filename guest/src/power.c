@@ -15,13 +15,14 @@
 #include "exec.h"
 #include "line.h"
 #include "log.h"
+#include "program.h"
 #include "root.h"
 
 enum { TERM_MS = 2000, KILL_MS = 2000, BYE_MS = 1000 };
 
 bool power_contained;
 
-static enum { NONE, TERMINATING, KILLING } phase;
+static enum { NONE, STOPPING, TERMINATING, KILLING } phase;
 static enum power end;
 static int64_t deadline;
 
@@ -42,16 +43,25 @@ static void signal_all(int number) {
         fclose(f);
 }
 
-void power_begin(enum power how) {
+static void terminate(void) {
+    phase = TERMINATING;
+    deadline = now_ms() + TERM_MS;
+    signal_all(SIGTERM);
+}
+
+void power_begin(enum power how, int64_t program_ms) {
     if (phase != NONE)
         return;
     log_line("%s", how == POWER_REBOOT ? "rebooting" : "powering off");
     end = how;
-    phase = TERMINATING;
-    deadline = now_ms() + TERM_MS;
     exec_close();
     answerer_release();
-    signal_all(SIGTERM);
+    if (program_ms <= 0 || !program_stop()) {
+        terminate();
+        return;
+    }
+    phase = STOPPING;
+    deadline = now_ms() + program_ms;
 }
 
 int power_wait(void) {
@@ -70,6 +80,8 @@ static void say_bye(void) {
 bool power_turn(bool children) {
     if (phase == NONE)
         return false;
+    if (phase == STOPPING && (power_wait() == 0 || !program_runs()))
+        terminate();
     if (children && power_wait() > 0)
         return false;
     if (children && phase == TERMINATING) {

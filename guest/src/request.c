@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "program.h"
 #include "wire.h"
 
 enum { BASE_MAX = 256 };
@@ -25,6 +26,8 @@ bool request_decode(const void *data, size_t size, struct request *out) {
     out->env = read_strings(&r);
     if (out->flags & EXEC_POLICY)
         plan_take(&r, &out->policy);
+    if (out->flags & EXEC_PROGRAM)
+        out->stop = read_u32(&r);
     if (!reader_done(&r) || out->flags & ~(uint32_t)EXEC_FLAGS || !out->argv[0] || !out->argv[0][0])
         return false;
     for (char **e = out->env; *e; e++)
@@ -40,6 +43,20 @@ void request_free(struct request *r) {
     free_strings(r->env);
     plan_free(&r->policy);
     *r = (struct request){0};
+}
+
+int request_refused(const struct request *r, const char **why) {
+    bool builtin = r->flags & EXEC_BUILTIN, terminal = r->flags & EXEC_PTY, program = r->flags & EXEC_PROGRAM;
+    *why = builtin && terminal                    ? "a builtin has no terminal"
+           : builtin && r->flags & EXEC_POLICY    ? "a builtin has no policy"
+           : program && (builtin || terminal)     ? "the machine's program is no builtin, and has no terminal"
+           : program && !(r->flags & EXEC_DETACH) ? "the machine's program outlives its client"
+           : program && !(r->stop && r->stop < 65) ? "stop signal"
+                                                  : NULL;
+    if (*why)
+        return EINVAL;
+    *why = "the machine's program runs already";
+    return program && program_runs() ? EBUSY : 0;
 }
 
 static size_t name_size(const char *pair) { return strcspn(pair, "="); }

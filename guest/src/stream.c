@@ -7,6 +7,7 @@
 
 #include "keys.h"
 #include "line.h"
+#include "request.h"
 
 enum {
     /* With its header exactly what virtio_console copies at once. */
@@ -83,12 +84,21 @@ void source_last(struct source *s) {
     enqueue(s);
 }
 
+/* The machine's program is read by the keeper, for its log, and by nobody else. */
+static bool is_logged(const struct source *s) { return s->of->flags & EXEC_PROGRAM; }
+
+static bool is_sent(const struct source *s) { return s->of->attached || is_logged(s); }
+
+static bool is_spent(const struct source *s) { return s->of->attached && !is_logged(s) && s->credit == 0; }
+
+static bool has_room(const struct source *s) { return line_room() && (!is_logged(s) || line_heard()); }
+
 /* One read. True if the source may have more. */
 static bool source_read(struct source *s) {
     uint8_t thrown_away[4096];
-    bool sent = s->of->attached;
+    bool sent = is_sent(s);
     size_t want = sent ? CHUNK : sizeof thrown_away;
-    if (sent && want > s->credit)
+    if (sent && !is_logged(s) && want > s->credit)
         want = s->credit;
     if (s->left >= 0 && (int64_t)want > s->left)
         want = (size_t)s->left;
@@ -105,8 +115,8 @@ static bool source_read(struct source *s) {
         return false;
     }
     if (sent) {
-        line_commit(s->of->stream, s->channel, (size_t)n);
-        s->credit -= (uint32_t)n;
+        line_commit(is_logged(s) ? 0 : s->of->stream, s->channel, (size_t)n);
+        s->credit -= is_logged(s) ? 0 : (uint32_t)n;
     }
     if (s->left >= 0 && (s->left -= n) == 0) {
         source_end(s);
@@ -123,11 +133,11 @@ bool source_pump(void) {
     const struct source *blocked = NULL;
     for (int turns = 0; first && first != blocked && turns < PUMP_TURNS;) {
         struct source *s = dequeue();
-        if (s->watch.fd < 0 || !s->ready || (s->of->attached && s->credit == 0))
+        if (s->watch.fd < 0 || !s->ready || is_spent(s))
             continue;
-        if (s->of->attached && !line_room())
+        if (is_sent(s) && !has_room(s))
             line_flush();
-        if (s->of->attached && !line_room()) {
+        if (is_sent(s) && !has_room(s)) {
             /* Those without a client are still read: they must not stand still with the line. */
             blocked = blocked ? blocked : s;
             enqueue(s);

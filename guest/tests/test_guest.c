@@ -1,6 +1,7 @@
 /* The whole guest under the sanitizers: guest_main in a child, raw frames over a socket pair. What windows promise is
  * counted here; everything else of the protocol is tested from outside, on the real binary. */
 #include <errno.h>
+#include <signal.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
@@ -52,7 +53,7 @@ static struct frame expect(uint8_t type, uint32_t stream) {
     return f;
 }
 
-static void start(uint32_t stream, uint32_t flags, const char *const *argv) {
+static void ask(uint32_t stream, uint32_t flags, const char *const *argv) {
     struct writer w = {0};
     uint32_t count = 0;
     write_u8(&w, 0);
@@ -66,8 +67,14 @@ static void start(uint32_t stream, uint32_t flags, const char *const *argv) {
     for (uint32_t i = 0; i < count; i++)
         write_string(&w, argv[i]);
     write_u32(&w, 0);
+    if (flags & EXEC_PROGRAM)
+        write_u32(&w, SIGUSR1);
     send_frame(F_EXEC, stream, w.data, w.used);
     writer_free(&w);
+}
+
+static void start(uint32_t stream, uint32_t flags, const char *const *argv) {
+    ask(stream, flags, argv);
     expect(F_STARTED, stream);
 }
 
@@ -146,6 +153,29 @@ static void nonsense(uint32_t stream) {
     synchronise();
 }
 
+/* What it writes comes without a window, on stream 0; there is one at a time; a shutdown begins with its own signal. */
+static void program(uint32_t stream) {
+    static const uint32_t flags = EXEC_PROGRAM | EXEC_DETACH | EXEC_NO_STDIN;
+    const char *const plain[] = {"true", NULL};
+    ask(stream, EXEC_PROGRAM, plain);
+    CHECK(get_u32(expect(F_ERROR, stream).payload) == EINVAL);
+    start(stream, flags, (const char *const[]){"sh", "-c", "trap 'echo told; exit 7' USR1; head -c 500000 /dev/zero; while :; do sleep 0.01; done", NULL});
+    for (size_t got = 0; got < 500000;) {
+        struct frame f = next();
+        CHECK(f.type == F_DATA && f.stream == 0 && f.payload[0] == CH_STDOUT);
+        got += f.length - 1;
+    }
+    ask(stream + 1, flags, plain);
+    CHECK(get_u32(expect(F_ERROR, stream + 1).payload) == EBUSY);
+    start(stream + 2, EXEC_BUILTIN | EXEC_NO_STDIN, (const char *const[]){"program", NULL});
+    struct frame f = expect(F_DATA, stream + 2);
+    CHECK(f.length > 6 && !memcmp(f.payload + 1, "pid ", 4) && !memchr(f.payload, 'e', f.length));
+    synchronise();
+    send_frame(F_SHUTDOWN, 0, "\0\x20\x4e\0", 5);
+    f = expect(F_DATA, 0);
+    CHECK(f.length == 6 && !memcmp(f.payload + 1, "told\n", 5));
+}
+
 int main(void) {
     int pair[2], status;
     CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) == 0);
@@ -164,7 +194,7 @@ int main(void) {
     nonsense(0x10003);
     start(0x10004, EXEC_PTY, (const char *const[]){"sleep", "1000", NULL});
     synchronise();
-    send_frame(F_SHUTDOWN, 0, "", 1);
+    program(0x10005);
     expect(F_BYE, 0);
     CHECK(waitpid(pid, &status, 0) == pid && WIFEXITED(status) && WEXITSTATUS(status) == 0);
     return 0;

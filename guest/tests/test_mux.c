@@ -6,12 +6,17 @@
 #include "mux.h"
 
 static const uint8_t nonce[NONCE_SIZE] = {0x54, 2, 0, 0, 20, 0, 0, 0, 0x54, 2, 0x54, 2, 0, 0, 7, 9};
-static size_t logged;
+static size_t logged, written;
 static bool keeper_accepts = true;
 
 static void on_log(void *context, const uint8_t *data, size_t size) {
     (void)context, (void)data;
     logged += size;
+}
+
+static void on_output(void *context, const uint8_t *data, size_t size) {
+    (void)context, (void)data;
+    written += size;
 }
 
 static bool on_keeper(void *context, struct mux_client *c, const struct frame *f) {
@@ -23,6 +28,7 @@ static struct mux *fresh(void) {
     struct mux *m = calloc(1, sizeof *m);
     m->context = m;
     m->on_log = on_log;
+    m->on_output = on_output;
     m->on_keeper = on_keeper;
     mux_sync(m, nonce);
     return m;
@@ -204,7 +210,8 @@ static void keeps_what_the_guest_says_to_it(void) {
     struct mux *m = synced();
     logged = 0;
     from_guest(m, F_LOG, 0, "hello\n", 6);
-    CHECK(logged == 6 && m->noise > 0 && m->traffic == 0);
+    from_guest(m, F_DATA, 0, "\1hello", 6);
+    CHECK(logged == 6 && written == 5 && m->noise > 0 && m->traffic == 0);
     uint8_t status[4];
     put_u32(status, 3);
     from_guest(m, F_BYE, 0, status, 4);
