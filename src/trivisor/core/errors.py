@@ -15,6 +15,7 @@
     │   ├── OverBudget           the home's memory budget has no room; the error names who holds what
     │   ├── StorageError         the disk is full, the home is read-only, a file is damaged
     │   ├── RegistryError        a registry, or the way to it, failed: its status
+    │   ├── MigrationError       a machine could not be moved; the error says where it is now
     │   └── ImageError           an image that cannot be read or is not safe to unpack
     └── GuestError               what runs in the machine failed or misbehaved
         ├── ExecTimeout          a command outlived its timeout and was killed
@@ -185,6 +186,15 @@ class RegistryError(HostError):
         self.status = status
         self.transient = transient
         super().__init__(message, hint=hint)
+
+
+class MigrationError(HostError):
+    """A machine could not be moved to another home. `where` it is now: "here" (it goes on as before), "there", or "unknown", which is
+    when it was given up and nothing came back: it stands still here."""
+
+    def __init__(self, message: str, *, where: str = "here", machine: str = "", hint: str = "") -> None:
+        self.where = where
+        super().__init__(message, machine=machine, hint=hint)
 
 
 class ImageError(HostError):

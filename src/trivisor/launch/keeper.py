@@ -101,6 +101,10 @@ class _Ready:
         self._deadline = deadline
         self._rest = b""
 
+    def begin(self, wait: float) -> None:
+        """Have the deadline be in `wait` seconds."""
+        self._deadline = time.monotonic() + wait
+
     def line(self) -> str | None:
         """Return the next line; None when the keeper has said its last. Raises TimeoutError."""
         poller = select.poll()
@@ -164,7 +168,7 @@ def _run_keeper(stack: contextlib.ExitStack, plan: bytes, fds: Sequence[int]) ->
     return _Starting(command, pid, said)
 
 
-def _await(reports: _Ready, begin: Callable[[], object] | None) -> int:
+def _await(reports: _Ready, begin: Callable[[], object] | None, wait: float) -> int:
     """Wait for `started` and `synced`; return the engine's pid. Raises EngineError with what the keeper says else."""
     engine = 0
     while True:
@@ -176,6 +180,7 @@ def _await(reports: _Ready, begin: Callable[[], object] | None) -> int:
             engine = int(rest)
             if begin is not None:
                 begin()
+                reports.begin(wait)
         elif word == "synced":
             return engine
         else:
@@ -231,7 +236,8 @@ def spawn(
     `line_fd` is the host's end of the line or, if `dialled`, a bound socket that the guest calls. `logs` maps a log's name
     to the pipe that it is read from, `fds` are all descriptors that the plans name; the caller closes its own copies
     afterwards. `owner` is the pid whose end ends the machine. `ttl`, `idle`, `grace` and `wait` are seconds. `begin` is
-    called when the engine runs, before the guest can have answered: to let it go on from a frozen state. `answer` is the
+    called when the engine runs, before the guest can have answered: to let it go on from a frozen state; `wait`
+    begins anew when it returns. `answer` is the
     answerer's end of the pair by which PID 1 hands over what it is to answer (SOCK_SEQPACKET); without it there is none. `oom` is an
     eventfd that tells of the end of the machine's memory, which is then its own. Raises Busy if the machine is alive, StorageError
     if its folder cannot be written, and EngineError, with the end of the engine's log, if it does not come up: nothing runs then.
@@ -248,7 +254,7 @@ def spawn(
         except OSError as error:
             raise StorageError(f"{machine.root} cannot be used: {error.strerror}", machine=machine.root.name) from error
         try:
-            engine = _await(_Ready(ready, time.monotonic() + wait), begin)
+            engine = _await(_Ready(ready, time.monotonic() + wait), begin, wait)
         except BaseException as error:
             unable = starting.fault()
             kill(machine)

@@ -36,6 +36,7 @@ from trivisor.vmm.engines.vm import (
     making,
     memory,
     merging,
+    migrating,
     probe,
     proc,
     qemu,
@@ -53,7 +54,10 @@ from trivisor.vmm.engines.vm.making import Image
 from trivisor.vmm.engines.vm.qmp import Qmp, StateRefused
 from trivisor.vmm.engines.vm.reading import helper, written
 from trivisor.vmm.engines.vm.runner import Ram, Setup
+from trivisor.vmm.engines.vm.streams import Source
 from trivisor.vmm.freezer import Frozen
+from trivisor.vmm.migration.messages import Hardware
+from trivisor.vmm.migration.mover import Arrival
 from trivisor.vos import guest
 from trivisor.vos.files import Files
 from trivisor.vos.line import Line
@@ -224,6 +228,25 @@ class VmEngine:
     def refill(self, box: Box, place: Path, undo: Undo) -> None:
         """Give `box`, which does not run, the frozen writable layer (vmm/freezer.py)."""
         thawing.refill(box, place)
+
+    def leaving(self, box: Box) -> Hardware:
+        """Return what a running machine needs of another host to go on there (vmm/migration/mover.py)."""
+        return migrating.describe(box)
+
+    def departure(self, box: Box) -> Source:
+        """Return what sends a running machine's disk and memory."""
+        return Source(box)
+
+    def suits(self, box: Box, hardware: Hardware) -> None:
+        """Raise HostLacks, StorageError or MigrationError if such a machine cannot go on here."""
+        self.fits(box, hardware.needs)
+        migrating.check(box, hardware)
+
+    def arrive(self, box: Box, hardware: Hardware, arrival: Arrival, undo: Undo, progress: Progress) -> dict[str, str]:
+        """Run the machine that `arrival` brings (vmm/migration/mover.py)."""
+        setup, why = self._setup(box.spec, progress, migrating.shape(hardware))
+        migrating.make_disk(box.dir, hardware.disk)
+        return self._bring(box, setup, why, undo, lambda given: migrating.arrive(box, given, arrival))
 
     def sweep(self, home: Home, machines: set[str]) -> list[str]:
         return kit.sweep(home) + ice.sweep(home)

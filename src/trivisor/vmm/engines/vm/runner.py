@@ -67,8 +67,7 @@ class Work:
     ram: Ram
     state: Path | None = None
     incoming: Callable[[], None] | None = None
-    """Instead: gives a waiting QEMU its state from elsewhere and lets it run (migrating.py), in `patience` seconds."""
-    patience: float = 0.0
+    """Instead: gives a waiting QEMU its state from elsewhere and lets it run (migrating.py)."""
     root: Path | None = None
     """The image's squashfs; without it both disks are dummies."""
     disk: Path | None = None
@@ -141,7 +140,7 @@ def run(setup: Setup, work: Work) -> keeper.Kept:
             owner=work.owner,
             ttl=work.ttl,
             idle=work.idle,
-            wait=BOOT_WAIT if work.boots else CLONE_WAIT + work.patience,
+            wait=BOOT_WAIT if work.boots else CLONE_WAIT,
             begin=begin,
         )
     _note(work.place, kept.engine_pid)
