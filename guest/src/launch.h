@@ -40,9 +40,14 @@ struct launch {
 
 /* Mounts that the parent made for an operation, since only it may: the child that carries the plan out may be
  * another user, who cannot reach their sources, and in a user namespace, where no ids can be mapped. */
+enum { TREES = 3 };
+
 struct prepared {
-    int tree[2]; /* -1: none */
+    int tree[TREES]; /* -1: none */
 };
+
+/* The folder that an `overlay` puts above all that it reads, NULL if there is none. */
+const char *overlay_above(const struct op *op);
 
 /* Fork (into new namespaces, if the plan asks for them), carry out the plan and wait until the program
  * runs. Returns its pid, or -1 with the reason in message[LAUNCH_MESSAGE]. The process is killed when

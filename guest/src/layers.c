@@ -91,7 +91,7 @@ static int overlay_tree(const char *lower, const char *layer, const char *flags)
     return keep_errno(fs, tree);
 }
 
-enum { LOWERS = 127, OVERLAY_WORDS = 5, FIRST_NAME = '0' };
+enum { LOWERS = 127, OVERLAY_WORDS = 5, FIRST_NAME = '0' }; /* overlay and its four fixed words */
 
 /* The names of lower folders that are several: a link of one byte each, since a mount option of fsconfig(2) is at most 255 bytes long,
  * and overlayfs takes folders one by one (lowerdir+) only since Linux 6.5. None is a byte that it or a path takes for its own. */
@@ -101,8 +101,13 @@ static int short_name(int name) {
     return name;
 }
 
-/* Link to the folders that the operation names in the lower tree, in a new folder of the base, which becomes the working folder. */
-static int stack_lowers(struct launch *l, const struct op *op, const char *lower, char *names, size_t size) {
+const char *overlay_above(const struct op *op) {
+    return op->count > OVERLAY_WORDS && *op->words[OVERLAY_WORDS] == '/' ? op->words[OVERLAY_WORDS] : NULL;
+}
+
+/* Link to the folders that the operation names in the lower tree, and the one above it, in a new folder of the base, which becomes the
+ * working folder. */
+static int stack_lowers(struct launch *l, const struct op *op, const char *lower, const char *above, char *names, size_t size) {
     char place[NAME], name[2] = {0, 0}, target[PATH_MAX];
     size_t used = 0;
     snprintf(place, sizeof place, ".stack.%u", l->parts);
@@ -119,7 +124,8 @@ static int stack_lowers(struct launch *l, const struct op *op, const char *lower
     for (size_t i = OVERLAY_WORDS; i < op->count; i++) {
         byte = short_name(byte);
         name[0] = (char)byte;
-        if (snprintf(target, sizeof target, "../%s/%s", lower, op->words[i]) >= (int)sizeof target) {
+        bool own = i == OVERLAY_WORDS && overlay_above(op);
+        if (snprintf(target, sizeof target, "../%s/%s", own ? above : lower, own ? "." : op->words[i]) >= (int)sizeof target) {
             errno = ENAMETOOLONG;
             return keep_errno(folder, -1);
         }
@@ -133,21 +139,28 @@ static int stack_lowers(struct launch *l, const struct op *op, const char *lower
 }
 
 int op_overlay(struct launch *l, const struct op *op) {
-    char lower[NAME], layer[NAME], at[NAME + 1], inside[PATH_MAX], names[2 * LOWERS];
+    char lower[NAME], above[NAME], layer[NAME], at[NAME + 1], inside[PATH_MAX], names[2 * LOWERS];
     bool several = op->count > OVERLAY_WORDS;
     bool whole = !strcmp(op->words[4], "/");
     unsigned part = l->parts++;
     snprintf(lower, sizeof lower, ".lower.%u", part);
+    snprintf(above, sizeof above, ".above.%u", part);
     snprintf(layer, sizeof layer, ".layer.%u", part);
     int tree = launch_tree(l, op, 0, op->words[1], BIND_ALONE);
     snprintf(at, sizeof at, "/%s", lower);
     if (tree < 0 || attach(l->base, tree, MOUNT_ATTR_RDONLY | PLAIN, at, true) < 0)
         return -1;
+    if (overlay_above(op)) {
+        tree = launch_tree(l, op, 2, overlay_above(op), BIND_ALONE);
+        snprintf(at, sizeof at, "/%s", above);
+        if (tree < 0 || attach(l->base, tree, MOUNT_ATTR_RDONLY | PLAIN, at, true) < 0)
+            return -1;
+    }
     tree = layer_tree(l, op);
     snprintf(at, sizeof at, "/%s", layer);
     if (tree < 0 || attach(l->base, tree, PLAIN, at, true) < 0 || fchdir(l->base) < 0)
         return -1;
-    if (several && stack_lowers(l, op, lower, names, sizeof names) < 0)
+    if (several && stack_lowers(l, op, lower, above, names, sizeof names) < 0)
         return -1;
     snprintf(inside, sizeof inside, "%s%s%s", several ? "../" : "", layer, layer_folder(op->words[2]));
     tree = overlay_tree(several ? names : lower, inside, op->words[3]);

@@ -82,24 +82,26 @@ static int clone_tree(const char *source, unsigned bind) {
 }
 
 void namespaces_release(struct prepared *prepared, size_t count) {
-    for (size_t i = 0; i < 2 * count; i++)
-        if (prepared[i / 2].tree[i % 2] >= 0)
-            close(prepared[i / 2].tree[i % 2]);
+    for (size_t i = 0; i < TREES * count; i++)
+        if (prepared[i / TREES].tree[i % TREES] >= 0)
+            close(prepared[i / TREES].tree[i % TREES]);
 }
 
-/* Whether the parent opens an operation's sources: what they are, and how. */
-static size_t sources_of(const struct op *op, const char *sources[2], unsigned *bind) {
+/* Whether the parent opens an operation's sources: what they are (NULL: none), and how. */
+static bool sources_of(const struct op *op, const char *sources[TREES], unsigned *bind) {
     uint64_t attributes;
+    sources[0] = sources[1] = sources[2] = NULL;
     if (!strcmp(op->words[0], "bind") && parse_flags(op->words[3], &attributes, bind)) {
         sources[0] = op->words[1];
-        return 1;
+        return true;
     }
     if (strcmp(op->words[0], "overlay"))
-        return 0;
+        return false;
     *bind = BIND_ALONE | (strstr(op->words[3], "idmap") ? BIND_IDMAP : 0);
     sources[0] = op->words[1];
-    sources[1] = op->words[2];
-    return strncmp(sources[1], LAYER_RAM, strlen(LAYER_RAM)) ? 2 : 1;
+    sources[1] = strncmp(op->words[2], LAYER_RAM, strlen(LAYER_RAM)) ? op->words[2] : NULL;
+    sources[2] = overlay_above(op);
+    return true;
 }
 
 /* user: the plan's, as whose the files of a bind's owner are shown, if it asks for that. */
@@ -118,17 +120,20 @@ static int open_source(const char *source, unsigned bind, const struct op *user)
 
 bool namespaces_prepare(const struct op *ops, size_t count, struct prepared *prepared) {
     for (size_t i = 0; i < count; i++)
-        prepared[i] = (struct prepared){{-1, -1}};
+        prepared[i] = (struct prepared){{-1, -1, -1}};
     /* Anyone but root can clone mounts only in the child, who is then the same user as here. */
     if (geteuid() != 0)
         return true;
     const struct op *user = launch_find(ops, count, "user");
     bool all = flags_of(ops, count) & CLONE_NEWUSER;
     for (size_t i = 0; i < count; i++) {
-        const char *sources[2];
+        const char *sources[TREES];
         unsigned bind = 0;
-        size_t n = sources_of(&ops[i], sources, &bind);
-        for (size_t k = 0; k < n && (all || (user && bind & BIND_OWNER)); k++) {
+        if (!sources_of(&ops[i], sources, &bind) || !(all || (user && bind & BIND_OWNER)))
+            continue;
+        for (size_t k = 0; k < TREES; k++) {
+            if (!sources[k])
+                continue;
             prepared[i].tree[k] = open_source(sources[k], bind, user);
             /* EPERM: root, but of a container that may not mount: the child tries for itself. */
             if (prepared[i].tree[k] < 0 && errno != EPERM) {
@@ -147,17 +152,18 @@ int launch_tree(const struct launch *l, const struct op *op, int which, const ch
     return p && p->tree[which] >= 0 ? p->tree[which] : clone_tree(source, bind);
 }
 
-/* Ids on the mount's disk are taken for the same ids inside. Only the first tree of an overlay: the writable layer
+/* Ids on the mount's disk are taken for the same ids inside. Of an overlay only what is read: the writable layer
  * holds ids of the machine's own range, which mean nothing to the host, setuid files among them. */
 static bool map_ids(int user_ns, const struct op *ops, size_t count, const struct prepared *prepared) {
     struct mount_attr attr = {.attr_set = MOUNT_ATTR_IDMAP, .userns_fd = (uint64_t)user_ns};
     for (size_t i = 0; i < count; i++) {
-        const char *sources[2];
+        const char *sources[TREES];
         unsigned bind = 0;
-        if (sources_of(&ops[i], sources, &bind) == 0 || !(bind & BIND_IDMAP))
+        if (!sources_of(&ops[i], sources, &bind) || !(bind & BIND_IDMAP))
             continue;
-        if (mount_setattr(prepared[i].tree[0], "", AT_EMPTY_PATH | AT_RECURSIVE, &attr, sizeof attr) < 0)
-            return false;
+        for (size_t k = 0; k < TREES; k += 2)
+            if (sources[k] && mount_setattr(prepared[i].tree[k], "", AT_EMPTY_PATH | AT_RECURSIVE, &attr, sizeof attr) < 0)
+                return false;
     }
     return true;
 }

@@ -42,6 +42,11 @@ def thaw(place: Place, timeout: float) -> bool:
     return _wait(place, frozen=False, timeout=timeout)
 
 
+def words(place: Place) -> tuple[str, Path]:
+    """Return what to write, and where, for it to go on."""
+    return ("0" if place.unified else "THAWED"), place.path / _file(place)
+
+
 def frozen(place: Place) -> bool:
     """Tell whether it is, or is being made so: an answered call takes its task from waiting to frozen, and that for a moment is neither."""
     said = place.read(_file(place)).strip()

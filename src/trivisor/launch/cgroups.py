@@ -17,7 +17,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import subprocess
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -141,6 +143,24 @@ class Cgroup:
     def thaw(self, timeout: float = TIMEOUT) -> None:
         """Let it go on. Raises HostLacks, EngineError."""
         self._set_frozen(False, timeout)
+
+    @contextmanager
+    def thawed_without_us(self) -> Iterator[None]:
+        """See to it that it goes on if this process dies within the `with`: a shell waits for that. Raises HostLacks."""
+        place = self._of("freezer")
+        if place is None:
+            raise HostLacks("this host has no freezer that can be used", hint=layouts.layout().remedies.get("freezer", ""))
+        with subprocess.Popen(
+            ["/bin/sh", "-c", 'read word; [ "$word" ] || printf "$1" > "$2"', "sh", *cgroup_freeze.words(place)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        ) as waiter:
+            assert waiter.stdin is not None
+            try:
+                yield
+            finally:
+                with suppress(BrokenPipeError):
+                    os.write(waiter.stdin.fileno(), b"done\n")
 
     def make_killable(self) -> None:
         """See to it that what is killed dies: in v1 it does so only when it is not frozen."""

@@ -80,6 +80,13 @@ class Layer:
     """A block device with an ext4, in which the folder lies; None: it is one of the host's."""
     names: tuple[str, ...] = ()
     """Where what is read are several folders: these below `lower`, the uppermost first."""
+    above: Path | None = None
+    """A folder that is read above all those."""
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """What is read beside `lower`, as a plan names it."""
+        return self.names if self.above is None else (str(self.above), *(self.names or (".",)))
 
     @property
     def word(self) -> str:
@@ -158,7 +165,7 @@ def _root(c: Container) -> Iterator[Op]:
     # Overlayfs in a user namespace keeps its marks in the user's own extended attributes.
     flags += ["userxattr", *(["volatile"] if c.volatile else [])]
     for layer in c.layers:
-        yield ("overlay", str(layer.lower), layer.word, ",".join(flags), layer.target, *layer.names)
+        yield ("overlay", str(layer.lower), layer.word, ",".join(flags), layer.target, *layer.read)
 
 
 def _devices(c: Container) -> Iterator[Op]:

@@ -79,7 +79,7 @@ def give(box: Box, shape: Shape, frozen: Path, undo: Undo) -> None:
         _tar(box, shape, aside, words, archive.fileno(), 0)
     if os.geteuid() == 0:
         os.chown(aside, 0, 0)
-    _exchange(aside, place)
+    exchange(aside, place)
     ids.remove_tree(aside)
 
 
@@ -117,7 +117,7 @@ def _copy(source: Path, target: Path, machine: str, *, lasting: bool) -> None:
         raise StorageError(f"{target} cannot be written: {error.strerror}", machine=machine) from error
 
 
-def _exchange(one: Path, other: Path) -> None:
+def exchange(one: Path, other: Path) -> None:
     """Have two files swap names at once (renameat2(2))."""
     libc = ctypes.CDLL(None, use_errno=True)
     here = -100  # AT_FDCWD

@@ -26,6 +26,7 @@ from trivisor.launch.ids import Shape
 from trivisor.launch.jail import Bind
 from trivisor.vmm.engine import Box
 
+BELOW = "below"
 _JOURNAL = 1024 * MIB
 """From this size on mkfs.ext4 would take a journal larger than 32 MiB, for no gain."""
 
@@ -36,10 +37,19 @@ def layers(box: Box) -> list[Layer]:
     ram = box.spec.disk == "ram"
     lower, names = _stack(box.lowers)
     lowers = [(lower, "/", names), *((folder, str(folder), ()) for folder in box.host_folders)]
-    return [
+    found = [
         Layer(lower, box.spec.memory // 2 if ram else place / (target.strip("/") or "root"), target, names=names)
         for lower, target, names in lowers
     ]
+    return [replace(found[0], above=above), *found[1:]] if (above := below(box)) is not None else found
+
+
+def below(box: Box) -> Path | None:
+    """Return the frozen layer over which the machine's own lies (engines/container/freezing.py), if there is one."""
+    try:
+        return Path(os.readlink(box.dir.root / "layers" / BELOW))  # noqa: PTH115 - most have none, and this is asked often
+    except OSError:
+        return None
 
 
 def _stack(lowers: tuple[Path, ...]) -> tuple[Path, tuple[str, ...]]:
@@ -135,6 +145,15 @@ def make(box: Box, owner: tuple[int, int]) -> None:
             _make(layer.upper, layer.lower if box.host_root and layer.target != "/" else None, owner)
     if sized(box.spec):
         _make_disk(box)
+
+
+def make_over(box: Box, place: Path, frozen: Path, owner: tuple[int, int]) -> None:
+    """Make in the new folder `place` what `layers` is of a machine: an empty layer, over the one in `frozen`. Raises StorageError."""
+    _make(place / "root", frozen, owner)
+    try:
+        (place / BELOW).symlink_to(frozen)
+    except OSError as error:
+        raise StorageError(f"{place} cannot be made: {error.strerror}", machine=box.spec.name, hint="free space under the home") from error
 
 
 def check(box: Box, shape: Shape) -> None:

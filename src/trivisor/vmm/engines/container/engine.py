@@ -12,11 +12,12 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
-from trivisor.core.errors import HostLacks, TrivisorError
+from trivisor.core.errors import HostLacks, TrivisorError, UnsupportedByWall
 from trivisor.core.paths import Home
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.undo import Undo
@@ -28,8 +29,9 @@ from trivisor.launch.net import provide
 from trivisor.launch.net.provide import Net
 from trivisor.vmm import layers, procs
 from trivisor.vmm.engine import Box, Progress, Usage, WallReport
-from trivisor.vmm.engines.container import host, memory
+from trivisor.vmm.engines.container import freezing, host, memory
 from trivisor.vmm.engines.container.hotplug import Hotplug
+from trivisor.vmm.freezer import Frozen
 from trivisor.vos.ports import MemoryPort, SyscallPort
 
 _WAIT = 60.0
@@ -39,6 +41,7 @@ class ContainerEngine:
     """Runs the containers of `home`."""
 
     wall: Wall = "container"
+    freezes_memory = False
 
     def __init__(self, home: Home) -> None:
         self._home = home
@@ -106,6 +109,21 @@ class ContainerEngine:
 
     def hotplug(self, box: Box) -> Hotplug:
         return Hotplug(box)
+
+    def freeze(
+        self, box: Box, into: Path, *, memory: bool, ends: bool = False, lasting: bool = True, quiesce: bool = False, progress: Progress
+    ) -> Frozen:
+        # What its programs wrote is in its files for whoever reads them, at rest or not.
+        return freezing.freeze(box, into, memory=memory, lasting=lasting)
+
+    def fits(self, box: Box, needs: Mapping[str, str]) -> None:
+        freezing.fits(box, needs)
+
+    def thaw(self, box: Box, frozen: Path, *, other: bool, undo: Undo, progress: Progress) -> dict[str, str]:
+        raise UnsupportedByWall("go on with a machine's memory", self.wall, ("vm", "gvisor"), machine=box.spec.name)
+
+    def refill(self, box: Box, frozen: Path, undo: Undo) -> None:
+        freezing.refill(box, frozen, undo)
 
     def sweep(self, home: Home, machines: set[str]) -> list[str]:
         return []

@@ -114,6 +114,8 @@ def command(runsc: Runsc, platform: str, ids: Ids, *, network: bool = False) -> 
         "overlay2": "none",
         # The Sentry has no access to files but through the gofer.
         "directfs": "false",
+        # A connection that leaves the machine cannot be saved: it is broken, which its programs see, instead of the checkpoint.
+        "net-disconnect-ok": "true",
     }
     known = [f"--{name}={value}" for name, value in options.items() if name in runsc.options]
     return [PROGRAM, *known]
@@ -170,7 +172,7 @@ def _root(s: Sandbox) -> Iterator[Op]:
     if not s.layers:
         yield ("mount", "tmpfs", "root", bundle.ROOT, "rw", "mode=0755,size=1m")
     for layer in s.layers:
-        yield ("overlay", str(layer.lower), layer.word, flags, bundle.ROOT + layer.target.rstrip("/"), *layer.names)
+        yield ("overlay", str(layer.lower), layer.word, flags, bundle.ROOT + layer.target.rstrip("/"), *layer.read)
     if s.layers:
         # Here rather than by the guest, for whom each file is several trips to the gofer.
         yield from names(s.config["hostname"], s.machine_id, s.dns, within=(bundle.ROOT,))

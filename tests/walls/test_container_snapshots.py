@@ -1,0 +1,87 @@
+"""Snapshots, restore and fork of containers: their files, of which a copy is made once, however many machines come from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from machine_home import VmHome
+
+from trivisor import VMM, Machine, State, UnsupportedByWall
+
+pytestmark = pytest.mark.walls("container")
+
+_WORK = """
+set -e
+cd /var/lib
+mkdir made made/deep; echo one > made/deep/one; ln made/deep/one made/two; ln -s deep/one made/link
+chown 1234:77 made/deep/one; chmod 4750 made/deep/one; mkfifo made/pipe
+truncate -s 50M made/holes; echo x >> made/holes
+rm -r /etc/apt; mkdir /etc/apt; echo new > /etc/apt/new; rm /etc/issue
+"""
+_LOOK = "cd /var/lib/made; stat -c '%n %u %g %a %h %s %F' deep/one two link pipe holes; ls -A /etc/apt; ls /etc/issue 2>&1; cat two"
+_CHANGE = """
+rm -r /var/lib/made /etc/apt
+mkdir /var/lib/made /etc/apt; echo again > /etc/apt/again; echo mine > /var/lib/made/mine
+"""
+_CHANGED = "ls -A /var/lib/made /etc/apt; ls -d /etc/issue 2>&1; cat /var/lib/made/mine"
+
+
+@pytest.fixture(scope="module")
+def vmm(wall_home: VmHome, wall: str) -> Iterator[VMM]:
+    with VMM(wall_home.root) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def parent(vmm: VMM) -> Iterator[Machine]:
+    with vmm.run("debian", wall="container", name="parent") as machine:
+        machine.exec(_WORK, check=True)
+        yield machine
+        for one in vmm.snapshots.list():
+            vmm.snapshots.remove(one.ref)
+
+
+def test_all_that_was_written(vmm: VMM, parent: Machine) -> None:
+    seen = parent.exec(_LOOK).text
+    assert "1234 77 4750 2 4" in seen and "No such file" in seen
+    one, two = parent.fork(2)
+    try:
+        assert one.exec(_LOOK).text == two.exec(_LOOK).text == seen
+        assert one.exec("cat /etc/hostname; hostname").text == "parent-1\nparent-1\n"
+        one.exec(_CHANGE, check=True)
+        (deep,) = one.fork()
+        (deeper,) = deep.fork()
+        changed = one.exec(_CHANGED).text
+        assert changed == deep.exec(_CHANGED).text == deeper.exec(_CHANGED).text
+        for machine in (deep, deeper, one):
+            machine.delete(force=True)
+        assert two.exec(_LOOK).text == parent.exec(_LOOK).text == seen
+        two.stop()
+        two.start()
+        assert two.exec(_LOOK).text == seen
+    finally:
+        for machine in vmm.list():
+            if machine.name != "parent":
+                machine.delete(force=True)
+
+
+def test_back_and_forth(vmm: VMM, parent: Machine) -> None:
+    assert not parent.snapshot("made").memory
+    parent.exec("rm -r /var/lib/made; echo later > /var/lib/later", check=True)
+    parent.snapshot("later")
+    for name, there in (("made", "made"), ("later", "later"), ("made", "made")):
+        parent.restore(name)
+        assert parent.exec("cd /var/lib; ls -d made later 2>/dev/null").text == f"{there}\n"
+    with vmm.run(snapshot="parent@later", memory="64M") as other:
+        assert other.exec("cat /var/lib/later").text == "later\n"
+        assert other.spec.memory == 64 << 20
+    assert parent.state is State.RUNNING
+
+
+def test_what_the_wall_cannot(parent: Machine) -> None:
+    for call in (parent.suspend, lambda: parent.snapshot("all", memory=True)):
+        with pytest.raises(UnsupportedByWall, match="container") as caught:
+            call()
+        assert {"vm", "gvisor"} & {*caught.value.walls}
+    assert parent.state is State.RUNNING
