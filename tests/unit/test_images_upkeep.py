@@ -12,7 +12,7 @@ import pytest
 import tar_maker as tar
 from images_for_tests import layered_image
 
-from trivisor.core.errors import NotFound
+from trivisor.core.errors import CallerError, NotFound
 from trivisor.core.paths import Home
 from trivisor.images.catalog import Images
 from trivisor.images.intake import Bytes
@@ -136,6 +136,40 @@ def test_prune_by_age_and_label(images: Images) -> None:
     assert (pruned.images, pruned.steps) == ([], 1) and new.exists()
     assert images.prune(everything=True, labels={"team": "red"}).images == []
     assert images.prune(everything=True, labels={"team": None}).images == ["two:latest"]
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_dry_run_says_what_prune_does(images: Images, everything: bool) -> None:
+    images.pin(images.get("one"), "machine:x")
+    for name in ("one", "two"):
+        images.lowers(images.get(name).digest)
+    step(images, b"step" * 1000, "s")
+    images.store.set_ref(STEPS + "of two", images.get("two").layers[1].digest, {"size": 1, "created": time.time()})
+    left = piece(images, 5000)
+    with images.workspace() as work:
+        images.store.add(io.BytesIO(b"garbage" * 100), work.owner)
+    before = images.usage()
+    told = images.prune(everything=everything, dry_run=True)
+    assert images.usage() == before and left.exists()
+    assert told.images == (["two:latest"] if everything else []) and told.steps == 1 + everything
+    assert images.prune(everything=everything) == told
+    assert told.freed == before.size - images.usage().size >= 9700
+
+
+def test_force_takes_the_name_of_what_a_machine_has(images: Images) -> None:
+    """The image stays, without a name, for as long as the machine does."""
+    two = images.get("two")
+    images.pin(two, "machine:x")
+    with pytest.raises(CallerError, match="machine:x"):
+        images.remove("two")
+    images.remove("two", force=True)
+    with pytest.raises(NotFound):
+        images.get("two")
+    assert images.get(two.digest).digest == two.digest and images.lowers(two.digest)
+    assert [image.digest for image in images.usage().images if not image.names] == [two.digest]
+    images.unpin("machine:x")
+    images.collect()
+    assert not images.store.exists(two.digest)
 
 
 def test_host_roots_stay_while_machines_have_them(place: Home, tmp_path: Path) -> None:

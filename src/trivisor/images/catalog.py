@@ -11,7 +11,7 @@ from __future__ import annotations
 import builtins
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Unpack
@@ -28,7 +28,7 @@ from trivisor.images.limits import DEFAULT, Limits
 from trivisor.images.model import Descriptor, History, Manifest, Platform
 from trivisor.images.reference import Reference, normalise
 from trivisor.images.rooted import Rooted
-from trivisor.images.upkeep import Pruned, Upkeep, Usage
+from trivisor.images.upkeep import Pruned, Upkeep, Usage, Wishes
 from trivisor.store.store import Ref, Store
 from trivisor.store.workspace import Workspace
 
@@ -103,16 +103,19 @@ class Images(Rooted):
         value = next(one.value for one in self._store.refs(PREFIX + image.name) if one.name == PREFIX + image.name)
         return self._name(Ref(PREFIX + name, image.digest, value))
 
-    def remove(self, ref: str) -> None:
+    def remove(self, ref: str, *, force: bool = False) -> None:
         """Forget the name, and the image with its last name; by digest one of a single name.
 
-        Raises NotFound, CallerError if a machine needs it.
+        With `force` by digest all of its names, and the last one even if a machine was made from the image, which then stays for as long
+        as that machine. Raises NotFound, else CallerError.
         """
         image = self._find(ref)
         names = [found.name.removeprefix(PREFIX) for found in self._store.refs(PREFIX) if found.digest == image.digest]
-        if len(names) > 1 and _DIGITS.fullmatch(ref):
+        by_digest = _DIGITS.fullmatch(ref) or model.is_digest(ref)
+        if len(names) > 1 and by_digest and not force:
             raise CallerError(f"{ref} has {len(names)} names", hint=f"remove it by name: {', '.join(names)}")
-        self._store.drop_ref(PREFIX + image.name)
+        for name in (by_digest and names) or [image.name]:
+            self._store.drop_ref(PREFIX + name, force=force)
         self._clean(image.digest)
 
     # Making
@@ -287,13 +290,19 @@ class Images(Rooted):
         """Weigh the images, what was made of them and for them. Raises StorageError."""
         return self._upkeep.usage()
 
-    def prune(self, *, everything: bool = False, older: float = 0.0, labels: Mapping[str, str | None] | None = None) -> Pruned:
+    def prune(
+        self, *, everything: bool = False, older: float = 0.0, labels: Mapping[str, str | None] | None = None, dry_run: bool = False
+    ) -> Pruned:
         """Remove what no image and no machine needs: blobs, roots, pieces of downloads, and layers of build steps that no image has.
 
         With `everything` also images without a machine, and all build steps; both, and downloads, only if `older` than so many
-        seconds, images only if they have the `labels` (None: with any value). Safe beside all else. Raises StorageError.
+        seconds, images only if they have the `labels` (None: with any value). Safe beside all else. With `dry_run` nothing is
+        removed, and what would be is returned. Raises StorageError.
         """
-        return self._upkeep.prune(everything, older, labels or {}, lambda: self._needed(self._needs()))
+        wishes = Wishes(everything, older, labels or {})
+        if dry_run:
+            return self._upkeep.would_prune(wishes, lambda without: self._needed(self._needs(), without))
+        return self._upkeep.prune(wishes, lambda: self._needed(self._needs()))
 
     # Inside
 
@@ -317,9 +326,9 @@ class Images(Rooted):
         if (found := self._store.path(blob.digest).stat().st_size) != blob.size:
             raise ImageError(f"{what}: the blob {blob.digest} has {found} bytes, not {blob.size} as its manifest says")
 
-    def _needed(self, more: Iterable[str] = ()) -> set[str]:
+    def _needed(self, more: Iterable[str] = (), without: Container[str] = ()) -> set[str]:
         pinned = (digest for digest, _ in self._store.pins())
-        return {*more, host.digest(), *pinned, *(ref.digest for ref in self._store.refs(PREFIX))}
+        return {*more, host.digest(), *pinned, *(ref.digest for ref in self._store.refs(PREFIX) if ref.name not in without)}
 
     def _converted(self, digest: str) -> Documents:
         """Make an OCI image of what an older Trivisor made, and let its names mean that."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +88,21 @@ class Pruned:
     steps: int
     freed: int
     kept: list[str]
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What to prune: `Images.prune`."""
+
+    everything: bool
+    older: float
+    """Seconds."""
+    labels: Mapping[str, str | None]
+
+    @property
+    def limit(self) -> float:
+        """Seconds since the epoch."""
+        return time.time() - self.older
 
 
 class Upkeep:
@@ -227,11 +242,25 @@ class Upkeep:
 
     # Clearing away
 
-    def prune(self, everything: bool, older: float, labels: Mapping[str, str | None], needed: Callable[[], Iterable[str]]) -> Pruned:
+    def would_prune(self, wishes: Wishes, needed: Callable[[set[str]], Iterable[str]]) -> Pruned:
+        """Return what `prune` would remove now; `needed` says of which images roots would stay without these refs. Raises StorageError."""
+        images = self._images_to_drop(wishes)
+        steps = self._steps_to_drop(wishes, images)
+        without = {*images, *steps}
+        sizes = self._store.sizes()
+        freed, kept = _sum(sizes, sizes.keys() - self._store.reached(without)), []
+        try:
+            stay = {name.replace(":", "-") for name in self._derived.names(needed(without))}
+            freed += sum(size for name, size in self._roots().items() if name not in stay)
+        except StorageError as error:
+            kept.append(f"roots: {error}")
+        freed += partial.tidy(self._store, wishes.older, dry_run=True)
+        return Pruned([name.removeprefix(PREFIX) for name in images], len(steps), freed, kept)
+
+    def prune(self, wishes: Wishes, needed: Callable[[], Iterable[str]]) -> Pruned:
         """Remove what nobody needs; `needed` says of which images roots must stay. Raises StorageError."""
-        limit = time.time() - older
-        removed = self._drop_images(limit, labels) if everything else []
-        steps = self._drop_steps(limit, everything)
+        removed = [name.removeprefix(PREFIX) for name in self._drop(self._images_to_drop(wishes))]
+        steps = len(self._drop(self._steps_to_drop(wishes, ())))
         before = sum(self._roots().values())
         freed, kept = self._store.collect(), []
         try:
@@ -239,29 +268,30 @@ class Upkeep:
         except StorageError as error:
             kept.append(f"roots: {error}")
         freed += max(before - sum(self._roots().values()), 0)
-        return Pruned(removed, steps, freed + partial.tidy(self._store, older), kept)
+        return Pruned(removed, steps, freed + partial.tidy(self._store, wishes.older), kept)
 
-    def _drop_images(self, limit: float, labels: Mapping[str, str | None]) -> list[str]:
-        removed = []
-        used = {digest for digest, _ in self._store.pins()}
-        for ref in self._store.refs(PREFIX):
-            if ref.digest in used or ref.value["created"] > limit or not self._labelled(ref.digest, labels):
-                continue
+    def _images_to_drop(self, wishes: Wishes) -> list[str]:
+        if not wishes.everything:
+            return []
+        used, limit = {digest for digest, _ in self._store.pins()}, wishes.limit
+        old = [ref for ref in self._store.refs(PREFIX) if ref.digest not in used and ref.value["created"] <= limit]
+        return [ref.name for ref in old if self._labelled(ref.digest, wishes.labels)]
+
+    def _steps_to_drop(self, wishes: Wishes, without: Collection[str]) -> list[str]:
+        """Return the steps whose layer no image has (but those `without`), for that is what they cost, or all."""
+        kept = {blob for ref in self._store.refs(PREFIX) if ref.name not in without for blob in self._needs(ref.digest)}
+        limit = wishes.limit
+        return [
+            ref.name for ref in self._store.refs(STEPS) if ref.value["created"] <= limit and (wishes.everything or ref.digest not in kept)
+        ]
+
+    def _drop(self, names: Iterable[str]) -> list[str]:
+        dropped = []
+        for name in names:
             # A machine may have taken it just now: its last name is then refused, and stays.
             with suppress(NotFound, CallerError):
-                self._store.drop_ref(ref.name)
-                removed.append(ref.name.removeprefix(PREFIX))
-        return removed
-
-    def _drop_steps(self, limit: float, everything: bool) -> int:
-        """Forget steps: those whose layer no image has, for that is what they cost, or all."""
-        kept = {blob for ref in self._store.refs(PREFIX) for blob in self._needs(ref.digest)}
-        dropped = 0
-        for ref in self._store.refs(STEPS):
-            if ref.value["created"] <= limit and (everything or ref.digest not in kept):
-                with suppress(NotFound):
-                    self._store.drop_ref(ref.name)
-                    dropped += 1
+                self._store.drop_ref(name)
+                dropped.append(name)
         return dropped
 
     def _labelled(self, digest: str, labels: Mapping[str, str | None]) -> bool:

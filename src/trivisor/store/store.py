@@ -181,10 +181,10 @@ class Store:
             rows = index.execute("SELECT * FROM refs WHERE substr(name, 1, ?) = ? ORDER BY name", (len(prefix), prefix)).fetchall()
         return [Ref(name, digest, json.loads(value)) for name, digest, value in rows]
 
-    def drop_ref(self, name: str) -> None:
-        """Forget `name`. Raises NotFound, and CallerError if that would take a blob from one who pinned it.
+    def drop_ref(self, name: str, *, force: bool = False) -> None:
+        """Forget `name`. Raises NotFound, and without `force` CallerError if a blob that somebody pinned would have no name any more.
 
-        A blob that another ref names too is taken from nobody.
+        A blob that another ref names too is taken from nobody; a pinned one stays either way.
         """
         with self._transaction() as index:
             row = index.execute("SELECT digest FROM refs WHERE name = ?", (name,)).fetchone()
@@ -193,14 +193,15 @@ class Store:
             (others,) = index.execute("SELECT count(*) FROM refs WHERE digest = ? AND name != ?", (row[0], name)).fetchone()
             owners = [owner for (owner,) in index.execute("SELECT owner FROM pins WHERE digest = ? ORDER BY owner", row)]
             owners = [owner for owner in owners if not owner.startswith(LEASE)]
-            if owners and not others:
+            if owners and not others and not force:
                 raise CallerError(f"{name} is used by {', '.join(owners)}", hint="delete what uses it first")
             index.execute("DELETE FROM refs WHERE name = ?", (name,))
 
-    def reached(self) -> set[str]:
-        """Return the digests that a pin, a ref or a lease needs, with all that those link to."""
+    def reached(self, without: Iterable[str] = ()) -> set[str]:
+        """Return the digests that a pin, a ref or a lease needs, with all that those link to; as if the refs `without` were dropped."""
+        left_out = frozenset(without)
         with self._transaction() as index:
-            return self._reached(index)
+            return self._reached(index, left_out)
 
     def close(self) -> None:
         """Let go of the index; it is opened again when needed."""
@@ -224,15 +225,21 @@ class Store:
                     index.execute("DELETE FROM links WHERE parent = ?", (f"{ALGORITHM}:{path.name}",))
         return freed
 
-    def _reached(self, index: sqlite3.Connection) -> set[str]:
+    def _reached(self, index: sqlite3.Connection, without: frozenset[str] = frozenset()) -> set[str]:
         for (owner,) in index.execute("SELECT DISTINCT owner FROM pins WHERE substr(owner, 1, ?) = ?", (len(LEASE), LEASE)).fetchall():
             if not workspaces.leased(self._tmp, owner):
                 index.execute("DELETE FROM pins WHERE owner = ?", (owner,))
-        rows = index.execute(
-            "WITH RECURSIVE reached (digest) AS (SELECT digest FROM pins UNION SELECT digest FROM refs"
-            " UNION SELECT child FROM links JOIN reached ON parent = digest) SELECT digest FROM reached"
-        )
-        return {digest for (digest,) in rows}
+        links: dict[str, list[str]] = {}
+        for parent, child in index.execute("SELECT parent, child FROM links"):
+            links.setdefault(parent, []).append(child)
+        left = [digest for (digest,) in index.execute("SELECT digest FROM pins")]
+        left += [digest for name, digest in index.execute("SELECT name, digest FROM refs") if name not in without]
+        found: set[str] = set()
+        while left:
+            if (digest := left.pop()) not in found:
+                found.add(digest)
+                left += links.get(digest, ())
+        return found
 
     # Inside
 

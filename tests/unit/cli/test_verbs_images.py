@@ -119,6 +119,30 @@ def test_remove_by_digest(cli: Cli) -> None:
     assert cli("images", "ls", "--json").json == []
 
 
+def test_remove_by_force(cli: Cli) -> None:
+    digest = cli("inspect", IMAGE).json[0]["digest"]
+    cli("tag", IMAGE, "other")
+    cli("create", "--name", "web", IMAGE)
+    refused = cli("rmi", IMAGE, "other")
+    assert refused.status == 125 and "used by machine:" in refused.err and "hint: " in refused.err
+    cli("tag", digest, IMAGE)
+    done = cli("rmi", "--force", "none", digest[7:19])
+    assert done.status == 0 and "there is no image none" in done.err and done.out == digest[7:19] + "\n"
+    assert cli("images", "ls", "--json").json == []
+    assert cli("inspect", "web").json[0]["state"] == "created"
+
+
+def test_prune_takes_cache_mounts(cli: Cli, home: TestHome) -> None:
+    kept = home.root / "volumes" / f"build-{'0' * 24}/kept"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(bytes(50_000))
+    assert cli("du", "--json").json["caches"]["reclaimable"] >= 50_000
+    assert cli("prune").out == "freed 0B\n" and kept.exists()
+    assert cli("prune", "--all", "--dry-run", "--json").json["freed"] >= 50_000 and kept.exists()
+    cli("prune", "--all")
+    assert not kept.parent.exists()
+
+
 def test_history(cli: Cli) -> None:
     lines = cli("history", IMAGE).out.splitlines()
     assert lines[0].split() == ["CREATED", "SIZE", "BY"] and lines[1].endswith("import")
@@ -126,7 +150,8 @@ def test_history(cli: Cli) -> None:
 
 
 def test_du_and_prune(cli: Cli) -> None:
-    assert [line.split()[0] for line in cli("du").out.splitlines()] == ["WHAT", "images", "build", "roots", "downloads", "other", "all"]
+    first = [line.split("  ")[0] for line in cli("du").out.splitlines()]
+    assert first == ["WHAT", "images", "build cache", "cache mounts", "roots", "downloads", "other", "all"]
     assert f"{IMAGE}:latest" in cli("du", "-v").out
     cli("create", "--name", "web", IMAGE)
     cli("tag", IMAGE, "other")
@@ -137,6 +162,9 @@ def test_du_and_prune(cli: Cli) -> None:
     assert cli("prune", "--all", "--label", "a=b").out == "freed 0B\n"
     size = cli("du", "--json").json["size"]
     assert size > 0
+    told = cli("prune", "--all", "--dry-run").out.splitlines()
+    assert told[:2] == ["other:latest", f"{IMAGE}:latest"] and told[2].startswith("would free ")
+    assert cli("du", "--json").json["size"] == size
     assert cli("prune", "--all").out.splitlines()[:2] == ["other:latest", f"{IMAGE}:latest"]
     assert cli("du", "--json").json["size"] == 0
     assert cli("prune", "--label", "a").status == 2

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import click
 
 from trivisor.cli import render
-from trivisor.cli.groups import each, group
+from trivisor.cli.groups import group
 from trivisor.cli.options import IMAGE, json_option, open_vmm, pairs, verb
 from trivisor.cli.verbs import archives, registry
+from trivisor.core.errors import NotFound
 from trivisor.core.units import format_size, parse_duration
 
 
@@ -58,22 +59,36 @@ def tag(image: str, name: str) -> None:
     click.echo(open_vmm().images.tag(image, name).name)
 
 
-def _remove(names: Sequence[str]) -> None:
-    each(names, open_vmm().images.remove)
+_force = click.option("-f", "--force", is_flag=True, help="All names of an ID, and the last even if a machine has the image.")
+
+
+def _remove(names: Sequence[str], force: bool) -> None:
+    images = open_vmm().images
+    for name in names:
+        try:
+            images.remove(name, force=force)
+        except NotFound as error:
+            if not force:
+                raise
+            render.error(str(error))
+        else:
+            click.echo(name)
 
 
 @verb("rmi")
 @click.argument("names", nargs=-1, required=True, type=IMAGE, metavar="IMAGE...")
-def rmi(names: Sequence[str]) -> None:
+@_force
+def rmi(names: Sequence[str], force: bool) -> None:
     """Remove images. One that a machine was made from stays."""
-    _remove(names)
+    _remove(names, force)
 
 
 @verb("rm")
 @click.argument("names", nargs=-1, required=True, type=IMAGE, metavar="IMAGE...")
-def remove(names: Sequence[str]) -> None:
+@_force
+def remove(names: Sequence[str], force: bool) -> None:
     """Remove images. One that a machine was made from stays."""
-    _remove(names)
+    _remove(names, force)
 
 
 @verb("inspect")
@@ -120,9 +135,13 @@ def _line(text: str, whole: bool) -> str:
 @json_option
 def du(verbose: bool, as_json: bool) -> None:
     """Print what images take of the disk, and what prune would free."""
-    usage = open_vmm().images.usage()
+    from trivisor.va.build import caches
+
+    vmm = open_vmm()
+    usage, mounted = vmm.images.usage(), caches.weigh(vmm)
+    size, reclaimable = usage.size + mounted.size, usage.reclaimable + mounted.reclaimable
     if as_json:
-        render.emit({**asdict(usage), "size": usage.size, "reclaimable": usage.reclaimable})
+        render.emit({**asdict(usage), "caches": asdict(mounted), "size": size, "reclaimable": reclaimable})
         return
     if verbose:
         rows = [
@@ -140,21 +159,23 @@ def du(verbose: bool, as_json: bool) -> None:
     kinds = [
         ("images", usage.blobs),
         ("build cache", usage.build),
+        ("cache mounts", mounted),
         ("roots", usage.roots),
         ("downloads", usage.downloads),
         ("other", usage.rest),
     ]
     table = [(name, share.count, format_size(share.size), format_size(share.reclaimable)) for name, share in kinds]
-    render.table(("WHAT", "COUNT", "SIZE", "RECLAIMABLE"), [*table, ("all", "", format_size(usage.size), format_size(usage.reclaimable))])
+    render.table(("WHAT", "COUNT", "SIZE", "RECLAIMABLE"), [*table, ("all", "", format_size(size), format_size(reclaimable))])
 
 
 @verb("prune")
 @click.option("-a", "--all", "everything", is_flag=True, help="Images that no machine has, too, and all of the build cache.")
 @click.option("--older", metavar="TIME", help="Only what came longer ago, such as 24h or 7d.")
 @click.option("-l", "--label", multiple=True, metavar="KEY[=VALUE]", help="With --all: only images that have it.")
+@click.option("-n", "--dry-run", is_flag=True, help="Only say what would be removed.")
 @click.option("-f", "--force", is_flag=True, help="Do not ask.")
 @json_option
-def prune(everything: bool, older: str | None, label: Sequence[str], force: bool, as_json: bool) -> None:
+def prune(everything: bool, older: str | None, label: Sequence[str], dry_run: bool, force: bool, as_json: bool) -> None:
     """Remove what no image and no machine needs.
 
     That is: blobs without a name, unpacked roots of images that are gone, what interrupted downloads left, and layers in the build
@@ -164,12 +185,16 @@ def prune(everything: bool, older: str | None, label: Sequence[str], force: bool
     labels = {**{one: None for one in label if "=" not in one}, **pairs([one for one in label if "=" in one], "label")}
     if labels and not everything:
         raise click.UsageError("--label chooses images, which --all removes", click.get_current_context(silent=True))
-    images = open_vmm().images
-    if everything and not force and sys.stdin.isatty():
+    from trivisor.va.build import caches
+
+    vmm = open_vmm()
+    if everything and not force and not dry_run and sys.stdin.isatty():
         click.confirm("Remove every image that no machine has, and the build cache?", abort=True, err=True)
     with render.Steps() as steps:
         steps("looking what is needed")
-        pruned = images.prune(everything=everything, older=seconds, labels=labels)
+        pruned = vmm.images.prune(everything=everything, older=seconds, labels=labels, dry_run=dry_run)
+        if everything:
+            pruned = replace(pruned, freed=pruned.freed + caches.prune(vmm, older=seconds, dry_run=dry_run))
     if as_json:
         render.emit(asdict(pruned))
         return
@@ -177,7 +202,7 @@ def prune(everything: bool, older: str | None, label: Sequence[str], force: bool
         click.echo(name)
     for why in pruned.kept:
         render.error(why)
-    click.echo(f"freed {format_size(pruned.freed)}")
+    click.echo(f"{'would free' if dry_run else 'freed'} {format_size(pruned.freed)}")
 
 
 @verb("check")

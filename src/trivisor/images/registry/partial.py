@@ -90,8 +90,8 @@ def claim(store: Store, digest: str) -> Iterator[Partial | None]:
         os.close(fd)
 
 
-def tidy(store: Store, age: float = WEEK) -> int:
-    """Remove pieces that nobody has gone on with for `age` seconds. Return the bytes freed."""
+def tidy(store: Store, age: float = WEEK, *, dry_run: bool = False) -> int:
+    """Remove pieces that nobody has gone on with for `age` seconds. Return the bytes freed; with `dry_run` those that would be."""
     freed = 0
     for path in sorted(folder(store).glob("*")):
         with translated(path):
@@ -101,7 +101,8 @@ def tidy(store: Store, age: float = WEEK) -> int:
                 with claim(store, f"sha256:{path.name}") as partial:
                     if partial is not None:
                         freed += path.stat().st_size
-                        partial.drop()
+                        if not dry_run:
+                            partial.drop()
             except FileNotFoundError:
                 continue  # another was first
     return freed

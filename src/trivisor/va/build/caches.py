@@ -61,15 +61,19 @@ def weigh(vmm: VMM) -> Share:
     return Share(len(sizes), sum(sizes), free)
 
 
-def prune(vmm: VMM, *, older: float = 0.0) -> int:
-    """Remove the caches that no build or machine has, and none had for `older` seconds; return the bytes. Raises StorageError."""
+def prune(vmm: VMM, *, older: float = 0.0, dry_run: bool = False) -> int:
+    """Remove the caches that no build or machine has, and none had for `older` seconds; return the bytes. Raises StorageError.
+
+    With `dry_run` none is removed.
+    """
     freed, limit = 0, time.time() - older
     for volume in _volumes(vmm):
         with _alone(volume.path) as alone:
-            if alone and volume.path.stat().st_mtime <= limit:
+            if alone and not volume.machines and volume.path.stat().st_mtime <= limit:
                 size = weight(volume.path)
                 with contextlib.suppress(NotFound, CallerError):
-                    vmm.volumes.remove(volume.name)
+                    if not dry_run:
+                        vmm.volumes.remove(volume.name)
                     freed += size
     return freed
 
