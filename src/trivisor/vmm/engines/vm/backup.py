@@ -86,13 +86,19 @@ class Copy:
             if "No space" in failed[0]:
                 raise files.storage(full, "copying the machine's disk")
             raise StorageError(f"the machine's disk cannot be copied: {failed[0]}", machine=self._box.spec.name)
+        self._release()
 
     def close(self) -> None:
         os.close(self._source)
+        with suppress(EngineError):
+            self._release()
+
+    def _release(self) -> None:
+        """Have QEMU write the rest and let go of the file."""
         if self._set is not None:
-            with suppress(EngineError):
-                tidy(self._qmp)
-                self._qmp.ask("remove-fd", {"fdset-id": self._set})
+            tidy(self._qmp)
+            self._qmp.ask("remove-fd", {"fdset-id": self._set})
+            self._set = None
 
 
 @contextmanager

@@ -4,7 +4,7 @@
     state         its devices, without RAM, as QEMU's migration writes them
     disk.qcow2    its writable layer at that instant; without backing file
     fresh         a mark that no guest has had that layer yet
-    frozen.json   its shape, needs and digests; written last
+    frozen.json   its shape, needs and digests, and a line with a digest of that; written last
 
 Each start notes beside the machine what it was started as ("life"): what is in force then is what a copy of it needs, whatever its spec or
 the host's kit become while it runs.
@@ -127,7 +127,8 @@ def finish(folder: Path, shape: Shape | None, needed: dict[str, str], *, lasting
         # A large disk is another matter: whoever keeps it knows each of its files by a digest.
         disk_digest=digest(frozen.disk) if frozen.disk.exists() and frozen.disk.stat().st_size <= 64 * MIB else "",
     )
-    (folder / _FACTS).write_bytes(msgspec.json.encode(facts))
+    text = msgspec.json.encode(facts)
+    (folder / _FACTS).write_bytes(text + b"\n" + hashlib.sha256(text).hexdigest().encode() + b"\n")
     for path in folder.iterdir():
         path.chmod(0o444)
         if lasting:
@@ -139,7 +140,10 @@ def finish(folder: Path, shape: Shape | None, needed: dict[str, str], *, lasting
 def load(folder: Path, machine: str) -> tuple[Ice, Facts]:
     """Return a frozen machine that is whole as far as is quick to see. Raises StorageError for one that is not."""
     try:
-        facts = msgspec.json.decode((folder / _FACTS).read_bytes(), type=Facts)
+        text, _, said = (folder / _FACTS).read_bytes().partition(b"\n")
+        if hashlib.sha256(text).hexdigest().encode() != said.strip():
+            raise _damaged(folder, machine, _FACTS)
+        facts = msgspec.json.decode(text, type=Facts)
     except (OSError, msgspec.DecodeError) as error:
         raise _damaged(folder, machine, _FACTS) from error
     if facts.format != _FORMAT:
