@@ -202,7 +202,10 @@ def test_what_was_written_before_the_end_is_delivered(guest: Guest, listener: Re
     ours, theirs, channel, thread, _ = giving
     said = os.urandom(1 << 20)
     pieces = [message(b"s", channel + said[at : at + 65536]) for at in range(0, len(said), 65536)]
-    guest.ours.sendall(message(b"R", channel + struct.pack("<ii", 0, 9)) + b"".join(pieces) + message(b"x", bytes(4)))
+    guest.ours.sendall(message(b"R", channel + struct.pack("<ii", 0, 9)) + b"".join(pieces))
+    # What nobody has read when the channel ends is told to who wrote it, as an error.
+    assert (guest.hear(), guest.hear()) == ((b"s", channel + b"said before"), (b"e", channel))
+    guest.ours.sendall(message(b"x", bytes(4)))
     thread.join()
     theirs.close()
     listener._carrier.join()
