@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
-from trivisor.core.errors import EngineError, ExecTimeout, GuestError, ImageError, StorageError, WaitTimeout
+from trivisor.core.errors import EngineError, ExecTimeout, GuestError, GuestGone, ImageError, StorageError, WaitTimeout
 from trivisor.core.paths import Home, MachineDir
 from trivisor.core.spec import Spec
 from trivisor.launch import keeper
@@ -33,6 +33,7 @@ _NAME = "disk reader"
 _SLOT = 98_000_000
 """Above every machine's slot, and below those of makers of ice."""
 _PIECE = 1 << 20
+_HINT = "start it and have its file system checked"
 _METADATA = 512 << 20
 """Bytes that names and attributes may take beside the data, which cannot be more than the disk unless files share it."""
 
@@ -97,10 +98,12 @@ def _receive(processes: Processes, into: BinaryIO, limit: int) -> None:
                 into.write(data)
             if process.wait(_left(deadline)):
                 said = process.stderr.read(4096, _left(deadline)).decode("utf-8", "replace").strip()
-                raise ImageError(f"the machine's disk cannot be read: {said[:300]}", hint="start it and have its file system checked")
+                raise ImageError(f"the machine's disk cannot be read: {said[:300]}", hint=_HINT)
         into.flush()
     except WaitTimeout as error:
         raise ExecTimeout(processes.machine, TIMEOUT) from error
+    except GuestGone as error:
+        raise ImageError("the machine's disk cannot be read: the kernel of the helper that read it died of it", hint=_HINT) from error
     except OSError as error:
         raise files.storage(error, "reading the machine's disk") from error
 
