@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -180,6 +182,33 @@ def test_a_step_has_its_time(made: Build) -> None:
     with pytest.raises(BuildFailed, match=r"did not end in 0\.5 s") as caught:
         made("FROM mini\nRUN echo begun; sleep 60", timeout=0.5)
     assert caught.value.output == b"begun\n"
+
+
+@pytest.mark.walls("vm", "container")
+def test_ctrl_c(wall_vmm: VMM, made: Build) -> None:
+    """While two stages are in a step: the build ends at once, and so do their machines."""
+    before = {machine.id for machine in wall_vmm.list()}
+    saying: set[str] = set()
+
+    def hear(event: BuildEvent) -> None:
+        if event.kind == "output" and event.stage not in saying:
+            saying.add(event.stage)
+            if len(saying) == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    run = "RUN echo begun; sleep 600"
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        made(f"FROM mini AS a\n{run}\nFROM mini AS b\n{run}\nFROM scratch\nCOPY --from=a / /\nCOPY --from=b / /", report=hear)
+    assert time.monotonic() - begun < 120
+    assert {machine.id for machine in wall_vmm.list()} == before
+
+
+@pytest.mark.walls("container")
+def test_a_failed_stage_ends_the_others(made: Build) -> None:
+    text = "FROM mini AS a\nRUN sleep 600\nFROM mini AS b\nRUN exit 4\nFROM scratch\nCOPY --from=a / /\nCOPY --from=b / /"
+    with pytest.raises(BuildFailed, match="status 4"):
+        made(text)
 
 
 @pytest.mark.walls("container")

@@ -85,6 +85,9 @@ def _stages(building: Building, plan: Recipe, target: Stage) -> Built:
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     built[running.pop(future)] = future.result()
+        except BaseException:  # Ctrl-C too: nobody waits for what is not needed any more
+            building.halt.call()
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
     return built[target.index]

@@ -17,6 +17,7 @@ from trivisor.core.errors import BuildFailed, ExecTimeout, RecipeError
 from trivisor.core.wishes import Volume
 from trivisor.images.pack import PackedLayer
 from trivisor.va.build import caches
+from trivisor.va.build.halt import Halt
 from trivisor.va.build.mounts import Mount
 from trivisor.va.build.options import Options
 from trivisor.va.build.state import Run
@@ -44,18 +45,27 @@ class Lent:
 
 
 def run(
-    vmm: VMM, image: str, step: Run, options: Options, file: str, lend: Callable[[Mount], Path], said: Callable[[bytes], None], target: Path
+    vmm: VMM,
+    image: str,
+    step: Run,
+    options: Options,
+    file: str,
+    lend: Callable[[Mount], Path],
+    said: Callable[[bytes], None],
+    target: Path,
+    halt: Halt,
 ) -> PackedLayer:
     """Carry out `step` on the image with the digest `image`, and write what it changed as a layer to the new file `target`.
 
-    `lend` says where the files of a bind mount lie; `said` gets what the command says. Raises BuildFailed, RecipeError, and what machines
-    raise.
+    `lend` says where the files of a bind mount lie; `said` gets what the command says. Raises BuildFailed, RecipeError, what machines
+    raise, and Halted.
     """
     with ExitStack() as stack:
         lent = _lend(vmm, step, options, file, lend, stack)
         network = "none" if step.network == "none" else options.network
         wishes: dict[str, Any] = {"network": network, "memory": options.memory, "cpus": options.cpus, "volumes": lent.volumes or None}
         machine = stack.enter_context(vmm.run(image, wall=options.wall, **wishes))
+        stack.enter_context(halt.watching(machine))
         for local, remote in lent.trees:
             machine.files.mkdir(_above(remote), parents=True)
             machine.files.upload(local, remote)

@@ -27,6 +27,7 @@ from trivisor.va.build.cache import Cache, Made, key
 from trivisor.va.build.copy import As, CopyError, Layer
 from trivisor.va.build.events import BuildEvent, Kind
 from trivisor.va.build.fetch import Sources
+from trivisor.va.build.halt import Halt
 from trivisor.va.build.ignore import patterns
 from trivisor.va.build.mounts import Mount
 from trivisor.va.build.options import Options
@@ -97,6 +98,7 @@ class Building:
     given: Mapping[str, str]
     base: Callable[[str, Stage], Built]
     """Gets the image that a FROM or a --from names."""
+    halt: Halt = field(default_factory=Halt)
 
     @property
     def nothing(self) -> FolderView:
@@ -126,6 +128,7 @@ class StageBuilder:
         instructions = [*triggers, *stage.instructions]
         now = Built(list(base.layers), list(base.history), state.final(), base.author, base.created, base.platform)
         for self._step, found in enumerate(instructions, 1):
+            all_.halt.check()
             begun = time.monotonic()
             self._tell("begin", found, len(instructions))
             step = state.read(found)
@@ -180,7 +183,9 @@ class StageBuilder:
             def lend(mount: Mount) -> Path:
                 return self._sources.place(mount, stack)
 
-            return self._keep(name, run(self._all.vmm, image, step, self._all.options, self._all.file.name, lend, said, target))
+            return self._keep(
+                name, run(self._all.vmm, image, step, self._all.options, self._all.file.name, lend, said, target, self._all.halt)
+            )
 
     def _copy(self, step: Copy, layer: Layer, base: View, stack: ExitStack) -> None:
         become = As(owners.find(step.owner, base) if step.owner else None if step.stage else (0, 0), step.mode)
