@@ -12,7 +12,7 @@ from wall_fixtures import Make
 from trivisor.core.errors import InvalidSpec
 from trivisor.core.spec import Wall
 from trivisor.core.units import GIB, MIB
-from trivisor.images.disks import qemuimg
+from trivisor.images.disks import package, qemuimg
 
 pytestmark = pytest.mark.slow
 
@@ -37,6 +37,10 @@ def test_a_machines_root_becomes_a_disk(make: Make, wall: Wall, tmp_path: Path) 
     stat = said(disk, "stat /root/mine")
     assert "Mode:  0640" in stat and "User:     0" in stat and "Links: 2" in stat
     assert "gone" not in said(disk, "ls /") and "bin" in said(disk, "ls /") and "os-release" not in said(disk, "ls /etc")
+    if wall == "container":
+        assert machine.export_disk(tmp_path / "root.ova").format == "vmdk"
+        with package.opened(tmp_path / "root.ova") as opened:
+            assert (opened.system.name, opened.system.memory, opened.system.disks[0].capacity) == (machine.name, machine.spec.memory, GIB)
     with pytest.raises(InvalidSpec, match="too small"):
         machine.export_disk(tmp_path / "small.raw", size=16 * MIB)
     assert not (tmp_path / "small.raw").exists() and os.listdir(tmp_path) != []

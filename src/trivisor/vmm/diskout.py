@@ -12,12 +12,12 @@ from trivisor.core.devices import Disk
 from trivisor.core.errors import InvalidSpec, NotFound
 from trivisor.core.units import MIB
 from trivisor.images import host
-from trivisor.images.disks import catalog, formats, qemuimg, rootdisk
+from trivisor.images.disks import catalog, formats, package, qemuimg, rootdisk
 from trivisor.images.disks.formats import Format
 from trivisor.images.disks.headers import Header, read
 from trivisor.images.disks.qemuimg import Bounds, Progress, Source
 from trivisor.images.disks.rootdisk import Layer
-from trivisor.vmm import commit, plugged
+from trivisor.vmm import commit, packages, plugged
 from trivisor.vmm.context import Context
 
 LEAST = 64 * MIB
@@ -25,9 +25,12 @@ LEAST = 64 * MIB
 
 def root(context: Context, machine: str, target: Path, to: Format | None, size: int | None, bounds: Bounds, progress: Progress) -> Header:
     """Write the machine's root, an ext4 that fills the disk, to the file `target`. Raises what Machine.export_disk raises."""
-    kind = to or formats.of_name(target)
+    packed = to is None and package.is_package(target)
+    kind = to or ("vmdk" if packed else formats.of_name(target))
     with context.images.workspace() as work:
         source = make_root(context, machine, work.path, size, progress)
+        if packed:
+            return packages.write(packages.machine_of(context.row(machine).spec), source, target, work.path, bounds, progress)
         return catalog.write(source, target, kind, progress, bounds=bounds)
 
 

@@ -52,6 +52,17 @@ def test_what_goes_wrong_is_said(cli: Cli, raw: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out.zip").exists() and not (tmp_path / "out.raw").exists()
 
 
+def test_packages_in_and_out(cli: Cli, raw: Path, tmp_path: Path) -> None:
+    cli("disk", "import", str(raw))
+    assert cli("disk", "export", "--cpus", "2", "--memory", "512M", "data", str(tmp_path / "a.ova")).status == 0
+    done = cli("disk", "import", str(tmp_path / "a.ova"), "again")
+    assert done.out == "again\n" and done.err == "trivisor: its machine has 2 processors, 512M of memory, 0 network cards\n"
+    said = cli("disk", "import", "--json", str(tmp_path / "a.ova")).json
+    assert (said["cpus"], said["memory"], said["cards"], [disk["name"] for disk in said["disks"]]) == (2, 512 << 20, [], ["a"])
+    (tmp_path / "a.ova").write_bytes(b"no")
+    assert cli("disk", "import", str(tmp_path / "a.ova"), "more").status == 125
+
+
 def test_a_wall_without_disks_says_so(cli: Cli, raw: Path) -> None:
     cli("disk", "import", str(raw))
     cli("create", "--name", "web", IMAGE)

@@ -30,7 +30,7 @@ Progress = Callable[[str], object]
 _OPTIONS: dict[str, str] = {
     "vhd": "subformat=dynamic,force_size=on",
     "vhdx": "subformat=dynamic",
-    "stream": "subformat=streamOptimized",
+    "stream": "subformat=streamOptimized,adapter_type=lsilogic",
 }
 _SLOT = 98_000_000
 """The id that it runs as belongs to no machine."""
