@@ -400,7 +400,7 @@ class Images(Rooted):
             # It is listed, and removed, like any other; `get` says what it lacks.
             return Image(name, ref.digest, self._store.locate(ref.digest), ref.value.get("size", 0), **known)
         if documents is None:
-            return Image(name, ref.digest, rootfs, ref.value["size"], config=older.config(ref.value["config"]), **known)
+            return Image(name, ref.digest, rootfs, ref.value.get("size", 0), config=older.config(ref.value.get("config", {})), **known)
         layers = tuple(documents.manifest.layers)
         kind = ref.value.get("media_type", model.OCI_MANIFEST)
         return Image(name, ref.digest, rootfs, documents.size, config=documents.config, layers=layers, media_type=kind, **known)

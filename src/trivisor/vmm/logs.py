@@ -13,7 +13,7 @@ from typing import BinaryIO
 from trivisor.core.errors import InvalidSpec
 from trivisor.core.paths import MachineDir
 
-SOURCES = ("serial", "init", "engine", "answer")
+SOURCES = ("serial", "init", "engine", "answer", "program")
 _CHUNK = 64 << 10
 _POLL = 0.1
 

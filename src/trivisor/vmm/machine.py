@@ -22,12 +22,14 @@ from trivisor.images.catalog import Image
 from trivisor.images.disks.formats import Format
 from trivisor.images.disks.headers import Header
 from trivisor.images.pack import PackedLayer
-from trivisor.vmm import commit, life, limits, logs, memory, modify, network, reconcile, watch
+from trivisor.vmm import commit, life, limits, logs, memory, modify, network, program, reconcile, watch
 from trivisor.vmm.context import Context
 from trivisor.vmm.devices import MachineDevices
 from trivisor.vmm.disks import Disks
 from trivisor.vmm.engine import Progress
+from trivisor.vmm.migration.machine import Movable
 from trivisor.vmm.modify import Plan
+from trivisor.vmm.program import Programmed
 from trivisor.vmm.records import Row
 from trivisor.vmm.snapshots.machine import Freezable
 from trivisor.vos import guest
@@ -62,7 +64,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     """The guest's own figures (PROTOCOL.md, stats), to be believed as far as the guest is; empty while paused."""
 
 
-class Machine(Freezable):
+class Machine(Freezable, Programmed, Movable):
     """One machine of a home. Got from VMM.create, run, get and list. Thread-safe, and usable after a fork."""
 
     def __init__(self, context: Context, row: Row) -> None:
@@ -110,6 +112,7 @@ class Machine(Freezable):
         """
         network.started(self._context, life.start(self._context, self.id, progress or (lambda _: None)))
         self.devices.settle()
+        program.furnish(self._context, self._first, self.files)
 
     def pause(self) -> None:
         """Freeze it: when this returns no guest instruction runs. Raises InvalidState, Busy, EngineError."""
@@ -298,7 +301,8 @@ class Machine(Freezable):
         return Stats(private=usage.private, shared=usage.shared, cpu_seconds=usage.cpu_seconds, guest=said)
 
     def logs(self, *, source: str = "serial", follow: bool = False) -> Iterator[bytes]:
-        """Return an iterator over a log of its current or last life: serial (the console), init (PID 1), engine, or all.
+        """Return an iterator over a log of its current or last life: serial (the console), init (PID 1), engine,
+        program (what was launched), or all.
 
         With `follow` it goes on until the machine ends. What the guest wrote is handed on as it is.
         """
@@ -348,7 +352,9 @@ class Machine(Freezable):
         def starved() -> bool:
             return memory.starved(self._context, self.id, lambda: self.files, known[0] if known else 0)
 
-        return Processes(self._line_for(verb, known), self.name, self._first.spec.env, self.syscalls, starved)
+        wanted = self._wanted()
+        env = self._first.spec.env
+        return Processes(self._line_for(verb, known), self.name, env, self.syscalls, starved, user=wanted.user, cwd=wanted.cwd)
 
     def _trace(self, *args: Any, **named: Any) -> Trace:
         return self._processes("exec").trace(*args, **named)

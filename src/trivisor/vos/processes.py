@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 from trivisor.core.errors import ExecFailed, InvalidSpec
 from trivisor.vos import wire
@@ -74,9 +75,17 @@ class ExecResult:
         return self.stderr.decode("utf-8", "replace")
 
 
+class _More(TypedDict, total=False):
+    """What an EXEC request has beside what every command has."""
+
+    size: tuple[int, int]
+    policy: Sequence[Sequence[str]] | None
+    stop: int
+
+
 class Processes:
     """Runs commands in one machine. Thread-safe. `env` lies under the env of each command; `starved` says of a machine in which
-    one was killed whether its memory ran out."""
+    one was killed whether its memory ran out. `user` and `cwd` are those of commands that are given none."""
 
     def __init__(
         self,
@@ -85,8 +94,12 @@ class Processes:
         env: Mapping[str, str] | None = None,
         syscalls: Syscalls | None = None,
         starved: Callable[[], bool] | None = None,
+        *,
+        user: str = "",
+        cwd: str = "",
     ) -> None:
         self.machine = machine
+        self._user, self._cwd = user, cwd
         self._starved = starved
         self._syscalls = syscalls
         self._line_of = line_of
@@ -109,7 +122,8 @@ class Processes:
     ) -> ExecResult:
         """Run `argv` to its end.
 
-        `user` is a name or uid, with `:group` if wanted (root unless given); `cwd` the user's home unless given.
+        `user` is a name or uid, with `:group` if wanted (the image's unless given, else root); `cwd` the image's unless given, else the
+        user's home.
         `stdin` is bytes, text, a binary file or an iterable of bytes; empty means /dev/null. `on_stdout` and `on_stderr`
         are called with bytes as they come. At most `max_output` bytes of each output are kept: more is an error, but
         with a callback the rest is only not kept. `policy` says what it, and what it starts, gets from system calls.
@@ -123,7 +137,7 @@ class Processes:
         capture = Capture(self.machine, max_output, {STDOUT: on_stdout, STDERR: on_stderr})
         compiled = self._compiled(policy)
         operations = compiled.operations if compiled else None
-        request = wire.exec_request(words, self._environment(env), flags=_stdin_flag(stdin), user=user, cwd=cwd, policy=operations)
+        request = self._request(words, env, _stdin_flag(stdin), user=user, cwd=cwd, policy=operations)
         result = self._run(words, request, capture, stdin, timeout, compiled)
         if check and not result.ok:
             raise ExecFailed(self.machine, result, _failure(result))
@@ -151,10 +165,17 @@ class Processes:
         flags = (Flag.PTY if pty else 0) | (Flag.DETACH if detach else 0) | (0 if stdin else Flag.NO_STDIN)
         compiled = self._compiled(policy)
         operations = compiled.operations if compiled else None
-        request = wire.exec_request(
-            words, self._environment(env), flags=flags, size=size if pty else (0, 0), user=user, cwd=cwd, policy=operations
-        )
+        request = self._request(words, env, flags, size=size if pty else (0, 0), user=user, cwd=cwd, policy=operations)
         return self._start(words, request, pty=pty, compiled=compiled)
+
+    def launch(self, argv: Argv, stop: int, *, env: Mapping[str, str] | None = None, cwd: str = "", user: str = "") -> Process:
+        """Start `argv` as the machine's program (PROTOCOL.md), with its stop signal. Its output goes to the keeper's log alone."""
+        words = _words(argv)
+        compiled = self._compiled(None)
+        operations = compiled.operations if compiled else None
+        flags = Flag.DETACH | Flag.NO_STDIN
+        request = self._request(words, env, flags, user=user, cwd=cwd, policy=operations, stop=stop)
+        return self._start(words, request, pty=False, compiled=compiled)
 
     def trace(
         self,
@@ -175,9 +196,8 @@ class Processes:
         compiled = self._compiled(policy, traced=True)
         assert self._syscalls is not None  # or a policy would not have been taken
         capture = Capture(self.machine, MAX_TRACED, {STDOUT: on_stdout or _forget, STDERR: on_stderr or _forget})
-        request = wire.exec_request(
-            words, self._environment(env), flags=_stdin_flag(stdin), user=user, cwd=cwd, policy=compiled.operations if compiled else None
-        )
+        operations = compiled.operations if compiled else None
+        request = self._request(words, env, _stdin_flag(stdin), user=user, cwd=cwd, policy=operations)
         deadline = None if timeout is None else time.monotonic() + timeout
         command = Command.start(self._line_of(), request, deadline, traced=True)
         self._answering(command, compiled, deadline)
@@ -252,6 +272,11 @@ class Processes:
             command.abort()
             raise
         return Process(command, words, pid, pty=pty, starved=self._starved)
+
+    def _request(
+        self, words: Sequence[str], env: Mapping[str, str] | None, flags: int, *, user: str, cwd: str, **more: Unpack[_More]
+    ) -> bytes:
+        return wire.exec_request(words, self._environment(env), flags=flags, user=user or self._user, cwd=cwd or self._cwd, **more)
 
     def _environment(self, env: Mapping[str, str] | None) -> list[str]:
         merged = {**self._env, **(env or {})}

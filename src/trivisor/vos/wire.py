@@ -70,6 +70,8 @@ class Flag(IntEnum):
     NO_STDIN = 8
     POLICY = 16
     """Set by `exec_request` where a policy is given."""
+    PROGRAM = 32
+    """Set by `exec_request` where a stop signal is given."""
 
 
 _HEADER = struct.Struct("<BBHII")
@@ -234,11 +236,15 @@ def exec_request(
     user: str = "",
     cwd: str = "",
     policy: Sequence[Sequence[str]] | None = None,
+    stop: int | None = None,
 ) -> bytes:
-    """Return an EXEC request; `policy`: the operations that its policy is made of. Raises InvalidSpec if it is over 1 MiB."""
-    flags |= 0 if policy is None else Flag.POLICY
+    """Return an EXEC request; `policy`: the operations that its policy is made of; `stop`: the stop signal of the machine's program.
+
+    Raises InvalidSpec if it is over 1 MiB.
+    """
+    flags |= (0 if policy is None else Flag.POLICY) | (0 if stop is None else Flag.PROGRAM)
     request = struct.pack("<IHH", flags, *size) + string(user) + string(cwd) + strings(argv) + strings(env)
-    request += b"" if policy is None else steps(policy)
+    request += (b"" if policy is None else steps(policy)) + (b"" if stop is None else _U32.pack(stop))
     if len(request) > EXEC_MAX:
         raise InvalidSpec(
             f"the arguments and environment of a command take {len(request)} bytes, at most {EXEC_MAX} go",

@@ -16,7 +16,7 @@ from trivisor.cli.options import machine_argument, open_vmm, pairs, policy, rule
 @click.option("-d", "--detach", is_flag=True, help="Do not wait for it; print its process id in the machine.")
 @click.option("-e", "--env", multiple=True, metavar="KEY[=VALUE]", help="Environment of the command.")
 @click.option("-w", "--workdir", default="", metavar="FOLDER", help="Where the command runs.")
-@click.option("-u", "--user", default="", metavar="USER[:GROUP]", help="Whom the command runs as.  [default: root]")
+@click.option("-u", "--user", default="", metavar="USER[:GROUP]", help="Whom the command runs as.  [default: the image's, else root]")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds, after which it is killed.")
 @rule_options
 @machine_argument

@@ -14,17 +14,20 @@ from trivisor.vmm.logs import SOURCES
 @verb("logs")
 @click.option("-f", "--follow", is_flag=True, help="Go on until the machine stops.")
 @click.option(
-    "--source", type=click.Choice([*SOURCES, "all"]), default="serial", show_default=True, help="The console, PID 1, QEMU, rules that log."
+    "--source",
+    type=click.Choice([*SOURCES, "all"]),
+    help="The console, PID 1, QEMU, rules that log, the program.  [default: program if it wrote anything, else serial]",
 )
 @machine_argument
-def command(machine: str, follow: bool, source: str) -> int:
-    """Print a machine's console or PID 1's log.
+def command(machine: str, follow: bool, source: str | None) -> int:
+    """Print what a machine's program wrote, its console, or PID 1's log.
 
     On a terminal control characters are left out, colours excepted: they are a guest's, who may be hostile.
     """
     tty = sys.stdout.isatty()
     try:
-        for chunk in open_vmm().get(machine).logs(follow=follow, source=source):
+        found = open_vmm().get(machine)
+        for chunk in found.logs(follow=follow, source=source or found.main_log):
             if tty:
                 click.echo(render.safe(chunk.decode(errors="replace"), colours=True), nl=False)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import click
 from trivisor.cli import render
 from trivisor.cli.attach import Joined, run_joined
 from trivisor.cli.options import IMAGE, open_vmm, spec_options, verb, wishes
+from trivisor.core.errors import InvalidSpec
 from trivisor.core.spec import HOST_IMAGE
+from trivisor.vmm.machine import Machine
 
 
 def _share_folder(options: dict[str, Any], home: Path) -> str:
@@ -27,6 +30,16 @@ def _share_folder(options: dict[str, Any], home: Path) -> str:
     return str(here)
 
 
+def _argv(machine: Machine, words: Sequence[str], entrypoint: str | None) -> list[str]:
+    """Return what is to be run; nothing if neither the image nor the command line says it."""
+    try:
+        return machine.command(words or None, entrypoint)
+    except InvalidSpec:
+        if words or entrypoint:
+            raise
+        return []
+
+
 @verb("run", context_settings={"allow_interspersed_args": False})
 @spec_options
 @click.option("-d", "--detach", is_flag=True, help="Leave the machine running, print its id.")
@@ -34,7 +47,8 @@ def _share_folder(options: dict[str, Any], home: Path) -> str:
 @click.option("-i", "--interactive", is_flag=True, help="Give our standard input to the command.")
 @click.option("-t", "--tty", is_flag=True, help="Give the command a terminal.")
 @click.option("-w", "--workdir", default="", metavar="FOLDER", help="Where the command runs.")
-@click.option("-u", "--user", default="", metavar="USER[:GROUP]", help="Whom the command runs as.  [default: root]")
+@click.option("-u", "--user", default="", metavar="USER[:GROUP]", help="Whom the command runs as.  [default: the image's, else root]")
+@click.option("--entrypoint", metavar="PROGRAM", help="Instead of the image's; an empty one: none. The image's cmd is left out.")
 @click.argument("image", type=IMAGE)
 @click.argument("argv", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND...]")
 def command(
@@ -46,13 +60,15 @@ def command(
     tty: bool,
     workdir: str,
     user: str,
+    entrypoint: str | None,
     **options: Any,
 ) -> int:
     """Run a command in a new machine.
 
-    The machine is deleted when the command has ended, and our exit status is the command's (128 + n if signal n
-    killed it). Without a command it is a shell. With -d the machine stays, the command running in it. The image "host" is this
-    host's own programs (container, gvisor), with the folder you are in, read-only.
+    COMMAND is given to the image's entrypoint, if it has one; without it the image's own is run, and if there is none a shell. The machine
+    is deleted when the command has ended, and our exit status is the command's (128 + n if signal n killed it). With -d the machine stays,
+    the command is its program and writes to its log. The image "host" is this host's own programs (container, gvisor), with the folder you
+    are in, read-only.
     """
     if detach and (interactive or tty or rm):
         raise click.UsageError(
@@ -70,8 +86,8 @@ def command(
             machine = vmm.create(image, **wishes(options))
             try:
                 machine.start(progress=steps)
-                if words:
-                    machine.spawn(list(words), detach=True, cwd=workdir, user=user)
+                if whole := _argv(machine, words, entrypoint):
+                    machine.launch(whole, "", cwd=workdir, user=user)
             except BaseException:
                 machine.delete(force=True)
                 raise
@@ -80,4 +96,4 @@ def command(
     with render.Steps() as steps:
         running = vmm.run(image, progress=steps, **wishes(options))
     with running as machine:
-        return run_joined(machine, list(words) or ["/bin/sh"], how)
+        return run_joined(machine, _argv(machine, words, entrypoint) or ["/bin/sh"], how)

@@ -1,0 +1,111 @@
+"""An image's own config, honoured behind every wall: what is run, as whom, where, how it is stopped, and whether it is well."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from images_for_tests import layered_image
+from machine_home import VmHome
+
+from trivisor import VMM, GuestError, Machine
+from trivisor.core.spec import Wall
+from trivisor.images.model import Healthcheck
+
+SERVE = """#!/bin/sh
+echo "$0 $* as $(id -u):$(id -g) in $(pwd) with $A"
+trap 'echo told; exit 7' USR1
+trap 'echo not mine; exit 8' TERM
+echo up >&2
+while :; do sleep 0.02; done
+"""
+CONFIG: dict[str, object] = {
+    "env": ["A=image"],
+    "entrypoint": ["/bin/serve", "one"],
+    "cmd": ["two", "three"],
+    "user": "user:extra",
+    "working_dir": "/srv/deep",
+    "volumes": {"/data": {}},
+    "exposed_ports": {"80/tcp": {}, "53/udp": {}},
+    "stop_signal": "SIGUSR1",
+    "healthcheck": Healthcheck(test=["CMD-SHELL", "test -e /tmp/well && echo well"], interval=10**8, timeout=10**9, retries=2),
+    "labels": {"of": "image", "team": "image"},
+}
+
+
+@pytest.fixture(scope="module")
+def image(wall_home: VmHome) -> Iterator[str]:
+    """An image that says all that an image can say of how it wants to be run."""
+    with VMM(wall_home.root) as vmm:
+        data = io.BytesIO()
+        with tarfile.open(fileobj=data, mode="w") as tar:
+            found = tarfile.TarInfo("bin/serve")
+            found.size, found.mode = len(SERVE), 0o755
+            tar.addfile(found, io.BytesIO(SERVE.encode()))
+        layered_image(vmm._context.home, "mini", [data.getvalue()], "wanting", **CONFIG)
+        yield "wanting"
+        vmm.images.remove("wanting")
+
+
+@pytest.fixture(scope="module")
+def wanting(wall_home: VmHome, wall: Wall, image: str) -> Iterator[Machine]:
+    """One running machine of it, with nothing launched."""
+    with VMM(wall_home.root) as vmm:
+        machine = vmm.create(image, wall=wall, labels={"team": "mine"})
+        machine.start()
+        yield machine
+        machine.delete(force=True)
+
+
+def until(ready: Callable[[], object], seconds: float = 20) -> None:
+    """Ask again: a log tells nobody that something was written."""
+    end = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def log(machine: Machine) -> str:
+    return b"".join(machine.logs(source="program")).decode()
+
+
+def test_commands_are_the_images_user_in_its_folder(wanting: Machine) -> None:
+    assert wanting.exec("id -u; id -g; pwd; echo $A").text.split() == ["1000", "2000", "/srv/deep", "image"]
+    assert wanting.exec("id -u; pwd", user="root", cwd="/").text.split() == ["0", "/"]
+    with wanting.spawn(["id", "-u"]) as process:
+        assert process.stdout.read() == b"1000\n"
+    wanting.files.write("/root/ours", b"as root, as ever")
+
+
+def test_what_is_run(wanting: Machine) -> None:
+    assert wanting.command() == ["/bin/serve", "one", "two", "three"]
+    assert wanting.command(["x"]) == ["/bin/serve", "one", "x"]
+    assert wanting.command(entrypoint="sh") == ["sh"]
+    assert wanting.command(["-c", "true"], ["/bin/sh"]) == ["/bin/sh", "-c", "true"]
+
+
+def test_a_program_from_its_launch_to_its_stop(make: Callable[..., Machine], image: str) -> None:
+    machine = make(image, memory="128M")
+    assert machine.program() is None
+    started = machine.launch()
+    until(lambda: "up\n" in log(machine))
+    assert "/bin/serve one two three as 1000:2000 in /srv/deep with image\n" in log(machine)
+    assert machine.program() == started and started.running
+    with pytest.raises(GuestError, match="already"):
+        machine.launch()
+    machine.stop(timeout=20)
+    assert log(machine).endswith("told\n")
+    assert machine.main_log == "program"
+
+
+def test_a_program_that_ends(make: Callable[..., Machine], image: str) -> None:
+    machine = make(image, memory="128M")
+    first = machine.launch(["-c", "echo $0 $1; exit 3", "a", "b"], "sh", user="root")
+    until(lambda: not (machine.program() or first).running)
+    assert (machine.program() or first).exit_code == 3
+    machine.launch(["-c", "kill -9 $$"], "sh")
+    until(lambda: (machine.program() or first).exit_code == 137)
+    assert log(machine) == "a b\n"
