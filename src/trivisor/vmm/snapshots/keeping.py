@@ -21,12 +21,15 @@ import msgspec
 from trivisor.core.errors import AlreadyExists, NotFound, StorageError
 from trivisor.core.process import Who
 from trivisor.images.catalog import Image
+from trivisor.store.store import Store
 from trivisor.vmm import removal
 from trivisor.vmm.context import Context
 from trivisor.vmm.records import Row
 from trivisor.vmm.snapshots import table
 from trivisor.vmm.snapshots.model import About, Kept, Kind
 
+PACKS = "packs"
+"""What lies beside the folders of frozen machines (packed.py)."""
 UNLISTED = (Kind.SUSPEND, Kind.FORK, Kind.LEFT, Kind.GONE)
 
 
@@ -115,6 +118,10 @@ def drop(context: Context, frozen: str, kinds: Sequence[Kind] = tuple(Kind), *, 
     if not table.claim(context.records, frozen, kinds, mine=mine):
         return False
     removal.remove_tree(folder(context, frozen))
+    packs = Store(context.home.snapshots / PACKS)
+    if any(owner == pin_owner(frozen) for _, owner in packs.pins()) if packs.root.exists() else False:
+        packs.unpin(pin_owner(frozen))
+        packs.collect()
     context.images.unpin(pin_owner(frozen))
     table.remove(context.records, frozen)
     return True
@@ -136,7 +143,7 @@ def sweep(context: Context) -> list[str]:
     """Remove what nobody needs: of makers that died, of machines that are gone, folders that no row names; what has expired. Say what."""
     if not context.home.snapshots.exists():
         return []
-    folders = {entry.name for entry in context.home.snapshots.iterdir()} - OWN
+    folders = {entry.name for entry in context.home.snapshots.iterdir()} - {PACKS}
     rows = table.rows(context.records)
     stale = [(kept, what) for kept in rows if (what := _stale(kept))]
     said = [f"snapshot {kept.ref or kept.id}: removed, {what}" for kept, what in stale if _clear(context, kept)]
@@ -144,10 +151,6 @@ def sweep(context: Context) -> list[str]:
         removal.remove_tree(context.home.snapshots / name)
         said.append(f"snapshot {name}: removed, nothing names it")
     return said
-
-
-OWN = {"packs"}
-"""What lies beside the folders of frozen machines."""
 
 
 def expired(kept: Kept) -> bool:

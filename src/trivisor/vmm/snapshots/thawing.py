@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from trivisor.core.errors import NotFound, UnsupportedByWall
 from trivisor.core.spec import Wall
@@ -12,7 +11,7 @@ from trivisor.vmm.context import Context
 from trivisor.vmm.engine import Box, Engine, Progress
 from trivisor.vmm.freezer import Freezer
 from trivisor.vmm.records import Row
-from trivisor.vmm.snapshots import keeping, table
+from trivisor.vmm.snapshots import packed, table
 from trivisor.vmm.snapshots.model import Kept
 
 
@@ -31,11 +30,11 @@ def with_memory(engine: Engine) -> bool:
 
 
 def thaw(context: Context, row: Row, box: Box, undo: Undo, progress: Progress) -> dict[str, str]:
-    """Have the machine go on as it was frozen in `row.ice`; return facts. Raises what Freezer.thaw and `ready` raise."""
+    """Have the machine go on as it was frozen in `row.ice`; return facts. Raises what Freezer.thaw and packed.ready raise."""
     kept = found(context, row.ice, row)
     engine = freezer(context, row.spec.wall, row.name, "go on with a machine's memory", memory=True)
     engine.fits(box, kept.about.needs)
-    place = ready(context, kept)
+    place = packed.ready(context, kept)
     facts = engine.thaw(box, place, other=kept.machine != row.id, undo=undo, progress=progress)
     used(context, kept)
     return facts
@@ -47,11 +46,6 @@ def found(context: Context, frozen: str, row: Row) -> Kept:
     if kept is None:
         raise NotFound(f"what {row.name} was frozen in is gone", machine=row.name, hint="restore another snapshot, or delete it")
     return kept
-
-
-def ready(context: Context, kept: Kept) -> Path:
-    """Return the folder that the engine can run it from. Raises StorageError if it is damaged or gone."""
-    return keeping.plain(context, kept.id)
 
 
 def used(context: Context, kept: Kept) -> None:

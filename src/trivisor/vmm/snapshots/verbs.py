@@ -27,7 +27,7 @@ from trivisor.vmm import budget, life, reconcile
 from trivisor.vmm.context import Context
 from trivisor.vmm.engine import Progress
 from trivisor.vmm.records import Row
-from trivisor.vmm.snapshots import keeping, model, table, thawing
+from trivisor.vmm.snapshots import keeping, model, packed, table, thawing
 from trivisor.vmm.snapshots.model import About, Kept, Kind
 
 _IDLE: dict[str, Any] = {"operation": "", "operator": None}
@@ -51,6 +51,7 @@ def snapshot(context: Context, machine: str, name: str, about: About, *, memory:
             undo.add("frozen", partial(keeping.drop, context, kept.id))
             about = _freeze(context, row, kept)
             context.records.update(row.id, **_IDLE)
+        about = packed.keep(context, kept, about)
         undo.add("packed", lambda: None)
         done = keeping.finish(context, kept, about)
         undo.keep()
@@ -67,15 +68,21 @@ def restore(context: Context, machine: str, name: str, progress: Progress) -> Ro
         engine = thawing.freezer(context, spec.wall, row.name, "go on from a snapshot", memory=kept.about.memory)
         engine.fits(context.box(changed), kept.about.needs)
         context.engine(spec.wall, row.name).check(spec)
-        thawing.ready(context, kept)
-        budget.admit(context, row.id, spec.memory)
         before = keeping.needed(row)
         needs = " ".join(dict.fromkeys([kept.id, *before]))
+        # Named first, so that its folder stays there.
+        context.records.update(row.id, base=needs)
+        try:
+            _still_there(context, kept, row)
+            packed.ready(context, kept)
+            budget.admit(context, row.id, spec.memory)
+        except BaseException:
+            context.records.update(row.id, base=row.base)
+            raise
         state: dict[str, Any] = {"state": State.FAILED, "reason": f"its restore from {kept.ref} was cut short"}
         ice = kept.id if kept.about.memory else ""
         # From here on it is not what it was; a start goes on with this.
         current = context.records.update(row.id, durable=True, base=needs, ice=ice, spec=spec, ancestor=kept.id, **state) or changed
-        _still_there(context, kept, row)
         if row.state in reconcile.LIVE:
             keeper.stop(context.folder(row), grace=0, reason="restore", timeout=_LATE)
         with Undo() as undo:
@@ -94,7 +101,7 @@ def create(context: Context, kept: Kept, spec: Spec) -> Row:
     with Undo() as undo:
         row = _make(context, kept, spec, undo, "create")
         engine.fits(context.box(row), kept.about.needs)
-        thawing.ready(context, kept)
+        packed.ready(context, kept)
         if not kept.about.memory:
             engine.refill(context.box(row), keeping.plain(context, kept.id), undo)
             thawing.used(context, kept)

@@ -1,0 +1,193 @@
+"""What is kept of frozen machines for good: packs and lists in a store of their own. What machines run from is made of that again.
+
+    snapshots/packs/        blobs (store/store.py): packs, shared by snapshots, and one list for each
+
+The plain folder is there after a snapshot was taken, and as long as machines run from it. Else it may go: it is laid out again from
+the packs, each piece of which is checked as it is read. A plain folder whose files have other sizes or times than they had is read, and
+laid out anew if it is not what it was.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import msgspec
+
+from trivisor.core.errors import NotFound, StorageError
+from trivisor.launch import ids
+from trivisor.store.faults import translated
+from trivisor.store.store import Store
+from trivisor.store.workspace import Workspace
+from trivisor.vmm import locks, removal
+from trivisor.vmm.context import Context
+from trivisor.vmm.snapshots import keeping, packing, table
+from trivisor.vmm.snapshots.model import About, Kept
+from trivisor.vmm.snapshots.packing import Asked, Entry, Manifest, Pack
+
+_WAIT = 600.0
+
+
+def store(context: Context) -> Store:
+    return Store(context.home.snapshots / keeping.PACKS)
+
+
+def keep(context: Context, kept: Kept, about: About) -> About:
+    """Pack what was frozen, and return what is known of it with that. Raises StorageError."""
+    blobs = store(context)
+    folder = keeping.plain(context, kept.id)
+    for known in (_known(context, kept, blobs), []):
+        with blobs.workspace() as work, translated(blobs.root):
+            index, entries, others = _pack(folder, work, [(blobs.locate(one.digest), one) for one in known])
+            mine = [Pack(blobs.adopt(work.path / "pack", work.owner), index)] if index else []
+            manifest = _manifest(entries, mine, others)
+            digest = put(blobs, work, manifest, kept.id)
+            # Until it was pinned, who needed a known pack may have been removed with it.
+            if all(blobs.exists(one.digest) for one in manifest.packs):
+                break
+    else:
+        raise AssertionError("unreachable")
+    return msgspec.structs.replace(about, manifest=digest, size=held(entries))
+
+
+def put(blobs: Store, work: Workspace, manifest: Manifest, frozen: str) -> str:
+    """Keep a list, and the packs that it names, for a frozen machine; return its digest."""
+    path = work.path / "manifest"
+    with translated(blobs.root):
+        path.write_bytes(packing.encode(manifest))
+    return blobs.adopt(path, keeping.pin_owner(frozen), links=[one.digest for one in manifest.packs])
+
+
+def manifest(context: Context, kept: Kept) -> Manifest:
+    """Return the list of what a frozen machine is. Raises StorageError if it is damaged or gone."""
+    blobs, digest = store(context), kept.about.manifest
+    path = blobs.locate(digest)
+    if damage := blobs.damage(digest):
+        raise StorageError(
+            f"the snapshot {kept.ref or kept.id} is damaged: {damage}", machine=kept.name, hint="remove it, or import it again"
+        )
+    with translated(path):
+        return packing.decode(path.read_bytes(), str(path))
+
+
+def ready(context: Context, kept: Kept) -> Path:
+    """Return the folder that an engine can run it from, laid out anew if it is not there or not what it was.
+
+    Raises StorageError if what it is kept in is damaged.
+    """
+    plain = keeping.plain(context, kept.id)
+    if not kept.about.manifest:
+        if not plain.is_dir():
+            raise StorageError(
+                f"what {kept.name} was frozen in is gone: {plain}", machine=kept.name, hint="stop it: it starts from its disk"
+            )
+        return plain
+    with locked(context, kept, "lay out"):
+        listed = manifest(context, kept)
+        if packing.same(plain, listed):
+            return plain
+        try:
+            paths = [store(context).locate(one.digest) for one in listed.packs]
+            if plain.is_dir() and packing.equal(plain, listed, paths):
+                return plain
+            _lay(context, kept, listed, paths)
+        except StorageError as error:
+            error.message = f"the snapshot {kept.ref or kept.id} is damaged: {error.message}"
+            raise
+    return plain
+
+
+def evict(context: Context, kept: Kept) -> bool:
+    """Remove the plain folder of one that is packed, unless a machine needs it; say whether it did."""
+    if not kept.about.manifest:
+        return False
+    with locked(context, kept, "evict"):
+        if table.users(context.records, kept.id) or not keeping.plain(context, kept.id).exists():
+            return False
+        removal.remove_tree(keeping.plain(context, kept.id))
+        return True
+
+
+def held(entries: Sequence[Entry]) -> int:
+    """Return the bytes of files that hold something."""
+    return sum(min(count * one.piece, one.size - at * one.piece) for one in entries for at, _, _, count in one.runs)
+
+
+@contextmanager
+def locked(context: Context, kept: Kept, verb: str) -> Iterator[None]:
+    """Have the plain folder come or go by nobody else."""
+    try:
+        with locks.hold(keeping.folder(context, kept.id) / "lock", verb, kept.ref or kept.id, wait=_WAIT):
+            yield
+    except locks.FolderGone as error:
+        raise NotFound(f"the snapshot {kept.ref or kept.id} is gone", machine=kept.name, hint="it was removed meanwhile") from error
+
+
+def _known(context: Context, kept: Kept, blobs: Store) -> list[Pack]:
+    """Return the packs of the snapshot before, or else of the last of the same image."""
+    rows = [row for row in table.rows(context.records) if row.about.manifest and row.maker is None and row.id != kept.id]
+    like = [row for row in rows if row.digest == kept.digest and row.spec.wall == kept.spec.wall]
+    for row in [*(row for row in rows if row.id == kept.parent), *reversed(like)][:1]:
+        with suppress(StorageError):
+            return [one for one in manifest(context, row).packs if blobs.exists(one.digest)]
+    return []
+
+
+def _manifest(entries: list[Entry], mine: list[Pack], others: list[Pack]) -> Manifest:
+    """Return the list, with those packs alone that it needs."""
+    needed = sorted({which for one in entries for _, which, _, _ in one.runs})
+    number = {which: at for at, which in enumerate(needed)}
+    every = [*(mine or [Pack("", "")]), *others]
+    runs = [[(at, number[which], first, count) for at, which, first, count in one.runs] for one in entries]
+    files = [msgspec.structs.replace(one, runs=some) if some else one for one, some in zip(entries, runs, strict=True)]
+    return Manifest(packing.FORMAT, [every[which] for which in needed], files)
+
+
+def _pack(folder: Path, work: Workspace, known: list[tuple[Path, Pack]]) -> tuple[str, list[Entry], list[Pack]]:
+    target = work.path / "pack"
+    try:
+        return packing.pack(folder, target, known)
+    except PermissionError:
+        if os.geteuid() == 0:
+            raise
+    except StorageError:
+        if not known:
+            raise
+        target.unlink(missing_ok=True)
+        return _pack(folder, work, [])  # a damaged pack is no reason not to make another
+    # Files of ids that only a user namespace has.
+    target.unlink(missing_ok=True)
+    answer = _as_root(work.path / "request", Asked(str(folder), str(target), [(str(path), one) for path, one in known]))
+    return msgspec.msgpack.decode(answer, type=tuple[str, list[Entry], list[Pack]])
+
+
+def _lay(context: Context, kept: Kept, listed: Manifest, packs: list[Path]) -> None:
+    folder = keeping.folder(context, kept.id)
+    aside, plain = folder / "laid", folder / "plain"
+    removal.remove_tree(aside)
+    try:
+        with translated(folder):
+            if os.geteuid() != 0 and any((one.uid, one.gid) != (os.geteuid(), os.getegid()) for one in listed.entries):
+                with store(context).workspace() as work:
+                    (work.path / "manifest").write_bytes(packing.encode(listed))
+                    names = [str(path) for path in packs]
+                    _as_root(work.path / "request", Asked(str(aside), "", [], str(work.path / "manifest"), names))
+            else:
+                packing.lay(aside, listed, packs)
+    except BaseException:
+        removal.remove_tree(aside)
+        raise
+    removal.remove_tree(plain)
+    with translated(folder):
+        aside.rename(plain)
+
+
+def _as_root(request: Path, asked: Asked) -> bytes:
+    with translated(request):
+        request.write_bytes(msgspec.json.encode(asked))
+        ids.run_as_root([sys.executable, "-m", "trivisor.vmm.snapshots.packing", str(request)], _WAIT)
+        answer = request.with_suffix(".answer")
+        return answer.read_bytes() if answer.exists() else b""
