@@ -84,31 +84,32 @@ def free_port() -> int:
 def test_python(wall_vmm: VMM, wall: Wall, built: dict[str, Image]) -> None:
     with wall_vmm.run("example-python", wall=wall) as machine:
         assert machine.exec(["python3", "-c", "print(6 * 7)"], check=True).text == "42\n"
-        config = built["python"].config
-        done = machine.exec([*config.entrypoint, "you"], user=config.user, cwd=config.workdir, check=True)
+        done = machine.exec(machine.command(["you"]), check=True)
         assert json.loads(done.text) == {"greeting": "hello you", "user": "nobody", "folder": "/srv/greet"}
 
 
 def test_nginx(wall_vmm: VMM, wall: Wall, built: dict[str, Image]) -> None:
     port = free_port()
     with wall_vmm.run("example-nginx", wall=wall, network="nat", ports={port: 80}) as machine:
-        machine.spawn(built["nginx"].config.cmd, detach=True)
+        machine.launch()
 
         def page() -> str:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
                 return str(answer.read().decode())
 
         assert until(page) == (EXAMPLES / "nginx/pages/index.html").read_text()
+        assert (program := machine.program()) is not None and program.running
 
 
 def test_redis(wall_vmm: VMM, wall: Wall, built: dict[str, Image]) -> None:
     port = free_port()
     with wall_vmm.run("example-redis", wall=wall, network="nat", ports={port: 6379}) as machine:
-        config = built["redis"].config
-        machine.spawn([*config.entrypoint, *config.cmd], user=config.user, cwd=config.workdir, detach=True)
+        machine.launch()
         assert until(lambda: redis(port, "PING")) == "+PONG"
         assert redis(port, "SET", "key", "value") == "+OK"
         assert redis(port, "GET", "key") == "$5\r\nvalue"
+        machine.stop()  # it is told by the stop signal, and saves
+        assert b"DB saved on disk" in b"".join(machine.logs(source="program"))
 
 
 def redis(port: int, *words: str) -> str:
