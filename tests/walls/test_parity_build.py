@@ -184,6 +184,22 @@ def test_a_step_has_its_time(made: Build) -> None:
     assert caught.value.output == b"begun\n"
 
 
+@pytest.mark.walls("container")
+def test_what_a_stage_unpacked_stays(wall_vmm: VMM, made: Build) -> None:
+    """For the next build, which finds its steps in the cache; no image has these layers."""
+
+    def trees() -> set[Path]:
+        wall_vmm.sweep()
+        return set((wall_vmm.home / "cache/trees").glob("*[!k]"))  # no locks
+
+    before = trees()
+    made("FROM mini AS tool\nRUN echo x > /x\nFROM mini\nCOPY --from=tool /x /y")
+    assert len(trees() - before) == 1  # of the tool; nobody looked into what was built
+    wall_vmm.images.remove("built")
+    prune(wall_vmm.images.store)
+    assert trees() <= before
+
+
 @pytest.mark.walls("vm", "container")
 def test_ctrl_c(wall_vmm: VMM, made: Build) -> None:
     """While two stages are in a step: the build ends at once, and so do their machines."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,8 @@ from trivisor.store.store import Store
 Progress = Callable[[str], None]
 LOST = "without root or subordinate ids: owners, setuid bits and file capabilities of the image are lost"
 LOST_SOME = "without root: owners of the image that are beyond this user's subordinate ids are lost"
+STEPS = "build:"
+"""Begins the names of layers that steps of builds made (va/build/cache.py)."""
 _SQUASHFS = "root.squashfs"
 _LOST = "lost"
 _MERGED = "merged-"
@@ -119,19 +121,25 @@ class Derived:
                 found |= {self.key(digest), *chain, *(_MERGED + name for name in chain[-1:])}
         return found
 
+    def steps(self, without: Collection[str] = ()) -> set[str]:
+        """Return the names of trees that steps of builds were made for, so that the next build finds them; but those `without`."""
+        return {ref.value["chain"] for ref in self._store.refs(STEPS) if ref.name not in without and "chain" in ref.value}
+
     def drop(self, names: set[str]) -> None:
-        """Remove what has one of these names."""
+        """Remove what has one of these names, but for the trees of steps that are remembered."""
+        kept = self.steps() if names else ()
         for name in names:
-            self._trees.drop(name)
             self._roots.drop(name)
+            if name not in kept:
+                self._trees.drop(name)
 
     def keep(self, needed: Callable[[], Iterable[str]]) -> list[str]:
-        """Remove what is derived of other images than those with the digests `needed`; say what."""
+        """Remove what is derived of other images than those with the digests `needed`, and of steps that are forgotten; say what."""
 
         def names() -> set[str]:
             return self.names(needed())
 
-        return [*self._trees.keep(names), *self._roots.keep(names)]
+        return [*self._trees.keep(lambda: names() | self.steps()), *self._roots.keep(names)]
 
     def inherit(self, squashfs: Path, digest: str) -> None:
         """Let the image with this digest have `squashfs` for its root, which it was made of."""

@@ -20,15 +20,12 @@ import msgspec
 from trivisor.core.errors import CallerError, NotFound, StorageError
 from trivisor.core.paths import Home
 from trivisor.images import host
-from trivisor.images.derived import Derived
+from trivisor.images.derived import STEPS, Derived
 from trivisor.images.documents import Documents, Library
 from trivisor.images.image import PREFIX, Image
 from trivisor.images.registry import partial
 from trivisor.store.faults import translated
 from trivisor.store.store import Ref, Store
-
-STEPS = "build:"
-"""Begins the names of layers that steps of builds made (va/build/cache.py)."""
 
 
 @dataclass(frozen=True)
@@ -250,7 +247,7 @@ class Upkeep:
         sizes = self._store.sizes()
         freed, kept = _sum(sizes, sizes.keys() - self._store.reached(without)), []
         try:
-            stay = {name.replace(":", "-") for name in self._derived.names(needed(without))}
+            stay = {name.replace(":", "-") for name in self._derived.names(needed(without)) | self._derived.steps(without)}
             freed += sum(size for name, size in self._roots().items() if name not in stay)
         except StorageError as error:
             kept.append(f"roots: {error}")

@@ -50,10 +50,11 @@ class Cache:
                 return Made(Stacked(Descriptor(value["media_type"], ref.digest, value["size"]), value["diff_id"]), value["created"])
         return None
 
-    def keep(self, key: str, packed: PackedLayer, work: Workspace, created: float) -> Made:
-        """Put the layer into the store and remember it. Raises StorageError."""
+    def keep(self, key: str, packed: PackedLayer, work: Workspace, created: float, chain: str) -> Made:
+        """Put the layer into the store and remember it; `chain` names the root with it on top. Raises StorageError."""
         digest = self._store.adopt(packed.path, work.owner, expected=packed.digest)
         value: dict[str, Any] = {"size": packed.size, "diff_id": packed.diff_id, "media_type": packed.media_type, "created": created}
+        value["chain"] = chain
         self._store.set_ref(PREFIX + key, digest, value)
         return Made(Stacked(packed.descriptor, packed.diff_id), created)
 

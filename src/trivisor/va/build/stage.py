@@ -162,7 +162,7 @@ class StageBuilder:
             except CopyError as error:
                 raise RecipeError(self._all.file.name, found.line, f"{found.name}: {error}", hint=error.hint) from error
             name = key(now.chain, type(step).__name__, layer.content, self._all.options.latest)
-            return self._find(name, found, steps) or self._keep(name, self._write(layer, name))
+            return self._find(name, found, steps) or self._keep(name, self._write(layer, name), now)
 
     def _run(self, found: Instruction, step: Run, now: Built, steps: int) -> Made:
         lent = [(mount.kind, mount.target, mount.id, mount.readonly, mount.env, self._sources.content(mount)) for mount in step.mounts]
@@ -183,9 +183,8 @@ class StageBuilder:
             def lend(mount: Mount) -> Path:
                 return self._sources.place(mount, stack)
 
-            return self._keep(
-                name, run(self._all.vmm, image, step, self._all.options, self._all.file.name, lend, said, target, self._all.halt)
-            )
+            packed = run(self._all.vmm, image, step, self._all.options, self._all.file.name, lend, said, target, self._all.halt)
+            return self._keep(name, packed, now)
 
     def _copy(self, step: Copy, layer: Layer, base: View, stack: ExitStack) -> None:
         become = As(owners.find(step.owner, base) if step.owner else None if step.stage else (0, 0), step.mode)
@@ -220,9 +219,10 @@ class StageBuilder:
             self._tell("cached", found, steps)
         return made
 
-    def _keep(self, name: str, packed: PackedLayer) -> Made:
+    def _keep(self, name: str, packed: PackedLayer, now: Built) -> Made:
         latest = self._all.options.latest
-        return self._all.cache.keep(name, packed, self._all.work, time.time() if latest is None else latest)
+        chain = chain_ids([*(layer.diff_id for layer in now.layers), packed.diff_id])[-1]
+        return self._all.cache.keep(name, packed, self._all.work, time.time() if latest is None else latest, chain)
 
     def _tell(self, kind: Kind, found: Instruction, steps: int, data: bytes = b"", seconds: float = 0.0) -> None:
         text = f"{found.name} {found.text}"
