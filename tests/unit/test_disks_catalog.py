@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from machine_home import KILLED, in_child
 
 from trivisor import VMM
 from trivisor.core.devices import Disk
 from trivisor.core.errors import AlreadyExists, CallerError, ImageError, InvalidSpec, NotFound, StorageError
 from trivisor.images.disks import catalog, qemuimg
 from trivisor.images.disks.catalog import Catalog
+from trivisor.store.store import Store
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="needs qemu-img (qemu-utils)")
 
@@ -94,6 +98,32 @@ def test_what_the_dead_left_is_swept(vmm: VMM, raw: Path) -> None:
     (vmm.home / "disks/tmp/1-1-abc").mkdir()
     assert any("its maker ended" in words for words in vmm.sweep())
     assert leftovers(vmm) == [] and vmm.disks.get("data")
+
+
+def test_an_import_that_is_killed_leaves_nothing(vmm: VMM, raw: Path) -> None:
+    """Killed while it is converted, and when it lies in the store and has no name yet."""
+
+    def killed(at: str) -> None:
+        def told(step: str) -> None:
+            if step.startswith(at):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        with VMM(vmm.home, engines=[]) as own:
+            if at == "named":
+                Store.set_ref = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign,assignment]
+            own.disks.import_(raw, "data", progress=told)
+
+    for at in ("reading", "converting", "storing", "named"):
+        assert in_child(lambda at=at: killed(at)) == KILLED  # type: ignore[misc]
+        assert leftovers(vmm)
+        assert any("its maker ended" in words for words in vmm.sweep())
+        assert leftovers(vmm) == blobs(vmm) == vmm.disks.list() == []
+
+
+def test_two_at_once_are_both_whole(vmm: VMM, raw: Path) -> None:
+    with ThreadPoolExecutor() as pool:
+        made = list(pool.map(lambda number: vmm.disks.import_(raw, f"data-{number}"), range(4)))
+    assert len({disk.digest for disk in made}) == 1 and len(vmm.disks.list()) == 4 and len(blobs(vmm)) == 1
 
 
 def test_a_disk_whose_file_is_gone_is_said_and_can_be_removed(vmm: VMM, raw: Path) -> None:

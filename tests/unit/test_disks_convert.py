@@ -128,6 +128,18 @@ def test_an_image_that_was_cut_is_not_read_as_zeros(raw: Path, tmp_path: Path, k
     assert not (tmp_path / "there").exists()
 
 
+def test_what_an_image_names_is_not_there_to_be_opened(raw: Path, tmp_path: Path) -> None:
+    """Were a header believed, the jail would still hold: a backing file that is there is not found."""
+    own, secret = tmp_path / "own.qcow2", tmp_path / "secret"
+    secret.write_bytes(b"secret".ljust(SIZE, b"\0"))
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", secret, "-F", "raw", own], check=True)
+    with pytest.raises(ImageError, match="has a backing file"):
+        open_source(own, None)
+    with pytest.raises(ImageError, match=r"No such file|Permission denied"):
+        convert(Source(own, Header("qcow2", SIZE)), tmp_path / "there", "raw")
+    assert not (tmp_path / "there").exists()
+
+
 def test_an_interrupt_ends_it_and_leaves_nothing(raw: Path, tmp_path: Path) -> None:
     def stop(_: str) -> None:
         raise KeyboardInterrupt

@@ -142,9 +142,12 @@ class Catalog:
         return self._store.collect() if self._there.exists() else 0
 
     def sweep(self) -> builtins.list[str]:
-        """Remove the workspaces of the dead; say what."""
+        """Remove the workspaces of the dead, and what they had brought in without naming it; say what."""
         tmp = self._there / "tmp"
-        return [f"disks {name}: removed, its maker ended" for name in workspaces.sweep(tmp)] if tmp.is_dir() else []
+        removed = workspaces.sweep(tmp) if tmp.is_dir() else []
+        if removed:
+            self._store.collect()
+        return [f"disks {name}: removed, its maker ended" for name in removed]
 
     def close(self) -> None:
         self._store.close()
