@@ -1,9 +1,10 @@
 """Freezing a virtual machine while it runs, so that any number of machines can go on from there.
 
-What it shares with its ice is copied before anything else. Then QEMU is stopped, which drains and flushes its disks; its devices are saved
-without RAM, its own pages taken, its writable layer copied, and it goes on. All that is left to do then is done beside it. A large
-writable layer is not copied in that pause: QEMU itself keeps for us what the guest overwrites meanwhile (blockdev-backup), so a
-disk stays one file without a backing file, however often it is frozen.
+QEMU is stopped, which drains and flushes its disks; its devices are saved without RAM, the pages taken that it does not share with its ice,
+its writable layer copied, and it goes on. What is left to do is done beside it: that of a fork while its children start.
+
+A large writable layer is not copied in that pause. QEMU keeps for us what the guest overwrites meanwhile (blockdev-backup), so a disk
+stays one file without a backing file, however often it is frozen.
 
 A QEMU whose stopper dies would stand still for ever. So before it is stopped, a letter is put in its mail (`Qmp.letter`): to go on, when
 the connection by which it was stopped has ended, however that came about. To a machine that runs by then it is no news.
@@ -13,19 +14,17 @@ Only a machine that has the devices it was started with is frozen with its memor
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from trivisor.core.errors import EngineError, GuestGone, UnsupportedByWall
-from trivisor.core.units import MIB
 from trivisor.launch import keeper
 from trivisor.vmm.engine import Box, Progress
-from trivisor.vmm.engines.vm import backup, files, frozen, growth, hotplug, pages, runner
+from trivisor.vmm.engines.vm import backup, files, frozen, growth, hotplug, pages, pending, runner
 from trivisor.vmm.engines.vm.argv import Shape
-from trivisor.vmm.engines.vm.backup import Copy
-from trivisor.vmm.engines.vm.frozen import Life
 from trivisor.vmm.engines.vm.memory import base
 from trivisor.vmm.engines.vm.pages import Pages
 from trivisor.vmm.engines.vm.qmp import Qmp
@@ -45,35 +44,56 @@ def freeze(box: Box, into: Path, *, ends: bool, lasting: bool, progress: Progres
     pid = runner.engine(box.dir)
     if pid is None:
         raise GuestGone("its QEMU has ended", machine=box.spec.name)
-    try:
-        with ExitStack() as stack:
-            foreign = stack.enter_context(Foreign(pid, box.spec.name))
-            qmp = stack.enter_context(Qmp.connect(box.dir.qmp, box.spec.name))
-            movable(box, qmp, known.shape)
-            progress("copying what the machine shares")
-            state = stack.enter_context((into / "state").open("wb", buffering=0))
-            target = stack.enter_context((into / "ram").open("wb", buffering=0))
-            size = growth.sizes(qmp).base
-            ram = stack.enter_context(pages.opened(foreign, base(box, qmp), size, target.fileno()))
-            parts: list[Pages | Copy] = [ram]
-            if known.shape.upper:
-                parts.append(stack.enter_context(backup.opened(box, qmp, into / frozen.DISK, at_once=ends)))
-            for part in parts:
-                part.before()
-            with still(box, qmp) as stood:
-                qmp.state_to(state.fileno())
-                for part in reversed(parts):
-                    part.take()
-                if ends:
-                    _finish(into, known, parts, lasting=True)
-                    keeper.kill(box.dir)
-            if not ends:
-                progress("writing what is its own")
-                _finish(into, known, parts, lasting=lasting)
-    except OSError as error:
-        raise files.storage(error, "freezing the machine") from error
-    own, shared = f"{ram.written // MIB} MiB", f"{ram.copied // MIB} MiB"
-    return Frozen(known.needs, stood.seconds, {"own": own, "shared": shared})
+    facts = frozen.begin(known.shape, known.needs)
+    with ExitStack() as stack:
+        try:
+            target = stack.enter_context((into / frozen.RAM).open("wb", buffering=0))
+            # A copy's QEMU, which may open it before it is whole, has an id of its own.
+            os.fchmod(target.fileno(), 0o444)
+            with Foreign(pid, box.spec.name) as foreign, Qmp.connect(box.dir.qmp, box.spec.name) as qmp:
+                movable(box, qmp, known.shape)
+                ram = stack.enter_context(pages.opened(foreign, base(box, qmp), growth.sizes(qmp).base, target.fileno()))
+
+                def finish() -> None:
+                    ram.after()
+                    frozen.finish(into, facts, lasting=lasting or ends)
+
+                stood = _take(box, qmp, into, known.shape, ram, finish if ends else None)
+            if lasting and not ends:
+                progress("writing what was taken")
+                finish()
+            elif not ends:
+                rest = stack.pop_all()
+                pending.Pending(into, facts, lambda: _beside(rest, finish)).start()
+        except OSError as error:
+            raise files.storage(error, "freezing the machine") from error
+    return Frozen(known.needs, stood.seconds)
+
+
+def _take(box: Box, qmp: Qmp, into: Path, shape: Shape, ram: Pages, end: Callable[[], object] | None) -> Stood:
+    """Take all that changes while the machine runs, with it standing still. With `end` it does not go on: `end`, and then it is ended."""
+    with ExitStack() as stack:
+        state = stack.enter_context((into / frozen.STATE).open("wb", buffering=0))
+        disk = stack.enter_context(backup.opened(box, qmp, into / frozen.DISK, at_once=end is not None)) if shape.upper else None
+        ram.before()
+        if disk is not None:
+            disk.before()
+        with still(box, qmp) as stood:
+            qmp.state_to(state.fileno())
+            if disk is not None:
+                disk.take()
+            ram.take()
+            if end is not None:
+                end()
+                keeper.kill(box.dir)
+        if disk is not None and end is None:
+            disk.after()
+    return stood
+
+
+def _beside(stack: ExitStack, finish: Callable[[], object]) -> None:
+    with stack:
+        finish()
 
 
 def freeze_disk(box: Box, into: Path, *, fresh: bool, lasting: bool) -> Frozen:
@@ -99,7 +119,7 @@ def freeze_disk(box: Box, into: Path, *, fresh: bool, lasting: bool) -> Frozen:
             files.copy_file(box.dir.disk, into / frozen.DISK)
         if fresh:
             (into / frozen.FRESH).touch()
-        frozen.finish(into, None, needed, lasting=lasting)
+        frozen.finish(into, frozen.begin(None, needed), lasting=lasting)
     except OSError as error:
         raise files.storage(error, "freezing the machine") from error
     return Frozen(needed, stood.seconds)
@@ -160,9 +180,3 @@ def _sync(box: Box) -> None:
         guest.configure(line, [("sync",)], timeout=_SYNC)
     finally:
         line.close()
-
-
-def _finish(into: Path, known: Life, parts: Sequence[Pages | Copy], *, lasting: bool) -> None:
-    for part in parts:
-        part.after()
-    frozen.finish(into, known.shape, known.needs, lasting=lasting)

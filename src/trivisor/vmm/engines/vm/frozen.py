@@ -25,14 +25,15 @@ from trivisor.core.units import MIB
 from trivisor.launch import tvinit
 from trivisor.launch.net import provide
 from trivisor.vmm.engine import Box
-from trivisor.vmm.engines.vm import argv, files, ice, kit, qemu
+from trivisor.vmm.engines.vm import argv, files, ice, kit, pending, qemu
 from trivisor.vmm.engines.vm.argv import Shape
 from trivisor.vmm.engines.vm.ice import Ice
 from trivisor.vmm.engines.vm.runner import Setup
 
 _FORMAT = 1
 _LIFE, _FACTS = "life", "frozen.json"
-DISK, FRESH = "disk.qcow2", "fresh"
+RAM, STATE, DISK, FRESH = "ram", "state", "disk.qcow2", "fresh"
+_QUICK = 64 * MIB
 _REMEDY = {
     "qemu": "install that version, or point TRIVISOR_QEMU to it",
     "processor": "run it on such a processor",
@@ -115,19 +116,21 @@ def life(place: MachineDir, name: str) -> Life:
         raise StorageError("what the machine was started as is not known", machine=name, hint=hint) from error
 
 
-def finish(folder: Path, shape: Shape | None, needed: dict[str, str], *, lasting: bool) -> None:
-    """Make what lies in `folder` a frozen machine, without memory if it has no shape. Raises OSError."""
-    frozen = Ice(folder, _ice("", 0))
-    facts = Facts(
-        format=_FORMAT,
-        key=os.urandom(16).hex(),
-        shape=shape,
-        needs=needed,
-        state_digest=digest(frozen.state) if shape is not None else "",
+def begin(shape: Shape | None, needed: dict[str, str]) -> Facts:
+    """Return what is to be known of a machine that is being frozen, without memory if it has no shape."""
+    return Facts(format=_FORMAT, key=os.urandom(16).hex(), shape=shape, needs=needed, state_digest="", disk_digest="")
+
+
+def finish(folder: Path, facts: Facts, *, lasting: bool) -> None:
+    """Make what lies in `folder` a frozen machine. Raises OSError."""
+    state, disk = folder / STATE, folder / DISK
+    whole = msgspec.structs.replace(
+        facts,
+        state_digest=digest(state) if facts.shape is not None else "",
         # A large disk is another matter: whoever keeps it knows each of its files by a digest.
-        disk_digest=digest(frozen.disk) if frozen.disk.exists() and frozen.disk.stat().st_size <= 64 * MIB else "",
+        disk_digest=digest(disk) if disk.exists() and disk.stat().st_size <= _QUICK else "",
     )
-    text = msgspec.json.encode(facts)
+    text = msgspec.json.encode(whole)
     (folder / _FACTS).write_bytes(text + b"\n" + hashlib.sha256(text).hexdigest().encode() + b"\n")
     for path in folder.iterdir():
         path.chmod(0o444)
@@ -138,7 +141,9 @@ def finish(folder: Path, shape: Shape | None, needed: dict[str, str], *, lasting
 
 
 def load(folder: Path, machine: str) -> tuple[Ice, Facts]:
-    """Return a frozen machine that is whole as far as is quick to see. Raises StorageError for one that is not."""
+    """Return a frozen machine that is whole as far as is quick to see, or is still being written (pending.py). Raises StorageError."""
+    if (writing := pending.find(folder)) is not None:
+        return _found(folder, writing.facts), writing.facts
     try:
         text, _, said = (folder / _FACTS).read_bytes().partition(b"\n")
         if hashlib.sha256(text).hexdigest().encode() != said.strip():
@@ -148,7 +153,7 @@ def load(folder: Path, machine: str) -> tuple[Ice, Facts]:
         raise _damaged(folder, machine, _FACTS) from error
     if facts.format != _FORMAT:
         raise StorageError("it was frozen by another version of trivisor", machine=machine, hint="use that version")
-    found = Ice(folder, _ice(facts.key, facts.shape.memory // MIB * MIB if facts.shape else 0))
+    found = _found(folder, facts)
     try:
         if facts.state_digest:
             if digest(found.state) != facts.state_digest:
@@ -167,8 +172,9 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _ice(key: str, memory: int) -> ice.Facts:
-    return ice.Facts(format=0, key=key, argv=[], needs={}, memory=memory, state_digest="", disk_digest="", made=0)
+def _found(folder: Path, facts: Facts) -> Ice:
+    memory = facts.shape.memory // MIB * MIB if facts.shape else 0
+    return Ice(folder, ice.Facts(format=0, key=facts.key, argv=[], needs={}, memory=memory, state_digest="", disk_digest="", made=0))
 
 
 def _damaged(folder: Path, machine: str, what: str) -> StorageError:

@@ -1,8 +1,8 @@
 """RAM of a running QEMU on its way into a file of its own, with the machine standing still for as short as can be.
 
-What a machine shares with the file that it was cloned from nobody can write: that part is copied while it runs. Its own pages (anonymous
-ones, as /proc/PID/pagemap tells) change under our hands, so they are taken while it stands still, into memory that is there already, and
-written once it runs again. A machine whose RAM is a file in memory that is written through has no other pages than its own.
+Its own pages (anonymous ones, as /proc/PID/pagemap tells) change under our hands, so they are taken while it stands still, into memory that
+is there already, and written when it runs again. What it shares with the file that it was cloned from nobody can write: that part is
+copied after. A machine whose RAM is a file in memory that is written through has no other pages than its own.
 
 Zeros become holes, by blocks.
 """
@@ -37,7 +37,7 @@ _FAULT_IN = 23
 """madvise(2), MADV_POPULATE_WRITE."""
 _HUGE_PAGE = 2 << 20
 _SPARE = 32 << 20
-"""What a machine may make its own while what it shares is copied, without having to wait for memory."""
+"""What a machine may make its own until it stands still, without having to wait for memory then."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,13 @@ class Pages:
         self._behind = behind
         self._buffer: mmap.mmap | None = None
         self._taken: list[tuple[int, int]] = []
-        self._known = b""
+        self._own = b""
         self.copied = self.written = 0
 
     def before(self) -> None:
-        """While it runs: copy what it cannot change, and have memory ready for the rest. Raises OSError."""
+        """While it runs: have memory ready for what is its own. Raises OSError."""
         os.ftruncate(self._target, self._size)
-        self._known = self._own()
-        if self._behind.file is not None and not self._behind.shared:
-            for low, high in _runs(self._known, 0):
-                self.copied += _copy(self._behind.file, self._target, low, high)
-        wanted = min(self._known.count(1) * _PAGE + _SPARE, _BUFFER, self._size)
+        wanted = min(self._find().count(1) * _PAGE + _SPARE, _BUFFER, self._size)
         self._buffer = mmap.mmap(-1, -(-wanted // _HUGE_PAGE) * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         for advice in (mmap.MADV_HUGEPAGE, _FAULT_IN):
             with suppress(OSError):  # a kernel that does not know it: it takes longer then
@@ -79,7 +75,8 @@ class Pages:
         """While it stands still: take what is its own. Raises OSError, GuestGone, HostLacks."""
         assert self._buffer is not None
         room, filled = len(self._buffer), 0
-        for low, high in _runs(self._own(), 1):
+        self._own = self._find()
+        for low, high in _runs(self._own, 1):
             while low < high:
                 part = min(high - low, room - filled)
                 if not part:
@@ -93,16 +90,19 @@ class Pages:
         self._read(filled)
 
     def after(self) -> None:
-        """When it may run again: write what was taken. Raises OSError."""
+        """When it may run again: write what was taken, and copy what it shares. Raises OSError."""
         self._write()
         self.close()
+        if self._behind.file is not None and not self._behind.shared:
+            for low, high in _runs(self._own, 0):
+                self.copied += _copy(self._behind.file, self._target, low, high)
 
     def close(self) -> None:
         if self._buffer is not None:
             self._buffer.close()
             self._buffer = None
 
-    def _own(self) -> bytes:
+    def _find(self) -> bytes:
         """Return a byte for each page: 1 if it is the machine's own, and so may change."""
         if self._behind.shared:
             assert self._behind.file is not None
@@ -130,13 +130,13 @@ class Pages:
                 raise OSError(errno.EFAULT, "a part of the machine's memory cannot be read")
 
     def _write(self) -> None:
-        """Write the runs in the buffer. Zeros stay a hole, unless something else may have been written there before."""
+        """Write the runs in the buffer."""
         assert self._buffer is not None
         with memoryview(self._buffer) as view:
             at = 0
             for low, size in self._taken:
                 with view[at : at + size] as run:
-                    for begin, end in _filled(run, self._known[low // _PAGE : (low + size) // _PAGE]):
+                    for begin, end in _filled(run):
                         self.written += _put(self._target, run[begin:end], low + begin)
                 at += size
         self._taken.clear()
@@ -202,14 +202,13 @@ def _closed_up(pages: bytes) -> bytes:
     return re.sub(b"(?<=\1)\0{1,%d}(?=\1)" % (_FEW - 1), lambda gap: b"\1" * len(gap[0]), pages)
 
 
-def _filled(run: memoryview, known: bytes) -> Iterator[tuple[int, int]]:
-    """Yield (begin, end) of what of `run` must be written: blocks with something in them, and those that were not `known`."""
+def _filled(run: memoryview) -> Iterator[tuple[int, int]]:
+    """Yield (begin, end) of what of `run` must be written: the blocks with something in them."""
     begin = -1
     for at in range(0, len(run), _BLOCK):
         with run[at : at + _BLOCK] as block:
-            first, last = at // _PAGE, (at + len(block)) // _PAGE
             # Bytes are compared by memcmp(3), views by one byte after the other.
-            empty = not any(block[:64]) and bytes(block) == _ZEROS[: len(block)] and 0 not in known[first:last]
+            empty = not any(block[:64]) and bytes(block) == _ZEROS[: len(block)]
         if not empty and begin < 0:
             begin = at
         elif empty and begin >= 0:

@@ -17,10 +17,11 @@ import contextlib
 import fcntl
 import os
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from trivisor.core.errors import HostLacks
+from trivisor.core.errors import HostLacks, TrivisorError
 from trivisor.core.paths import Home, MachineDir
 from trivisor.core.spec import Spec
 from trivisor.launch import jail
@@ -36,26 +37,39 @@ _OWN = "trivisor-ram"
 
 
 def provide(
-    stack: ExitStack, home: Home, setup: Setup, place: MachineDir, frozen: Ice, *, apart: bool = False, in_huge_pages: bool = False
+    stack: ExitStack,
+    home: Home,
+    setup: Setup,
+    place: MachineDir,
+    frozen: Ice,
+    *,
+    apart: bool = False,
+    in_huge_pages: bool = False,
+    ready: Callable[[], None] | None = None,
 ) -> Ram:
-    """Return RAM for one clone of `frozen`; what it takes is given back when `stack` ends, after the clone has it."""
+    """Return RAM for one clone of `frozen`; what it takes is given back when `stack` ends, after the clone has it.
+
+    `ready` returns when the file has in it what it is to have; that it is there, and how large, is so before.
+    """
     if apart:
-        filling = _Filling(_OWN, frozen, seals=_SIZED, in_huge_pages=in_huge_pages)
+        filling = _Filling(_OWN, frozen, seals=_SIZED, in_huge_pages=in_huge_pages, ready=ready)
         stack.callback(filling.close)
         return Ram("shared", fd=filling.fd, finish=filling.finish)
     if setup.qemu.rom_option:
-        return Ram("ice", file=frozen.ram)
+        return Ram("ice", file=frozen.ram, finish=ready)
     if "pid" in setup.jail.namespaces:
         name = f"trivisor-ice-{frozen.facts.key}"
         fd = _shared(home, name, frozen)
         if fd is not None:
             stack.callback(os.close, fd)
             return Ram("sealed", fd=fd)
-        filling = _Filling(name, frozen)
+        filling = _Filling(name, frozen, ready=ready)
         stack.callback(filling.close)
         return Ram("sealed", fd=filling.fd, finish=filling.finish)
     own = place.root / "ram"
     own.unlink(missing_ok=True)
+    if ready is not None:
+        ready()
     files.copy_file(frozen.ram, own)
     # Once QEMU has mapped it, nobody needs its name.
     stack.callback(own.unlink, missing_ok=True)
@@ -89,11 +103,14 @@ def _flags(in_huge_pages: bool) -> int:
 class _Filling:
     """A memfd that a thread fills from the ice; `finish` waits for that and seals it."""
 
-    def __init__(self, name: str, frozen: Ice, seals: int = _SEALS, *, in_huge_pages: bool = False) -> None:
+    def __init__(
+        self, name: str, frozen: Ice, seals: int = _SEALS, *, in_huge_pages: bool = False, ready: Callable[[], None] | None = None
+    ) -> None:
         self._seals = seals
         self._huge = in_huge_pages
         self.fd = os.memfd_create(name, _flags(in_huge_pages))
-        self._failure: OSError | None = None
+        self._ready = ready
+        self._failure: OSError | TrivisorError | None = None
         # QEMU compares the size when it opens it, which may be before the thread has run.
         try:
             if in_huge_pages:
@@ -108,9 +125,11 @@ class _Filling:
 
     def _fill(self, ram: Path) -> None:
         try:
+            if self._ready is not None:
+                self._ready()
             with ram.open("rb") as source:
                 (huge.fill if self._huge else files.copy_sparse)(source.fileno(), self.fd)
-        except OSError as error:
+        except (OSError, TrivisorError) as error:
             self._failure = error
 
     def finish(self) -> None:

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from trivisor.vmm.engine import Box
-from trivisor.vmm.engines.vm import disks, frozen, lives, ram, runner
+from trivisor.vmm.engines.vm import disks, frozen, lives, pending, ram, runner
 from trivisor.vmm.engines.vm.ice import Ice
 from trivisor.vmm.engines.vm.runner import Setup
 from trivisor.vos import guest
@@ -27,7 +27,9 @@ def thaw(box: Box, setup: Setup, whole: Ice, *, other: bool) -> str:
     with ExitStack() as stack:
         huge = box.spec.hugepages == "reserved"
         apart = box.spec.ram == "shared" or huge
-        given = ram.provide(stack, box.home, setup, box.dir, whole, apart=apart, in_huge_pages=huge)
+        writing = pending.find(whole.folder)
+        ready = writing.wait if writing is not None else None
+        given = ram.provide(stack, box.home, setup, box.dir, whole, apart=apart, in_huge_pages=huge, ready=ready)
         runner.run(setup, lives.work(box, setup, given, state=whole.state))
     link = setup.net.steps if setup.net else ()
     line = Line.connect(box.dir.line, box.spec.name)
