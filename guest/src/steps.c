@@ -20,6 +20,7 @@
 
 #include "dial.h"
 #include "exec.h"
+#include "held.h"
 #include "line.h"
 #include "log.h"
 #include "loop.h"
@@ -219,7 +220,12 @@ static int do_sync(char **w) {
 }
 
 static int do_away(char **w) {
+    static char held[512];
     (void)w;
+    if (getpid() == 1 && held_removed(held, sizeof held)) {
+        about = held;
+        return EBUSY;
+    }
     return dial_away();
 }
 

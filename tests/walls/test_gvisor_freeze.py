@@ -6,13 +6,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from machine_home import VmHome
 from missing import lacks
 from test_gvisor import BOUND, binaries
 
-from trivisor import VMM, Machine, State
+from trivisor import VMM, GuestError, Machine, State
 from trivisor.core.errors import HostLacks, UnsupportedByWall
 from trivisor.core.paths import Home
 from trivisor.core.undo import Undo
@@ -87,9 +88,9 @@ def frozen(engine: GvisorEngine, machine: Machine, into: Path, **how: bool) -> F
 
 def thawed(engine: GvisorEngine, machine: Machine, into: Path, *, other: bool) -> None:
     with Undo() as undo:
-        engine.thaw(box(machine), into, other=other, undo=undo, progress=print)
+        facts = engine.thaw(box(machine), into, other=other, undo=undo, progress=print)
         undo.keep()
-    machine._context.records.update(machine.id, state=State.RUNNING)
+    machine._context.records.update(machine.id, state=State.RUNNING, facts=facts)
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +171,8 @@ def test_files_alone(wall_home: VmHome, tmp_path: Path) -> None:
                 undo.keep()
             child.start()
             assert child.files.read_text("/opt/link") == note
-            assert child.exec("stat -c %u:%g /root/note; ls /opt").text == "1234:77\nlink\n"
+            look = "import os; about = os.stat('/root/note'); print(about.st_uid, about.st_gid, os.listdir('/opt'))"
+            assert child.exec(["python3", "-c", look]).text == "1234 77 ['link']\n"
             child.stop()
 
 
@@ -182,7 +184,40 @@ def test_refused(wall_home: VmHome, tmp_path: Path) -> None:
         with pytest.raises(UnsupportedByWall):
             frozen(engine, machine, into)
         assert machine.exec("echo here").text == "here\n"
+        machine = busy(vmm)
+        held = machine.spawn(["sh", "-c", "exec 3> /root/held; rm /root/held; echo; exec cat"])
+        held.stdout.readline()
+        with pytest.raises(GuestError, match="holds /root/held, which was removed"):
+            frozen(engine, machine, tmp_path / "again")
+        held.kill()
+        assert ask(machine, "x += 1") == "2 X += 1 14 42"
         with pytest.raises(HostLacks, match="runsc other"):
             engine.fits(box(machine), {"runsc": "other"})
         with pytest.raises(HostLacks, match="processor warp"):
             engine.fits(box(machine), {"processor": "warp"})
+
+
+@pytest.mark.parametrize("binary", binaries())
+def test_with_a_network_a_volume_and_a_disk_of_its_own_size(wall_home: VmHome, tmp_path: Path, binary: str) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir(mode=0o777)
+    with machines(wall_home.root, binary) as (vmm, engine):
+        found = engine.report().features
+        network = "nat" if found["nat"] else "none"
+        spec: dict[str, Any] = {"network": network, "volumes": {"/data": shared}, **({"disk": "64M"} if found["disk_size"] else {})}
+        machine = busy(vmm, **spec)
+        machine.exec("echo whole > /root/whole")
+        with machine.spawn("exec 3>> /data/log; while read word; do echo $word >&3; done", pty=True):
+            try:
+                frozen(engine, machine, tmp_path / "frozen")
+            except HostLacks as error:
+                assert "20221219" in str(error) and machine.exec("true").exit_code == 0
+                return
+        child = vmm.create("debian", wall="gvisor", **spec)
+        thawed(engine, child, tmp_path / "frozen", other=True)
+        assert [ask(each, "x += 1") for each in (machine, child)] == ["2 X += 1 14 42"] * 2
+        assert child.files.read_text("/root/whole") == "whole\n"
+        ends = "import socket; one = socket.socket(type=socket.SOCK_DGRAM); one.connect(('192.0.2.1', 9)); print(one.getsockname()[0])"
+        if network == "nat":
+            said = {each.exec(["python3", "-c", ends], check=True).text.strip() for each in (machine, child)}
+            assert said == {machine.info()["facts"]["address"], child.info()["facts"]["address"]}

@@ -1,7 +1,7 @@
 """The writable layer of a machine of container or gVisor as a file, and back: what freezing and thawing it share.
 
-A tar, whose ids are those inside the machine, or the ext4 of a disk of its own size. It is written and read by tar(1) as root of a user
-namespace with the machine's ids: whiteouts and overlayfs's marks go with it, and the file knows nothing of the ids outside. A tmpfs
+A tar, whose ids are those inside the machine. It is written and read by tar(1) as root of a user namespace with the machine's ids:
+whiteouts and overlayfs's marks go with it, and the file knows nothing of the ids outside, nor of the size of a disk. A tmpfs
 (disk="ram") lies nowhere that the host sees.
 """
 
@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from trivisor.core import process
 from trivisor.core.errors import EngineError, StorageError, UnsupportedByWall
 from trivisor.core.undo import Undo
-from trivisor.launch import ids, once
+from trivisor.launch import detached, ids, loop, once
 from trivisor.launch.ids import Shape
 from trivisor.launch.plan import Op
 from trivisor.vmm import layers
 from trivisor.vmm.engine import Box
 
 TAR = "layer.tar"
-DISK = "layer.ext4"
 _TIMEOUT = 600.0
 _WORK = "./*/work/*"
 """What overlayfs keeps for itself, and makes anew."""
@@ -41,12 +41,9 @@ def possible(box: Box) -> None:
 
 def keep(box: Box, shape: Shape, into: Path, *, lasting: bool = True) -> None:
     """Write the layer of a machine that stands still into the folder `into`. Raises EngineError, StorageError."""
-    if layers.sized(box.spec):
-        _copy(layers.disk_file(box), into / DISK, box.spec.name, lasting=lasting)
-        return
-    words = ["--create", "--sparse", "--exclude", _WORK, *_MARKS, "."]
-    with _opened(into / TAR, os.O_WRONLY | os.O_CREAT | os.O_EXCL, box.spec.name) as archive:
-        _tar(box, shape, box.dir.root / "layers", words, archive.fileno(), 1)
+    words = ["--create", "--sparse", "--exclude", _WORK, "--exclude", "./lost+found", *_MARKS, "."]
+    with _opened(into / TAR, os.O_WRONLY | os.O_CREAT | os.O_EXCL, box.spec.name) as archive, _tree(box) as tree:
+        _tar(box, shape, tree, words, archive.fileno(), 1)
         if lasting:
             os.fsync(archive.fileno())
 
@@ -56,17 +53,11 @@ def give(box: Box, shape: Shape, frozen: Path, undo: Undo) -> None:
 
     Raises EngineError, StorageError.
     """
-    if layers.sized(box.spec):
-        aside = layers.disk_file(box).with_suffix(".new")
-        undo.add("layer", lambda: aside.unlink(missing_ok=True))
-        aside.unlink(missing_ok=True)
-        _copy(frozen / DISK, aside, box.spec.name, lasting=True)
-        aside.rename(layers.disk_file(box))
-        return
     place = box.dir.root / "layers"
     aside = place.with_name("layers.new")
-    undo.add("layer", lambda: ids.remove_tree(aside))
-    ids.remove_tree(aside)
+    disk = layers.disk_file(box).with_suffix(".ext4.new")
+    undo.add("layer", lambda: _clear(aside, disk))
+    _clear(aside, disk)
     try:
         aside.mkdir(mode=0o755)
         owner = shape.ids(box.slot).owner
@@ -75,25 +66,51 @@ def give(box: Box, shape: Shape, frozen: Path, undo: Undo) -> None:
     except OSError as error:
         raise StorageError(f"{aside} cannot be made: {error.strerror}", machine=box.spec.name, hint="free space under the home") from error
     words = ["--extract", "--preserve-permissions", "--same-owner", "--delay-directory-restore", *_MARKS]
-    with _opened(frozen / TAR, os.O_RDONLY, box.spec.name) as archive:
-        _tar(box, shape, aside, words, archive.fileno(), 0)
+    with _opened(frozen / TAR, os.O_RDONLY, box.spec.name) as archive, _entered(aside) as tree:
+        _tar(box, shape, tree, words, archive.fileno(), 0)
     if os.geteuid() == 0:
         os.chown(aside, 0, 0)
-    exchange(aside, place)
+    if layers.sized(box.spec):
+        layers.make_disk(box, disk, aside)
+        disk.rename(layers.disk_file(box))
+    else:
+        exchange(aside, place)
     ids.remove_tree(aside)
 
 
-def _tar(box: Box, shape: Shape, tree: Path, words: Sequence[str], archive: int, stream: int) -> None:
-    """Run tar in `tree`, as the machine's root, with the archive as its standard input (0) or output (1)."""
-    plan: list[Op] = [("namespaces", "user"), *shape.ids(box.slot).plan()]
-    folder = os.open(tree, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _clear(folder: Path, disk: Path) -> None:
+    if folder.exists():
+        ids.remove_tree(folder)
+    disk.unlink(missing_ok=True)
+
+
+@contextmanager
+def _tree(box: Box) -> Iterator[int]:
+    """Give a descriptor of the folder that the machine's layers lie in."""
+    if not layers.sized(box.spec):
+        with _entered(box.dir.root / "layers") as folder:
+            yield folder
+        return
+    with loop.attached(layers.disk_file(box)) as device, detached.mounted(device) as root:
+        yield root
+
+
+@contextmanager
+def _entered(path: Path) -> Iterator[int]:
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        plan += [("env", "PATH=/usr/bin:/bin"), ("fd", str(folder), str(_TREE)), ("fd", str(archive), str(stream))]
-        # Nobody but the home's user may walk to the folder: it is entered by its descriptor.
-        command = [process.find("tar", "tar"), "--directory", f"/proc/self/fd/{_TREE}", "--file", "-", *words]
-        done = once.run((*plan, ("exec", *command)), _TIMEOUT, [folder, archive])
+        yield folder
     finally:
         os.close(folder)
+
+
+def _tar(box: Box, shape: Shape, tree: int, words: Sequence[str], archive: int, stream: int) -> None:
+    """Run tar in `tree`, as the machine's root, with the archive as its standard input (0) or output (1)."""
+    # Nobody but the home's user may walk to the folder: it is entered by its descriptor.
+    command = [process.find("tar", "tar"), "--directory", f"/proc/self/fd/{_TREE}", "--file", "-", *words]
+    plan: list[Op] = [("namespaces", "user"), *shape.ids(box.slot).plan(), ("env", "PATH=/usr/bin:/bin")]
+    plan += [("fd", str(tree), str(_TREE)), ("fd", str(archive), str(stream)), ("exec", *command)]
+    done = once.run(tuple(plan), _TIMEOUT, [tree, archive])
     if done.status:
         what = "kept" if stream else "laid back"
         raise EngineError(f"its writable layer cannot be {what}", command=command, output=done.said, machine=box.spec.name)
@@ -104,17 +121,6 @@ def _opened(path: Path, flags: int, machine: str) -> BinaryIO:
         return open(os.open(path, flags | os.O_CLOEXEC, 0o600), "rb" if flags == os.O_RDONLY else "wb")
     except OSError as error:
         raise StorageError(f"{path} cannot be opened: {error.strerror}", machine=machine) from error
-
-
-def _copy(source: Path, target: Path, machine: str, *, lasting: bool) -> None:
-    """Copy a sparse file: by reference where the file system can."""
-    try:
-        process.run([process.find("cp", "coreutils"), "--sparse=always", "--reflink=auto", source, target], timeout=_TIMEOUT)
-        if lasting:
-            with target.open("rb") as copy:
-                os.fsync(copy.fileno())
-    except OSError as error:
-        raise StorageError(f"{target} cannot be written: {error.strerror}", machine=machine) from error
 
 
 def exchange(one: Path, other: Path) -> None:

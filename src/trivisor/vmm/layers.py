@@ -144,7 +144,7 @@ def make(box: Box, owner: tuple[int, int]) -> None:
         if isinstance(layer.upper, Path):
             _make(layer.upper, layer.lower if box.host_root and layer.target != "/" else None, owner)
     if sized(box.spec):
-        _make_disk(box)
+        make_disk(box, disk_file(box), box.dir.root / "layers")
 
 
 def make_over(box: Box, place: Path, frozen: Path, owner: tuple[int, int]) -> None:
@@ -211,9 +211,8 @@ def _make(folder: Path, like: Path | None, owner: tuple[int, int]) -> None:
         raise StorageError(f"{folder} cannot be made: {error.strerror}", hint="free space under the home") from error
 
 
-def _make_disk(box: Box) -> None:
-    """Make the disk, with a copy of the empty layers in it. Some 5 ms and 200 KB, whatever its size."""
-    file = disk_file(box)
+def make_disk(box: Box, file: Path, content: Path) -> None:
+    """Make the disk, with a copy of the layers in `content` in it. If they are empty some 5 ms and 200 KB, whatever its size."""
     assert isinstance(box.spec.disk, int)
     options = ["-q", "-F", "-b", str(ext4.BLOCK), "-m", "0", "-G", "64", "-O", "^resize_inode"]
     options += ["-E", "nodiscard,assume_storage_prezeroed=1,lazy_itable_init=0,lazy_journal_init=1"]
@@ -225,4 +224,4 @@ def _make_disk(box: Box) -> None:
     except OSError as error:
         hint = "free space under the home; its file system must take files of that size"
         raise StorageError(f"{file} cannot be made: {error.strerror}", hint=hint) from error
-    process.run([process.find("mkfs.ext4", "e2fsprogs"), *options, "-d", box.dir.root / "layers", file], timeout=120)
+    process.run([process.find("mkfs.ext4", "e2fsprogs"), *options, "-d", content, file], timeout=120)

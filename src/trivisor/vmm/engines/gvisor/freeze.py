@@ -12,12 +12,11 @@ with it, and the machine is restored from what was frozen at once, with another 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from trivisor.core.errors import EngineError, GuestError, HostLacks, StorageError
@@ -41,6 +40,11 @@ _GOES_ON = "TESTONLY-autosave-resume"
 """An option of every runsc that `checkpoint --leave-running` leaves running; those before end, and start another."""
 
 
+_BREAKS = "net-disconnect-ok"
+"""An option of those that break connections that leave the machine (jailed.py). Those before fail, and the machine ends, if there is
+one or was in the last minute: who closes first remembers it for so long."""
+
+
 def goes_on(found: Runsc) -> bool:
     """Whether a machine of this runsc runs on by itself after it was frozen."""
     return _GOES_ON in found.options
@@ -53,11 +57,16 @@ def whole(box: Box, found: Runsc, command: Sequence[str], into: Path, *, ends: b
     """
     shape = layers.shape(box)
     engine = control.engine(box)
+    if _BREAKS not in found.options and box.spec.network != "none":
+        raise HostLacks(
+            f"runsc {found.version} cannot freeze the memory of a machine with a network",
+            machine=box.spec.name,
+            hint="have a newer one ($TRIVISOR_RUNSC), or freeze its files alone",
+        )
     state = _begin(into, shape.ids(box.slot).owner)
     stays = goes_on(found) and not ends
     words = [*(["--leave-running"] if stays else []), *(["--compression=none"] if goes_on(found) else [])]
     with ExitStack() as stack:
-        settled = stack.enter_context(_layer(box, engine))
         stack.enter_context(_hung_up(box, stays))
         place = os.open(state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, place)
@@ -72,7 +81,6 @@ def whole(box: Box, found: Runsc, command: Sequence[str], into: Path, *, ends: b
         control.inside(box, command, "checkpoint", "--image-path", saved, *words, jailed.NAME, pid=engine, fds=[place], timeout=_SAVE)
         if not stays and not watch.wait_ended(box.dir, _ENDS):
             raise EngineError("its sandbox did not end with its checkpoint", machine=box.spec.name)
-        settled()
         frozen_layers.keep(box, shape, into, lasting=lasting)
         _end(into, state, lasting=lasting)
     return time.monotonic() - began
@@ -83,7 +91,6 @@ def layer(engine: Engine, box: Box, into: Path, *, lasting: bool) -> float:
     runs = keeper.alive(box.dir) and not engine.paused(box)
     began = time.monotonic()
     with ExitStack() as stack:
-        root = stack.enter_context(_layer(box, control.engine(box))) if keeper.alive(box.dir) else lambda: None
         if runs:
             # The Sentry holds back what was written.
             line = Line.connect(box.dir.line, box.spec.name)
@@ -92,7 +99,6 @@ def layer(engine: Engine, box: Box, into: Path, *, lasting: bool) -> float:
             began = time.monotonic()
             engine.pause(box)
             stack.callback(engine.resume, box)
-        root()
         frozen_layers.keep(box, layers.shape(box), into, lasting=lasting)
     return time.monotonic() - began if runs else 0.0
 
@@ -166,27 +172,33 @@ def _hung_up(box: Box, stays: bool) -> Iterator[None]:
     try:
         door.shut(box.dir)
         try:
-            guest.configure(line, [("away",)], _HANGS_UP)
+            _away(line)
             _until(line, "0", _HANGS_UP, "its guest does not hang up")
-            # Our own streams are of the line before: the keeper lets us go at the next call.
             yield
         except BaseException:
-            stays = True
-            raise
-        finally:
             door.unshut(box.dir)
-            if stays:
+            with suppress(GuestError, EngineError):  # what went wrong before says more
                 _back(box)
+            raise
+        door.unshut(box.dir)
+        if stays:
+            _back(box)
     finally:
         line.close()
 
 
-def _back(box: Box) -> None:
-    """Wait until the guest has called again. It has not if it ended."""
+def _away(line: Line) -> None:
+    """Have the guest hang up, if nothing in it is what runsc fails at."""
     try:
-        line = Line.connect(box.dir.line, box.spec.name)
-    except GuestError:
-        return
+        guest.configure(line, [("away",)], _HANGS_UP)
+    except GuestError as error:
+        error.hint = error.hint or "have its programs close what they removed, or freeze its files alone"
+        raise
+
+
+def _back(box: Box) -> None:
+    """Wait until the guest has called again."""
+    line = Line.connect(box.dir.line, box.spec.name)
     try:
         _until(line, "1", _BACK, "its guest does not call again")
     finally:
@@ -200,23 +212,3 @@ def _until(line: Line, synced: str, timeout: float, fault: str) -> None:
         if time.monotonic() > deadline:
             raise EngineError(fault, machine=line.machine)
         time.sleep(_POLL)
-
-
-@contextmanager
-def _layer(box: Box, engine: int) -> Iterator[Callable[[], None]]:
-    """Give what brings a disk of its own size up to date in its file. What is in a folder needs nothing."""
-    if not layers.sized(box.spec):
-        yield lambda: None
-        return
-    # Held open it stays mounted while it is copied, even if its machine ends.
-    root = os.open(f"/proc/{engine}/root/box/root", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield lambda: _sync(root)
-    finally:
-        os.close(root)
-
-
-def _sync(folder: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.syncfs(folder) < 0:
-        raise StorageError(f"the disk cannot be written: {os.strerror(ctypes.get_errno())}")
