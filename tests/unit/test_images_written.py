@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -149,3 +150,26 @@ def test_cut_anywhere(tmp_path: Path) -> None:
     for size in range(len(data)):
         with pytest.raises(ImageError), received(tmp_path, data[:size]):
             pass
+
+
+@pytest.mark.parametrize("seeds", [range(300), pytest.param(range(300, 10000), marks=pytest.mark.soak)])
+def test_anything_else(tmp_path: Path, seeds: range) -> None:
+    """Bytes changed here and there: a layer or an ImageError, and nothing else."""
+    marks = struct.pack("<I", 1) + text("trusted.overlay.redirect") + text("/x")
+    parts = [TOP, record("d", "a", xattrs=marks), record("f", "a/f", links=2, more=content(b"xy", 9, (1, 1), (5, 1)))]
+    data = b"".join([*parts, record("l", "a/l", more=text("f")), record("w", "gone"), b"e"])
+    lower = tmp_path / "lower"
+    (lower / "x/y").mkdir(parents=True)
+    layers = 0
+    for seed in seeds:
+        random_ = random.Random(seed)
+        changed = bytearray(data)
+        for _ in range(random_.randrange(1, 4)):
+            changed[random_.randrange(len(changed))] = random_.choice((0, 1, 0xFF, random_.randrange(256), *b"dflpwe/."))
+        try:
+            with received(tmp_path, bytes(changed)) as listing:
+                pack(listing, [lower], tmp_path / f"layer{seed}", limits=Limits(total=1 << 20))
+            layers += 1
+        except ImageError:
+            continue
+    assert layers

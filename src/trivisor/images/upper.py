@@ -19,7 +19,7 @@ from trivisor.core.errors import ImageError
 from trivisor.images import view as views
 from trivisor.images import written
 from trivisor.images.layer import kept
-from trivisor.images.limits import DEFAULT, Limits
+from trivisor.images.limits import DEFAULT, MAX_NAME, MAX_PATH, Limits
 from trivisor.images.pack import LayerWriter, PackedLayer
 from trivisor.images.source import FolderSource
 from trivisor.images.tarwrite import emit
@@ -155,7 +155,7 @@ class _Reader:
     def _folder(self, path: str, file: File, hidden: bool, origin: str) -> tuple[bool, str]:
         """Put the folder itself into the tree; return whether nothing below shows through in it, and its own origin."""
         node = self._node(file)
-        redirect = file.marks.get("redirect", b"").decode("utf-8", "surrogateescape")
+        redirect = self._redirect(path, file)
         if not redirect and file.marks.get("opaque") != b"y":
             self._put(path, node)
             return hidden, origin
@@ -170,6 +170,13 @@ class _Reader:
         if path and not hidden and self._there(path):
             self._put(f"{path}/{OPAQUE}", self._mark(file))
         return True, origin
+
+    def _redirect(self, path: str, file: File) -> str:
+        """Return what the folder was called below, as overlayfs notes it; "" if it was not moved."""
+        mark = file.marks.get("redirect", b"")
+        if b"\0" in mark or len(mark) > MAX_PATH or any(len(part) > MAX_NAME or part == b".." for part in mark.split(b"/")):
+            raise ImageError(f"{self._upper.origin}: {path}: the mark of where it was is not overlayfs's")
+        return mark.decode("utf-8", "surrogateescape")
 
     def _there(self, path: str) -> bool:
         return self._below is not None and self._below.at(path) is not None
