@@ -42,10 +42,12 @@ def possible(box: Box) -> None:
 def keep(box: Box, shape: Shape, into: Path, *, lasting: bool = True) -> None:
     """Write the layer of a machine that stands still into the folder `into`. Raises EngineError, StorageError."""
     words = ["--create", "--sparse", "--exclude", _WORK, "--exclude", "./lost+found", *_MARKS, "."]
-    with _opened(into / TAR, os.O_WRONLY | os.O_CREAT | os.O_EXCL, box.spec.name) as archive, _tree(box) as tree:
+    aside = into / f"{TAR}.part"
+    with _opened(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, box.spec.name) as archive, _tree(box) as tree:
         _tar(box, shape, tree, words, archive.fileno(), 1)
         if lasting:
             os.fsync(archive.fileno())
+    aside.rename(into / TAR)  # what has this name is whole
 
 
 def give(box: Box, shape: Shape, frozen: Path, undo: Undo) -> None:

@@ -17,6 +17,9 @@ from trivisor.vmm.engines.gvisor.jailed import NAME
 from trivisor.vos.line import Line
 
 _TIMEOUT = 20.0
+_LAST = ["/bin/sh", "-c", 'at=$1; shift; kill -STOP $at; "$@"; status=$?; kill -CONT $at; exit $status', "sh"]
+"""The machine's runsc, PID 1 in there, waits with its end until the one that we run has ended, which would die with it. By a shell, so
+that it does not wait for ever if we die."""
 
 
 class _State(msgspec.Struct):
@@ -47,10 +50,13 @@ def engine(box: Box) -> int:
         line.close()
 
 
-def inside(box: Box, command: Sequence[str], *verb: str, pid: int = 0, fds: Sequence[int] = (), timeout: float = _TIMEOUT) -> bytes:
+def inside(
+    box: Box, command: Sequence[str], *verb: str, pid: int = 0, fds: Sequence[int] = (), timeout: float = _TIMEOUT, last: bool = False
+) -> bytes:
     """Run runsc, with the descriptors `fds`, in the namespaces of the machine's own, whose pid may be known. `command` is its argv
-    up to the verb. Raises EngineError, GuestGone."""
-    enter = [find("nsenter", "util-linux"), "--target", str(pid or engine(box)), "--user", "--mount", "--pid", "--net", "--ipc", "--uts"]
+    up to the verb. With `last` the machine may end by it. Raises EngineError, GuestGone."""
+    target = str(pid or engine(box))
+    enter = [find("nsenter", "util-linux"), "--target", target, "--user", "--mount", "--pid", "--net", "--ipc", "--uts"]
     # Without root setgroups(2) is denied in there, which nsenter would call.
     enter += ["--preserve-credentials"] if os.geteuid() else []
-    return run([*enter, "--", *command, *verb], timeout=timeout, env={"PATH": "/"}, fds=fds)
+    return run([*([*_LAST, target] if last else []), *enter, "--", *command, *verb], timeout=timeout, env={"PATH": "/"}, fds=fds)

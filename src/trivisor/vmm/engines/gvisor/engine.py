@@ -105,7 +105,9 @@ class GvisorEngine:
         freeze.fits(freeze.needs(found, self._chosen(found, layers.shape(box)), self._command(box)), needs, box.spec.name)
 
     def thaw(self, box: Box, frozen: Path, *, other: bool, undo: Undo, progress: Progress) -> dict[str, str]:
-        self.refill(box, frozen, undo)
+        # A machine that was ended by a freeze which was cut short has the layer that it needs: nothing ran since.
+        if other or (frozen / frozen_layers.TAR).exists():
+            self.refill(box, frozen, undo)
         facts = self._run(box, undo, frozen)
         line = Line.connect(box.dir.line, box.spec.name)
         try:

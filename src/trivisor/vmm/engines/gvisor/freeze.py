@@ -78,7 +78,9 @@ def whole(box: Box, found: Runsc, command: Sequence[str], into: Path, *, ends: b
             stack.callback(door.unshut, box.dir)
         # The folder is entered by its descriptor: it lies in no namespace of the machine's.
         saved = f"/proc/self/fd/{place}"
-        control.inside(box, command, "checkpoint", "--image-path", saved, *words, jailed.NAME, pid=engine, fds=[place], timeout=_SAVE)
+        control.inside(
+            box, command, "checkpoint", "--image-path", saved, *words, jailed.NAME, pid=engine, fds=[place], timeout=_SAVE, last=not stays
+        )
         if not stays and not watch.wait_ended(box.dir, _ENDS):
             raise EngineError("its sandbox did not end with its checkpoint", machine=box.spec.name)
         frozen_layers.keep(box, shape, into, lasting=lasting)
