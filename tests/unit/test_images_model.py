@@ -218,6 +218,9 @@ def test_an_image_of_another_processor_is_kept_and_not_run(home: Home, tmp_path:
     for root in (images.lowers, images.rootfs):
         with pytest.raises(ImageError, match="linux/arm64, not"):
             root(image.digest)
+    assert (images.unpacked(image.digest)[0] / "etc").is_dir()
+    with pytest.raises(ImageError, match="linux/arm64, not"):
+        images.lowers(image.digest)  # it is there, but only to be looked into
 
 
 def test_tags_and_names(home: Home, tmp_path: Path) -> None:

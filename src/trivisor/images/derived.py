@@ -82,21 +82,23 @@ class Derived:
         merged, stacked = self._places[digest]
         return (merged,) if os.path.exists(merged) else stacked  # noqa: PTH110 - a machine's verbs ask several times
 
-    def lowers(self, digest: str, progress: Progress) -> tuple[Path, ...]:
+    def lowers(self, digest: str, progress: Progress, *, foreign: bool = False) -> tuple[Path, ...]:
         """Return the unpacked root, made if it is not there: folders to lay over one another, the uppermost first.
 
+        It is only looked into where an image for another platform will do (`foreign`).
         Raises NotFound, ImageError, EngineError, HostLacks, StorageError.
         """
+        documents = self._documents(digest)
+        if documents is not None and not foreign:
+            check_platform(documents)
         paths = self.lower_paths(digest)
         if all(map(os.path.exists, paths)):
             return paths
-        documents = self._documents(digest)
         if digest.startswith(host.PREFIX):
             self._trees.get(digest, lambda made: host.build(made / ROOT))
         elif documents is None or not documents.chain:
             self._trees.get(self.key(digest), partial(self._make_tree, digest, progress))
         else:
-            check_platform(documents)
             try:
                 self._trees.all(documents.chain, partial(self._make_layers, documents, progress))
             except Unstackable:

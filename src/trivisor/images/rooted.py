@@ -35,6 +35,10 @@ class Rooted:
         """
         return self._derived.lowers(digest, progress)
 
+    def unpacked(self, digest: str) -> tuple[Path, ...]:
+        """Return what `lowers` does, to be looked into and not run: also of an image for another platform."""
+        return self._derived.lowers(digest, lambda _: None, foreign=True)
+
     def lower_paths(self, digest: str) -> tuple[Path, ...]:
         """Return where `lowers` puts them, without making them. Raises NotFound."""
         return self._derived.lower_paths(digest)

@@ -14,7 +14,7 @@ from trivisor.core.errors import InvalidSpec, NotFound, RecipeError, RegistryErr
 from trivisor.images import compose
 from trivisor.images.catalog import Image
 from trivisor.images.model import Platform
-from trivisor.images.reference import normalise
+from trivisor.images.reference import Reference, normalise
 from trivisor.images.view import FolderView
 from trivisor.store.workspace import Workspace
 from trivisor.va.build import ignore
@@ -102,35 +102,55 @@ class _Bases:
         self._options = options
         self._work = work
         self._lock = Lock()
-        self._known: dict[str, Image] = {}
+        self._known: dict[tuple[str, Platform | None], Image] = {}
 
     def get(self, name: str, stage: Stage) -> Built:
         """Return the image as a stage begins with it. Raises RecipeError, NotFound, RegistryError, ImageError."""
+        platform = self._platform(stage)
         with self._lock:
-            image = self._known.get(name) or self._find(name, stage)
-            self._known[name] = image
+            image = self._known.get((name, platform)) or self._find(name, stage, platform)
+            self._known[name, platform] = image
         documents = self._vmm.images.documents(image.digest)
-        for blob in documents.blobs:
-            self._vmm.images.store.hold(blob.digest, self._work.owner)
+        if not all(self._vmm.images.store.hold(blob.digest, self._work.owner) for blob in documents.blobs):
+            raise NotFound(f"the image {name} was removed meanwhile", hint="build again")
         config = documents.config
         history = list(config.history or ())
         return Built(compose.stack_of(documents), history, config.run, config.author, 0.0, config.platform)
 
-    def _find(self, name: str, stage: Stage) -> Image:
-        images = self._vmm.images
-        platform = Platform.parse(stage.platform) if stage.platform else self._options.platform
+    def _platform(self, stage: Stage) -> Platform | None:
+        try:
+            return Platform.parse(stage.platform) if stage.platform else self._options.platform
+        except InvalidSpec as error:
+            raise RecipeError(self._file.name, stage.line, f"FROM --platform: {error}", hint=error.hint) from error
+
+    def _find(self, name: str, stage: Stage, platform: Platform | None) -> Image:
+        here = f"there is neither a stage nor an image {name[:60]} here"
         try:
             if not self._options.pull:
-                return images.get(name)
+                image = self._vmm.images.get(name)
+                if platform is None or platform.runs(image.platform):
+                    return image
+                here = f"the image {name[:60]} here is for {image.platform}, not {platform}"
         except InvalidSpec as error:
             raise RecipeError(self._file.name, stage.line, f"FROM {name[:60]}: {error}", hint=error.hint) from error
         except NotFound:
             pass
         try:
-            return images.pull(name, platform=platform, **self._options.access)
+            return self._pull(name, platform)
         except (NotFound, RegistryError) as error:
-            message = f"there is neither a stage nor an image {name[:60]} here, and its registry has none: {error}"
-            raise RecipeError(self._file.name, stage.line, message, hint=error.hint) from error
+            message = f"{here}, and its registry has none: {error}"
+            hint = error.hint or "`trivisor images` lists those that are here, and `trivisor images bootstrap` makes one of Debian"
+            raise RecipeError(self._file.name, stage.line, message, hint=hint) from error
+
+    def _pull(self, name: str, platform: Platform | None) -> Image:
+        images = self._vmm.images
+        if platform is None or Platform.host().runs(platform):
+            return images.pull(name, platform=platform, **self._options.access)
+        # The name goes on meaning what runs on this host. The import is here for the reason that `Images.pull` gives.
+        from trivisor.images.registry.pull import pull
+
+        pulled = pull(Reference.parse(name), images.store, self._work, platform=platform, **self._options.access)
+        return images.add(pulled.manifest, pulled.media_type, "", pulled.source, self._work)
 
 
 def _read(folder: Path, file: Path | str | None) -> tuple[Path, str]:

@@ -74,7 +74,7 @@ class Built:
         """Return its root as one can look into it."""
         if not self.layers:
             return nothing(work)
-        return StackView(vmm.images.lowers(self.image(vmm, work).digest))
+        return StackView(vmm.images.unpacked(self.image(vmm, work).digest))
 
 
 def nothing(work: Workspace) -> FolderView:
@@ -172,6 +172,9 @@ class StageBuilder:
             return made
         if not now.layers:
             raise RecipeError(self._all.file.name, found.line, "RUN: there is no program in an empty image", hint="copy one into it first")
+        if now.platform is not None and not Platform.host().runs(now.platform):
+            hint = "build it in a stage FROM --platform=$BUILDPLATFORM, and COPY what comes of that"
+            raise RecipeError(self._all.file.name, found.line, f"RUN: the image is for {now.platform}, and this host is not", hint=hint)
         image = now.image(self._all.vmm, self._all.work).digest
 
         def said(data: bytes) -> None:
