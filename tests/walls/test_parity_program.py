@@ -87,10 +87,38 @@ def test_what_is_run(wanting: Machine) -> None:
     assert wanting.command(["-c", "true"], ["/bin/sh"]) == ["/bin/sh", "-c", "true"]
 
 
-def test_a_program_from_its_launch_to_its_stop(make: Callable[..., Machine], image: str) -> None:
+def test_a_program_that_ends(wanting: Machine) -> None:
+    assert wanting.program() is None and wanting.main_log == "serial"
+    first = wanting.launch(["-c", "echo $0 $1; exit 3", "a", "b"], "sh", user="root")
+    until(lambda: not (wanting.program() or first).running)
+    assert (wanting.program() or first).exit_code == 3
+    wanting.launch(["-c", "kill -9 $$"], "sh")
+    until(lambda: (wanting.program() or first).exit_code == 137)
+    assert (log(wanting), wanting.main_log) == ("a b\n", "program")
+
+
+def test_what_the_machine_has_of_the_image(wanting: Machine) -> None:
+    assert wanting.spec.labels == {"of": "image", "team": "mine"}
+    assert wanting.files.exists("/data")
+
+
+def test_health(wanting: Machine) -> None:
+    first, second = wanting.health(), wanting.health()
+    assert [(one.status, one.failing) for one in (first, second)] == [("starting", 1), ("unhealthy", 2)]
+    with pytest.raises(GuestError, match="unhealthy"):
+        wanting.wait_healthy(20)
+    wanting.files.write("/tmp/well", b"")
+    well = wanting.wait_healthy(20)
+    assert (well.status, well.failing, well.checks[-1].output) == ("healthy", 0, "well\n")
+    with VMM(wanting._context.home.root) as other:
+        assert other.get(wanting.name).health(check=False) == well
+
+
+def test_a_program_from_its_launch_to_its_stop_and_what_becomes_of_it(wall_vmm: VMM, make: Callable[..., Machine], image: str) -> None:
     machine = make(image, memory="128M")
-    assert machine.program() is None
     started = machine.launch()
+    machine.files.write("/data/left", b"")
+    machine.files.write("/kept", b"")
     until(lambda: "up\n" in log(machine))
     assert "/bin/serve one two three as 1000:2000 in /srv/deep with image\n" in log(machine)
     assert machine.program() == started and started.running
@@ -98,14 +126,14 @@ def test_a_program_from_its_launch_to_its_stop(make: Callable[..., Machine], ima
         machine.launch()
     machine.stop(timeout=20)
     assert log(machine).endswith("told\n")
-    assert machine.main_log == "program"
+    made = machine.commit("wanting-more")
+    with tarfile.open(wall_vmm.images.store.path(made.layers[-1].digest)) as layer:
+        names = {name.strip("./") for name in layer.getnames()}
+    assert "kept" in names and not any(name.startswith("data") for name in names)
+    assert made.config.run == wall_vmm.images.get(image).config.run
+    wall_vmm.images.remove("wanting-more")
 
 
-def test_a_program_that_ends(make: Callable[..., Machine], image: str) -> None:
-    machine = make(image, memory="128M")
-    first = machine.launch(["-c", "echo $0 $1; exit 3", "a", "b"], "sh", user="root")
-    until(lambda: not (machine.program() or first).running)
-    assert (machine.program() or first).exit_code == 3
-    machine.launch(["-c", "kill -9 $$"], "sh")
-    until(lambda: (machine.program() or first).exit_code == 137)
-    assert log(machine) == "a b\n"
+def test_exposed_ports_are_published(wall_vmm: VMM, wall: Wall, image: str) -> None:
+    machine = wall_vmm.create(image, wall=wall, ports="exposed", network="nat")
+    assert list(machine.spec.ports.values()) == [80]

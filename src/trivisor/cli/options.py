@@ -216,6 +216,7 @@ _SPEC_OPTIONS: tuple[Callable[[Callable[..., object]], Callable[..., object]], .
     click.option("--shape", multiple=True, metavar="KEY=VALUE", help="rate-in, rate-out, latency or loss, such as latency=50ms."),
     click.option("-v", "--volume", multiple=True, metavar="SOURCE:PATH[:ro]", help="A host folder (/..., ./...) or volume, at PATH in it."),
     click.option("-p", "--publish", multiple=True, metavar="HOST:GUEST", help="Publish a TCP port on this host's loopback."),
+    click.option("-P", "--publish-all", is_flag=True, help="Publish the TCP ports that the image exposes, on free ones of this host."),
     click.option("-e", "--env", multiple=True, metavar="KEY[=VALUE]", help="Environment of every command; KEY alone: from ours."),
     click.option("--ttl", metavar="TIME", help="Stop it after this long, such as 90s or 10m."),
     click.option("--idle", metavar="TIME", help="Stop it after this long without traffic from this host."),
@@ -233,7 +234,11 @@ def spec_options(function: Callable[..., object]) -> Callable[..., object]:
 
 def wishes(options: dict[str, Any]) -> dict[str, Any]:
     """Return the keyword arguments of VMM.create for the values of `spec_options`."""
-    published = ports(options.pop("publish"))
+    published: dict[int, int] | str = ports(options.pop("publish"))
+    if options.pop("publish_all"):
+        if published:
+            raise click.UsageError("-P goes without -p", click.get_current_context(silent=True))
+        published = "exposed"
     made = {
         "ports": published or None,
         "volumes": volumes(options.pop("volume")) or None,

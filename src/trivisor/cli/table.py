@@ -38,6 +38,7 @@ VERBS: dict[str, Verb] = {
     "trace": _own("trace", "Run a command in a running machine and print its system calls."),
     "cp": _own("cp", "Copy files between a machine and this host."),
     "logs": _own("logs", "Print what a machine's program wrote, its console, or PID 1's log."),
+    "health": _own("health", "Check whether a machine is well, as its image says."),
     "inspect": _own("inspect", "Print all that is known of machines or images, as JSON."),
     "stats": _own("stats", "Print what running machines use."),
     "events": _own("events", "Print what happened to machines."),

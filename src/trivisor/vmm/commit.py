@@ -21,7 +21,7 @@ from trivisor.images.catalog import Image
 from trivisor.images.compose import Stacked
 from trivisor.images.model import History, RunConfig
 from trivisor.images.pack import PackedLayer
-from trivisor.vmm import changes, life
+from trivisor.vmm import changes, life, runconfig
 from trivisor.vmm.changes import Reader
 from trivisor.vmm.context import Context
 from trivisor.vmm.records import Row
@@ -40,7 +40,7 @@ def commit(context: Context, machine: str, name: str, *, config: Mapping[str, An
             raise InvalidSpec("a machine on the host's own root has no image to add to", machine=row.name)
         documents = images.documents(row.digest)
         run = changed(documents.config.run, config)
-        packed = pack(context, row, work.path / "layer")
+        packed = pack(context, row, work.path / "layer", without=runconfig.wanted(images, row.digest).volumes)
         size = packed.size
         digest = images.store.adopt(packed.path, work.owner, expected=packed.digest)
         layers = [*compose.stack_of(documents), Stacked(packed.descriptor, packed.diff_id)]

@@ -37,7 +37,7 @@ class Keywords(TypedDict, total=False):
     dedupe: bool | None
     oom: Literal["kill", "stop"] | None
     network: str | None
-    ports: dict[int, int] | None
+    ports: dict[int, int] | Literal["exposed"] | None
     shape: Shape | Mapping[str, Any] | None
     egress: Egress | Mapping[str, Any] | Sequence[str] | None
     reach: Reach | Sequence[Reach] | None

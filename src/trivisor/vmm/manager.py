@@ -20,7 +20,7 @@ from trivisor.core.paths import Home, default_home
 from trivisor.core.spec import HOST_IMAGE, WALLS, Spec, Wall
 from trivisor.images.catalog import Images
 from trivisor.images.disks.catalog import Catalog
-from trivisor.vmm import life, limits, names, reconcile, shares
+from trivisor.vmm import life, limits, names, reconcile, runconfig, shares
 from trivisor.vmm import sweep as sweeping
 from trivisor.vmm.budget import MemoryBudget, possible
 from trivisor.vmm.choice import choose
@@ -34,7 +34,7 @@ from trivisor.vmm.engines.vm.engine import VmEngine
 from trivisor.vmm.keywords import Keywords, RunKeywords
 from trivisor.vmm.machine import Machine
 from trivisor.vmm.records import Records, Row
-from trivisor.vmm.snapshots import begun
+from trivisor.vmm.snapshots import begun, verbs
 from trivisor.vmm.snapshots.service import Snapshots
 from trivisor.vmm.volumes import Volumes
 from trivisor.vos.syscalls.compile import compile_exec
@@ -112,14 +112,16 @@ class VMM:
     def create(
         self, image: str = "", *, snapshot: str | None = None, name: str | None = None, wall: str = "auto", **keywords: Unpack[Keywords]
     ) -> Machine:
-        """Make a machine from an image, without starting it. `keywords`: the fields of core.spec.Spec.
+        """Make a machine from an image, without starting it. `keywords`: the fields of core.spec.Spec; `ports="exposed"` publishes the TCP
+        ports that the image exposes on free ones of the host.
 
         Or from a `snapshot` ("web@ready"): its first start goes on where that stands, or, if that is without memory, begins with its files.
         It is then on that one's wall, and what it is asked to be can be changed in part (vmm/snapshots/begun.py).
 
         `syscalls` may be a Policy: its rules and paths are the machine's, its handlers answer the commands that this process starts.
 
-        Raises InvalidSpec, NotFound (image, snapshot), AlreadyExists (name), UnsupportedByWall, HostLacks, OverBudget, StorageError.
+        Raises InvalidSpec, NotFound (image, snapshot), AlreadyExists (name), UnsupportedByWall, HostLacks, OverBudget, StorageError,
+        ImageError (its config cannot be followed).
         """
         if snapshot is None and not image:
             hint = 'create("debian"), or create(snapshot="web@ready")'
@@ -133,17 +135,21 @@ class VMM:
     def _create(self, image: str, name: str | None, wall: str, keywords: Keywords) -> Machine:
         chosen = self._wall(wall)
         spec: dict[str, Any] = {**keywords}
+        if spec.get("ports") == "exposed":
+            spec["ports"] = dict(verbs.free_ports(runconfig.exposed(self._context.images.get(image))))
         wishes = Spec.make(image=image, name=names.readable() if name is None else name, wall=chosen, **spec)
         if image == HOST_IMAGE and chosen == "vm":
             raise UnsupportedByWall("run on the host's own root", chosen, [wall for wall in self._context.engines if wall != "vm"])
         found = self._context.images.get(image)
+        runconfig.of(found)
         self._context.engine(chosen).check(wishes)
         possible(self._context, wishes.memory)
         handlers = self._handlers(wishes, spec.get("syscalls"))
         if wishes.volumes:
             spec["volumes"] = shares.settle(self._context.home, wishes.volumes)
-        # What the image wants in the environment lies under what the caller wants.
+        # What the image wants in the environment and as labels lies under what the caller wants.
         spec["env"] = {**found.config.env, **wishes.env}
+        spec["labels"] = {**found.config.labels, **wishes.labels}
         for attempt in range(_NAME_TRIES):
             wishes = Spec.make(image=image, name=names.readable(attempt) if name is None else name, wall=chosen, **spec)
             try:

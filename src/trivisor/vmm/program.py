@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from trivisor.core.errors import FileError, GuestError, GuestProtocolError
 from trivisor.core.state import State
-from trivisor.vmm import runconfig
+from trivisor.vmm import health, runconfig
 from trivisor.vmm.context import Context
+from trivisor.vmm.health import HealthStatus
 from trivisor.vmm.records import Row
 from trivisor.vmm.runconfig import Wanted
 from trivisor.vos.files import Files
@@ -72,11 +73,34 @@ class Programmed:
         wanted = self._wanted()
         argv = wanted.argv(args, entrypoint)
         process = self._processes("spawn").launch(argv, wanted.stop_signal, env=env, cwd=cwd or "", user=user or "")
+        health.begin(self._context, self._context.row(self._first.id))
         return Program(process.pid)
 
     def program(self) -> Program | None:
         """Return how the machine's program is, None if none was started since the machine was. Raises InvalidState, GuestError."""
         return ask(self._processes("exec"))
+
+    def health(self, *, check: bool = True) -> HealthStatus:
+        """Run the image's health check in it and return how it is; without `check` what the last one said. At most the check's own time.
+
+        Nobody else runs the check: there is no daemon. Raises InvalidState, GuestError, StorageError, ImageError.
+        """
+        row, asked = self._context.row(self._first.id), self._wanted().health
+        return health.check(self._context, row, asked, self._processes("exec")) if check else health.known(self._context, row, asked)
+
+    def wait_healthy(self, timeout: float | None = 60.0) -> HealthStatus:
+        """Check, as often as the image wants, until it is healthy.
+
+        Raises GuestError once it is unhealthy, or its program has ended, WaitTimeout after `timeout` seconds, InvalidSpec if its image
+        has no check, InvalidState.
+        """
+
+        def ended() -> int | None:
+            found = self.program()
+            return found.exit_code if found is not None else None
+
+        row = self._context.row(self._first.id)
+        return health.wait(self._context, row, self._wanted().health, self._processes("exec"), ended, timeout)
 
     @property
     def main_log(self) -> str:

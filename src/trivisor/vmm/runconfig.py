@@ -21,6 +21,7 @@ MAX_USER = 255
 MAX_PATH = 4095
 MAX_PLACES = 256
 """Volumes, and exposed ports, that one image may have."""
+MAX_PUBLISHED = 64
 MAX_TEXT = 64 << 10
 """Bytes of an image's labels, all together."""
 LONGEST = 24 * 3600.0
@@ -94,8 +95,17 @@ def of(image: Image) -> Wanted:
     try:
         return _read(image.config.run)
     except ValueError as error:
-        hint = "make an image of it that is well: a Containerfile that begins FROM it and says otherwise"
+        hint = "`trivisor inspect` shows it; the image has to be made anew"
         raise ImageError(f"the config of image {image.name} cannot be followed: {error}", hint=hint) from None
+
+
+def exposed(image: Image) -> list[int]:
+    """Return the TCP ports that an image exposes. Raises ImageError, InvalidSpec if they are too many to be published all."""
+    found = [port for port, protocol in of(image).ports if protocol == "tcp"]
+    if len(found) > MAX_PUBLISHED:
+        hint = "say which ones: {8080: 80}"
+        raise InvalidSpec(f"image {image.name} exposes {len(found)} ports, at most {MAX_PUBLISHED} are published by themselves", hint=hint)
+    return found
 
 
 _known: dict[str, Wanted] = {}
