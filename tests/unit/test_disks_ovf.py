@@ -96,7 +96,7 @@ REFUSED = {
     "ExtraConfig": {"hardware": '<vmw:ExtraConfig vmw:key="a"/>'},
     "CoresPerSocket": {"items": item(3, count(2) + "<vmw:CoresPerSocket>1</vmw:CoresPerSocket>") + item(4, count(MIB))},
     "several machines": {"more": "<VirtualSystemCollection/>"},
-    "a.vmdk is packed": {"references": REFERENCES.replace("ovf:size", 'ovf:compression="gzip" ovf:size')},
+    "a.vmdk is packed": {"references": REFERENCES.replace("ovf:size", 'ovf:compression="bzip2" ovf:size')},
     "is in pieces": {"references": REFERENCES.replace("ovf:size", 'ovf:chunkSize="5" ovf:size')},
     "elsewhere, or": {"references": REFERENCES.replace("a.vmdk", "http://example.com/a.vmdk")},
     "no plain name": {"references": REFERENCES.replace("a.vmdk", "../a.vmdk")},

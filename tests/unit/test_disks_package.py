@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import os
@@ -96,6 +97,21 @@ def test_an_empty_disk_is_made(vmm: VMM, disk: bytes, tmp_path: Path) -> None:
     assert vmm.disks.import_package(ova(tmp_path, [(name, empty), parts(disk)[1]])).disks[0].size == SIZE
 
 
+def test_packed_files_are_unpacked_in_bounds(disk: bytes, tmp_path: Path) -> None:
+    packed = gzip.compress(disk)
+    envelope = parts(packed)[0][1].replace(b"ovf:href=", b'ovf:compression="gzip" ovf:href=')
+    members = [("a.ovf", envelope), ("a-disk1.vmdk", packed)]
+    with package.opened(ova(tmp_path, [members[0], manifest(members), members[1]])) as opened:
+        opened.disk("a-disk1.vmdk", tmp_path / "copy", len(disk))
+        with pytest.raises(ImageError, match="larger than"):
+            opened.disk("a-disk1.vmdk", tmp_path / "copy2", len(disk) - 1)
+    assert (tmp_path / "copy").read_bytes() == disk
+    for bad, said in ((packed[:-20], "was cut"), (b"no gzip".ljust(len(packed)), "cannot be unpacked")):
+        text = envelope.replace(str(len(packed)).encode(), str(len(bad)).encode())
+        with package.opened(ova(tmp_path, [("a.ovf", text), ("a-disk1.vmdk", bad)])) as opened, pytest.raises(ImageError, match=said):
+            opened.disk("a-disk1.vmdk", tmp_path / f"copy {said}", len(disk))
+
+
 @pytest.mark.parametrize("kind", ["SHA1", "SHA256", "SHA512"])
 @pytest.mark.parametrize("end", [False, True])
 def test_a_manifest_is_checked(disk: bytes, tmp_path: Path, kind: str, end: bool) -> None:
@@ -103,11 +119,11 @@ def test_a_manifest_is_checked(disk: bytes, tmp_path: Path, kind: str, end: bool
     signed = [manifest(members, kind), ("a.cert", b"whatever")]
     path = ova(tmp_path, [*members, *signed] if end else [members[0], *signed, *members[1:]])
     with package.opened(path) as opened:
-        opened.disk("a-disk1.vmdk", tmp_path / "copy")
+        opened.disk("a-disk1.vmdk", tmp_path / "copy", 0)
     assert (tmp_path / "copy").read_bytes() == disk
     path = ova(tmp_path, [members[0], manifest([members[0], ("a-disk1.vmdk", disk[:-1])], kind), members[1]])
     with package.opened(path) as opened, pytest.raises(ImageError, match="not what the manifest says"):
-        opened.disk("a-disk1.vmdk", tmp_path / "copy2")
+        opened.disk("a-disk1.vmdk", tmp_path / "copy2", 0)
     path = ova(tmp_path, [members[0], manifest([("a.ovf", b""), members[1]], kind), members[1]])
     with pytest.raises(ImageError, match=r"a\.ovf is not what"), package.opened(path):
         pass

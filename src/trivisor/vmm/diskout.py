@@ -27,10 +27,13 @@ def root(context: Context, machine: str, target: Path, to: Format | None, size: 
     """Write the machine's root, an ext4 that fills the disk, to the file `target`. Raises what Machine.export_disk raises."""
     packed = to is None and package.is_package(target)
     kind = to or ("vmdk" if packed else formats.of_name(target))
+    row = context.row(machine)
     with context.images.workspace() as work:
+        # Its layers stay until this is done, whatever becomes of the machine meanwhile.
+        context.images.store.hold(row.digest, work.owner)
         source = make_root(context, machine, work.path, size, progress)
         if packed:
-            return packages.write(packages.machine_of(context.row(machine).spec), source, target, work.path, bounds, progress)
+            return packages.write(packages.machine_of(row.spec), source, target, work.path, bounds, progress)
         return catalog.write(source, target, kind, progress, bounds=bounds)
 
 

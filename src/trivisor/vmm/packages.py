@@ -70,7 +70,7 @@ def _disk(
             return context.disks.import_(empty, name, "qcow2", source, bounds, progress)
         progress(f"reading {file}")
         copy = work.path / file
-        opened.disk(file, copy)
+        opened.disk(file, copy, bounds.virtual)
         kind = headers.read(copy).format
         if kind == "raw":
             raise ImageError(f"{path.name}: {file} is a disk of no format that is known here", hint="have it exported with VMDK disks")

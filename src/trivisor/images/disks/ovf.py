@@ -41,10 +41,12 @@ class Card:
 
 @dataclass(frozen=True)
 class File:
-    """A file of a package. `size` in bytes, -1 if it is not said."""
+    """A file of a package. `size` in bytes as it lies there, -1 if it is not said."""
 
     name: str
     size: int = -1
+    gzip: bool = False
+    """Whether it is packed."""
 
 
 @dataclass(frozen=True)
@@ -152,15 +154,16 @@ class _Reader:
                     raise self._bad(
                         f"its file {href[:200]!r} is elsewhere, or has no plain name", "a package's files lie beside its envelope"
                     )
-                if one.get(_ovf("compression"), "identity") not in ("", "identity"):
-                    raise self._bad(f"{name} is packed by {one.get(_ovf('compression'))[:40]!r}", "have it exported without compression")
+                packing = one.get(_ovf("compression"), "identity")
+                if packing not in ("", "identity", "gzip"):
+                    raise self._bad(f"{name} is packed by {packing[:40]!r}", "have it exported without compression")
                 if one.get(_ovf("chunkSize")):
                     raise self._bad(f"{name} is in pieces", "have it exported in one piece")
                 if not key or key in files or name in names:
                     raise self._bad(f"two files are called {key or name}"[:200] if key else f"{name} has no id")
                 size = one.get(_ovf("size"))
                 names.add(name)
-                files[key] = File(name, self._number(size, f"the size of {name}") if size else -1)
+                files[key] = File(name, self._number(size, f"the size of {name}") if size else -1, packing == "gzip")
         return files
 
     def _disks(self, files: dict[str, File]) -> dict[str, DiskEntry]:

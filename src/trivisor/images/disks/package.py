@@ -11,10 +11,12 @@ import hashlib
 import os
 import re
 import stat
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from trivisor.core.errors import ImageError, InvalidSpec, NotFound, StorageError
 from trivisor.core.units import TIB
@@ -55,15 +57,25 @@ class Package:
         self._digests = self._manifest(envelope.rpartition(".")[0] + ".mf")
         self._check(envelope, data)
 
-    def disk(self, name: str, target: Path) -> None:
-        """Copy a file of the package to the new file `target`. Raises ImageError if it is not what the manifest says, StorageError."""
+    def disk(self, name: str, target: Path, most: int) -> None:
+        """Copy a file of the package to the new file `target`, unpacked if it is packed, then of `most` bytes.
+
+        Raises ImageError if it is not what the manifest says, StorageError.
+        """
         kind, wanted = self._digests.get(name, ("SHA256", ""))
         count = _DIGESTS[kind]()
         stream = self._members[name].open()
+        packed = any(file.gzip for file in self.system.files if file.name == name)
         with translated(target), target.open("xb") as file:
+            unpacked = _Gunzip(file, most, self._bad) if packed else None
             while data := stream.read(_CHUNK):
                 count.update(data)
-                file.write(data)
+                if unpacked is None:
+                    file.write(data)
+                else:
+                    unpacked.write(data)
+            if unpacked is not None:
+                unpacked.close()
         if wanted and count.hexdigest() != wanted:
             raise self._damaged(name)
 
@@ -132,6 +144,30 @@ class Package:
 
     def _bad(self, why: str, hint: str = "") -> ImageError:
         return ImageError(f"{self._name}: {why}", hint=hint)
+
+
+class _Gunzip:
+    """Writes what a gzip member of at most `most` bytes holds to `file`."""
+
+    def __init__(self, file: IO[bytes], most: int, bad: Callable[[str], ImageError]) -> None:
+        self._file, self._left, self._bad = file, most, bad
+        self._inflate = zlib.decompressobj(31)
+
+    def write(self, data: bytes) -> None:
+        try:
+            while data and not self._inflate.eof:
+                out = self._inflate.decompress(data, _CHUNK)
+                data = self._inflate.unconsumed_tail
+                self._left -= len(out)
+                if self._left < 0:
+                    raise self._bad("a file that it has packed is larger than a disk may be")
+                self._file.write(out)
+        except zlib.error as error:
+            raise self._bad(f"a file cannot be unpacked: {error}") from error
+
+    def close(self) -> None:
+        if not self._inflate.eof:
+            raise self._bad("a file that it has packed was cut")
 
 
 @contextmanager
