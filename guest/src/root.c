@@ -187,16 +187,21 @@ static int await_size(const char *device, unsigned long long size) {
     return error;
 }
 
-int root_grow(const char *upper, unsigned long long size) {
+int root_upper(void) {
     char path[32];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", upper_fd);
+    int fd = upper_fd < 0 ? -1 : open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    return fd >= 0 ? fd : upper_fd < 0 ? -ENODEV : -errno;
+}
+
+int root_grow(const char *upper, unsigned long long size) {
     struct statfs fs;
     int error = upper_fd < 0 ? ENODEV : await_size(upper, size);
     if (error)
         return error;
-    snprintf(path, sizeof path, "/proc/self/fd/%d", upper_fd);
-    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int fd = root_upper();
     if (fd < 0)
-        return errno;
+        return -fd;
     if (fstatfs(fd, &fs) < 0)
         error = errno;
     else if (fs.f_type != EXT4_MAGIC)

@@ -19,6 +19,9 @@ int root_switch(const char *lower, const char *upper, char **offsets);
  * root was not switched to a disk. One that is as large already is left alone, a larger one is EINVAL. */
 int root_grow(const char *upper, unsigned long long size);
 
+/* A descriptor of the upper file system's root, or -errno: ENODEV before there is one. */
+int root_upper(void);
+
 /* What root_switch was at when it failed. */
 extern const char *root_failed;
 

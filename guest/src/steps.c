@@ -26,12 +26,13 @@
 #include "loop.h"
 #include "net.h"
 #include "request.h"
+#include "rest.h"
 #include "root.h"
 #include "wire.h"
 
 #define HOOKS "/etc/trivisor/after-clone.d"
 
-enum { RUN_MS = 10000, WAIT_MS = 10000, HOOKS_MAX = 64, SEED_MAX = 512, TEXT_MAX = 4096 };
+enum { RUN_MS = 10000, WAIT_MS = 10000, HOOKS_MAX = 64, SEED_MAX = 512, TEXT_MAX = 4096, REST_MAX = 60000 };
 
 /* What the step's errno is about; NULL: its words say enough. */
 static const char *about;
@@ -219,6 +220,17 @@ static int do_sync(char **w) {
     return 0;
 }
 
+static int do_rest(char **w) {
+    char *end;
+    unsigned long ms = strtoul(w[1], &end, 10);
+    return !*w[1] || *end || ms < 1 || ms > REST_MAX ? EINVAL : rest_begin((int)ms);
+}
+
+static int do_rested(char **w) {
+    (void)w;
+    return rest_end();
+}
+
 static int do_away(char **w) {
     static char held[512];
     (void)w;
@@ -275,6 +287,8 @@ static const struct {
     {"warm", 1, 1024, true, do_warm},
     {"hooks", 0, 0, false, do_hooks},
     {"sync", 0, 0, true, do_sync},
+    {"rest", 1, 1, false, do_rest},
+    {"rested", 0, 0, false, do_rested},
     {"away", 0, 0, true, do_away},
 };
 enum { KINDS = sizeof kinds / sizeof *kinds };

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from machine_home import VmHome, in_child
 
-from trivisor import VMM, HostLacks, Machine, State, StorageError, UnsupportedByWall
+from trivisor import VMM, HostLacks, InvalidState, Machine, State, StorageError, UnsupportedByWall
 from trivisor.core.devices import Random
 from trivisor.vmm.context import Context
 from trivisor.vmm.engine import Box
@@ -266,3 +266,26 @@ def test_what_is_damaged_or_does_not_fit_is_refused_with_the_reason(parent: Mach
     os.truncate(folder / "ram", 4096)
     with pytest.raises(StorageError, match="damaged: ram"):
         frozen.load(folder, "")
+
+
+def test_file_systems_at_rest(vmm: VMM, parent: Machine) -> None:
+    """A journal that has nothing in it is not replayed; and both go on writing at once."""
+    writing = parent.spawn("i=0; while :; do i=$((i+1)); echo $i > /root/n$((i%50)); sync; done")
+    parent.snapshot("rested", quiesce=True)
+    kid = vmm.create(snapshot=f"{parent.name}@rested")
+    kid.start()
+    for machine in (kid, parent):
+        machine.exec("echo more > /root/more && sync", timeout=10, check=True)
+    parent.snapshot("files", memory=False, quiesce=True)
+    alone = vmm.create(snapshot=f"{parent.name}@files")
+    alone.start()
+    assert "recovery complete" not in alone.exec("dmesg").text
+    writing.kill()
+    parent.pause()
+    with pytest.raises(InvalidState, match="paused"):
+        parent.snapshot("paused", quiesce=True)
+    parent.resume()
+    for machine in (kid, alone):
+        machine.delete(force=True)
+    for kept in vmm.snapshots.list():
+        vmm.snapshots.remove(kept.ref)

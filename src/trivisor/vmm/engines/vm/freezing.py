@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from trivisor.core.errors import EngineError, GuestGone, UnsupportedByWall
+from trivisor.core.errors import EngineError, GuestGone, InvalidState, UnsupportedByWall
 from trivisor.launch import keeper
 from trivisor.vmm.engine import Box, Progress
 from trivisor.vmm.engines.vm import backup, files, frozen, growth, hotplug, pages, pending, runner
@@ -36,9 +36,11 @@ from trivisor.vos.memory.foreign import Foreign
 _STARTED = frozenset({"ports", "root-disk", "upper-disk", "nic", "random", "generation"})
 """The devices with names that a machine is started with, beside spare ports and shared folders (argv.py)."""
 _SYNC = 60.0
+_REST = 20_000
+"""Milliseconds, of the guest's own clock, for which nothing may be written."""
 
 
-def freeze(box: Box, into: Path, *, ends: bool, lasting: bool, progress: Progress) -> Frozen:
+def freeze(box: Box, into: Path, *, ends: bool, lasting: bool, quiesce: bool, progress: Progress) -> Frozen:
     """Freeze a machine that runs or is paused, with its memory, as `Freezer.freeze` says."""
     known = frozen.life(box.dir, box.spec.name)
     pid = runner.engine(box.dir)
@@ -58,7 +60,8 @@ def freeze(box: Box, into: Path, *, ends: bool, lasting: bool, progress: Progres
                     ram.after()
                     frozen.finish(into, facts, lasting=lasting or ends)
 
-                stood = _take(box, qmp, into, known.shape, ram, finish if ends else None)
+                with _at_rest(box, qmp, quiesce and not ends):
+                    stood = _take(box, qmp, into, known.shape, ram, finish if ends else None)
             if lasting and not ends:
                 progress("writing what was taken")
                 finish()
@@ -96,7 +99,7 @@ def _beside(stack: ExitStack, finish: Callable[[], object]) -> None:
         finish()
 
 
-def freeze_disk(box: Box, into: Path, *, fresh: bool, lasting: bool) -> Frozen:
+def freeze_disk(box: Box, into: Path, *, fresh: bool, lasting: bool, quiesce: bool) -> Frozen:
     """Freeze the writable layer alone, of a machine that runs, is paused, or stands still. `fresh`: no guest has had it yet."""
     if box.spec.disk == "ram":
         error = UnsupportedByWall("freeze the files of a machine alone that has them in its memory", "vm", machine=box.spec.name)
@@ -112,7 +115,7 @@ def freeze_disk(box: Box, into: Path, *, fresh: bool, lasting: bool) -> Frozen:
                     _sync(box)
                 copy = stack.enter_context(backup.opened(box, qmp, into / frozen.DISK))
                 copy.before()
-                with still(box, qmp) as stood:
+                with _at_rest(box, qmp, quiesce), still(box, qmp) as stood:
                     copy.take()
                 copy.after()
         else:
@@ -171,6 +174,26 @@ def movable(box: Box, qmp: Qmp, shape: Shape) -> None:
     blocked = qmp.ask("query-migrate").get("blocked-reasons")
     if blocked:
         raise refuse("something that cannot be moved", str(blocked[0])[:200])
+
+
+@contextmanager
+def _at_rest(box: Box, qmp: Qmp, wished: bool) -> Iterator[None]:
+    """With `wished`, nothing writes to the disk, and all that was written is there. Raises InvalidState, GuestError, GuestGone."""
+    if not wished or box.spec.disk == "ram":
+        yield
+        return
+    if not qmp.ask("query-status")["running"]:
+        raise InvalidState(box.spec.name, "paused", "freeze with its file systems at rest", ["running"])
+    line = Line.connect(box.dir.line, box.spec.name)
+    try:
+        guest.configure(line, [("rest", str(_REST))], timeout=_SYNC)
+        try:
+            yield
+        finally:
+            # Should we not come to this, the guest lets them go on by itself.
+            guest.configure(line, [("rested",)], timeout=_SYNC)
+    finally:
+        line.close()
 
 
 def _sync(box: Box) -> None:

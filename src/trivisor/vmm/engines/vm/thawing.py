@@ -34,7 +34,7 @@ def thaw(box: Box, setup: Setup, whole: Ice, *, other: bool) -> str:
     link = setup.net.steps if setup.net else ()
     line = Line.connect(box.dir.line, box.spec.name)
     try:
-        guest.configure(line, [*lives.first(), *(lives.steps(box, setup.net) if other else link)], timeout=_STEPS)
+        guest.configure(line, [("rested",), *lives.first(), *(lives.steps(box, setup.net) if other else link)], timeout=_STEPS)
     finally:
         line.close()
     return "from its frozen memory"
