@@ -11,6 +11,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import tar_maker as tar
 from images_for_tests import layered_image
@@ -18,6 +19,7 @@ from registry_server import needs, skopeo
 
 from trivisor.core.errors import AlreadyExists, CallerError, ImageError, NotFound, StorageError
 from trivisor.core.paths import Home
+from trivisor.images import model
 from trivisor.images.catalog import Images
 from trivisor.images.reference import REGISTRY
 from trivisor.images.registry.crew import Progress
@@ -92,6 +94,25 @@ def test_skopeo_reads_what_we_save(images: Images, tmp_path: Path) -> None:
     other = home(tmp_path / "other")
     (image,) = other.load(tmp_path / "copied")
     assert image.name == "copied:1" and image.config.rootfs == images.get("two").config.rootfs
+    other.close()
+
+
+def test_docker_manifests_become_those_of_oci(images: Images, tmp_path: Path) -> None:
+    two = images.documents(images.get("two").digest)
+    layers = [msgspec.structs.replace(layer, media_type=model.DOCKER_LAYER_GZIP) for layer in two.manifest.layers]
+    config = msgspec.structs.replace(two.manifest.config, media_type=model.DOCKER_CONFIG)
+    manifest = model.Manifest(config, layers, 2, model.DOCKER_MANIFEST)
+    with images.workspace() as work:
+        docker = images.add(model.encode(manifest), model.DOCKER_MANIFEST, "docker", "test", work)
+    assert images.export("docker", tmp_path / "as-is") == docker.digest
+    digest = images.export("docker", tmp_path / "layout", oci=True)
+    assert digest != docker.digest
+    written = json.loads((tmp_path / "layout/blobs" / digest.replace(":", "/")).read_bytes())
+    assert written["mediaType"] == model.OCI_MANIFEST and written["config"]["mediaType"] == model.OCI_CONFIG
+    assert {layer["mediaType"] for layer in written["layers"]} == {model.OCI_LAYER_GZIP}
+    assert images.export("two", tmp_path / "same", oci=True) == two.digest  # which is OCI already
+    other = home(tmp_path / "other")
+    assert [image.digest for image in other.load(tmp_path / "layout")] == [digest]
     other.close()
 
 

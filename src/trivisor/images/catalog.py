@@ -181,20 +181,24 @@ class Images(Rooted):
 
     # Leaving
 
-    def export(self, ref: str, target: Path, *, tag: str = "", archive: bool | None = None, report: Report = lambda _: None) -> str:
+    def export(
+        self, ref: str, target: Path, *, tag: str = "", archive: bool | None = None, oci: bool = False, report: Report = lambda _: None
+    ) -> str:
         """Write the image called `ref` as an OCI layout: a folder, new or a layout that it is added to, or one tar; return its digest.
 
-        `archive` says which; without it a target that ends in .tar is one. `tag` is what it is called there. Nothing half-made is
-        left where it ends early. Raises NotFound, AlreadyExists, InvalidSpec, ImageError, StorageError.
+        `archive` says which; without it a target that ends in .tar is one. `tag` is what it is called there. With `oci` one that has
+        Docker's manifest gets OCI's, and with that another digest. Nothing half-made is left where it ends early. Raises NotFound,
+        AlreadyExists, InvalidSpec, ImageError, StorageError.
         """
         target = Path(target)
         with self.workspace() as work:
             image = self._leaving(ref, work, tag)
+            image = outlet.as_oci(image, self._store, work.owner) if oci else image
             if target.suffix == ".tar" if archive is None else archive:
                 outlet.to_archive(self._store, [image], target, report, docker=False)
             else:
                 outlet.to_folder(self._store, [image], target, report)
-        return image.documents.digest
+            return image.documents.digest
 
     def save(self, refs: Sequence[str], target: Path | BinaryIO, *, report: Report = lambda _: None) -> None:
         """Write images into an archive that `load`, `docker load` and skopeo (docker-archive:) read: a file, or a stream.

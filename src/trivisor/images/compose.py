@@ -16,12 +16,6 @@ from trivisor.images.intake import Bytes
 from trivisor.images.model import Descriptor, History, ImageConfig, Manifest, Platform, RootFs, RunConfig
 from trivisor.store.workspace import Workspace
 
-_OCI = {
-    model.DOCKER_LAYER: model.OCI_LAYER,
-    model.DOCKER_LAYER_GZIP: model.OCI_LAYER_GZIP,
-    model.DOCKER_LAYER + ".zstd": model.OCI_LAYER_ZSTD,
-}
-
 
 @dataclass(frozen=True)
 class Stacked:
@@ -33,10 +27,8 @@ class Stacked:
 
 def stack_of(documents: Documents) -> list[Stacked]:
     """Return the layers of an image, the lowest first, as an OCI manifest names them."""
-    found = zip(documents.manifest.layers, documents.config.rootfs.diff_ids, strict=True)
-    return [
-        Stacked(Descriptor(_OCI.get(layer.media_type, layer.media_type), layer.digest, layer.size), diff_id) for layer, diff_id in found
-    ]
+    found = zip(model.as_oci(documents.manifest).layers, documents.config.rootfs.diff_ids, strict=True)
+    return [Stacked(Descriptor(layer.media_type, layer.digest, layer.size), diff_id) for layer, diff_id in found]
 
 
 def stamp(seconds: float) -> str:

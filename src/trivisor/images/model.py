@@ -31,6 +31,9 @@ DOCKER_CONFIG = "application/vnd.docker.container.image.v1+json"
 DOCKER_LAYER = "application/vnd.docker.image.rootfs.diff.tar"
 DOCKER_LAYER_GZIP = DOCKER_LAYER + ".gzip"
 
+OCI_OF = {DOCKER_LAYER: OCI_LAYER, DOCKER_LAYER_GZIP: OCI_LAYER_GZIP, DOCKER_LAYER + ".zstd": OCI_LAYER_ZSTD}
+"""What OCI calls a layer that Docker calls otherwise; the bytes are the same."""
+
 INDEXES = (OCI_INDEX, DOCKER_INDEX)
 MANIFESTS = (OCI_MANIFEST, DOCKER_MANIFEST)
 ACCEPTED = (*MANIFESTS, *INDEXES)
@@ -96,6 +99,13 @@ class Manifest(msgspec.Struct, rename="camel", omit_defaults=True):
     schema_version: int = 0
     media_type: str = ""
     annotations: dict[str, str] | None = None
+
+
+def as_oci(manifest: Manifest) -> Manifest:
+    """Return an OCI manifest of the same blobs: Docker's config is an OCI one by another name."""
+    layers = [msgspec.structs.replace(layer, media_type=OCI_OF.get(layer.media_type, layer.media_type)) for layer in manifest.layers]
+    config = msgspec.structs.replace(manifest.config, media_type=OCI_CONFIG)
+    return msgspec.structs.replace(manifest, config=config, layers=layers, schema_version=2, media_type=OCI_MANIFEST)
 
 
 class Index(msgspec.Struct, rename="camel", omit_defaults=True):

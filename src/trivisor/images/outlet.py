@@ -23,10 +23,11 @@ from typing import Any, BinaryIO
 import msgspec
 
 from trivisor.core.errors import AlreadyExists, CallerError, ImageError, NotFound, StorageError
+from trivisor.images import model
 from trivisor.images.archive import Saved
 from trivisor.images.documents import Documents
 from trivisor.images.limits import DEFAULT
-from trivisor.images.model import OCI_INDEX, REF_NAME, Descriptor
+from trivisor.images.model import OCI_INDEX, OCI_MANIFEST, REF_NAME, Descriptor
 from trivisor.images.reference import Reference
 from trivisor.images.registry.crew import Progress, Report
 from trivisor.store.faults import translated
@@ -64,6 +65,17 @@ def leaving(documents: Documents, media_type: str, name: str, tag: str = "") -> 
     reference = Reference.parse(name)
     whole = f"{reference.canonical.removesuffix(f':{reference.tag}')}:{tag}" if tag and reference.tag else reference.canonical
     return Leaving(documents, media_type, whole, tag or reference.tag)
+
+
+def as_oci(image: Leaving, store: Store, owner: str) -> Leaving:
+    """Return it with an OCI manifest, which `owner` holds in the store, if it has Docker's. Raises StorageError."""
+    if image.media_type == OCI_MANIFEST:
+        return image
+    documents = image.documents
+    manifest = model.as_oci(documents.manifest)
+    data = model.encode(manifest)
+    digest = store.add(io.BytesIO(data), owner)
+    return Leaving(Documents(digest, data, manifest, documents.config), OCI_MANIFEST, image.name, image.tag)
 
 
 def to_folder(store: Store, images: Sequence[Leaving], target: Path, report: Report) -> None:

@@ -111,16 +111,17 @@ def save(names: Sequence[str], output: Path | None, quiet: bool) -> None:
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--tag", default="", help="What it is called in the layout.  [default: its own tag]")
 @click.option("--format", "form", type=click.Choice(["folder", "tar"]), help="[default: by the name: a tar if it ends in .tar]")
+@click.option("--oci", is_flag=True, help="An image with Docker's manifest gets OCI's, and another digest.")
 @_quiet
 @json_option
-def export(image: str, target: Path, tag: str, form: str | None, quiet: bool, as_json: bool) -> None:
+def export(image: str, target: Path, tag: str, form: str | None, oci: bool, quiet: bool, as_json: bool) -> None:
     """Write an image as an OCI image layout.
 
     TARGET is a folder: a new one, or a layout that the image is added to; or a tar.
     """
     images = open_vmm().images
     with Bars("reading the image", quiet=quiet) as bars:
-        digest = images.export(image, target, tag=tag, archive=None if form is None else form == "tar", report=bars)
+        digest = images.export(image, target, tag=tag, archive=None if form is None else form == "tar", oci=oci, report=bars)
     if as_json:
         render.emit({"digest": digest, "target": str(target.absolute())})
     else:
