@@ -215,9 +215,9 @@ static int start(uint32_t stream, const struct request *r, const struct policy *
     }
     error = pid < 0 ? errno : 0;
     free(env);
-    if (!error && s.failed) {
+    if (!error && s.error && (s.failed || r->flags & EXEC_PROGRAM)) {
         /* It never became a command: it is reaped as any other child. */
-        failed_what = s.failed;
+        failed_what = s.failed ? s.failed : r->argv[0];
         error = s.error;
     }
     struct command *added = error ? NULL : command_add(stream, r->flags, pid, j.in, j.out, j.err);

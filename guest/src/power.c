@@ -80,8 +80,10 @@ static void say_bye(void) {
 bool power_turn(bool children) {
     if (phase == NONE)
         return false;
-    if (phase == STOPPING && (power_wait() == 0 || !program_runs()))
+    if (phase == STOPPING && (power_wait() == 0 || !program_runs())) {
+        program_kill();
         terminate();
+    }
     if (children && power_wait() > 0)
         return false;
     if (children && phase == TERMINATING) {

@@ -31,6 +31,11 @@ void program_ended(pid_t pid, int status) {
 
 bool program_stop(void) { return program_runs() && kill(program.pid, program.stop) == 0; }
 
+void program_kill(void) {
+    if (program_runs())
+        kill(program.pid, SIGKILL);
+}
+
 /* A builtin is a fork of us: what we know, it does. */
 int program_main(char **argv) {
     (void)argv;

@@ -23,6 +23,9 @@ void program_ended(pid_t pid, int status);
 /* Send it its stop signal. False if there is none that runs. */
 bool program_stop(void);
 
+/* Its time is over. */
+void program_kill(void);
+
 /* The builtin that says how it is, as lines "key value": pid, and once it has ended exited or signaled. Nothing if none was started. */
 int program_main(char **argv);
 

@@ -10,6 +10,7 @@
 #include "check.h"
 #include "frame.h"
 #include "line.h"
+#include "loop.h"
 #include "modes.h"
 #include "request.h"
 #include "wire.h"
@@ -159,6 +160,8 @@ static void program(uint32_t stream) {
     const char *const plain[] = {"true", NULL};
     ask(stream, EXEC_PROGRAM, plain);
     CHECK(get_u32(expect(F_ERROR, stream).payload) == EINVAL);
+    ask(stream, flags, (const char *const[]){"/no/such/program", NULL});
+    CHECK(get_u32(expect(F_ERROR, stream).payload) == ENOENT);
     start(stream, flags, (const char *const[]){"sh", "-c", "trap 'echo told; exit 7' USR1; head -c 500000 /dev/zero; while :; do sleep 0.01; done", NULL});
     for (size_t got = 0; got < 500000;) {
         struct frame f = next();
@@ -176,8 +179,18 @@ static void program(uint32_t stream) {
     CHECK(f.length == 6 && !memcmp(f.payload + 1, "told\n", 5));
 }
 
-int main(void) {
-    int pair[2], status;
+/* One that takes no notice has its time, and is killed. */
+static void deaf_program(uint32_t stream) {
+    start(stream, EXEC_PROGRAM | EXEC_DETACH | EXEC_NO_STDIN, (const char *const[]){"sh", "-c", "trap '' USR1 TERM; echo deaf; while :; do sleep 1; done", NULL});
+    expect(F_DATA, 0);
+    int64_t began = now_ms();
+    send_frame(F_SHUTDOWN, 0, "\0\x64\0\0\0", 5);
+    expect(F_BYE, 0);
+    CHECK(now_ms() - began >= 100 && now_ms() - began < 1900);
+}
+
+static pid_t begin(void) {
+    int pair[2];
     CHECK(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) == 0);
     pid_t pid = fork();
     if (pid == 0) {
@@ -188,7 +201,19 @@ int main(void) {
     }
     close(pair[1]);
     sock = pair[0];
+    parser.used = left = 0;
     synchronise();
+    return pid;
+}
+
+static void ends(pid_t pid) {
+    int status;
+    CHECK(waitpid(pid, &status, 0) == pid && WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    close(sock);
+}
+
+int main(void) {
+    pid_t pid = begin();
     output_window(0x10001);
     input_window(0x10002);
     nonsense(0x10003);
@@ -196,6 +221,9 @@ int main(void) {
     synchronise();
     program(0x10005);
     expect(F_BYE, 0);
-    CHECK(waitpid(pid, &status, 0) == pid && WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    ends(pid);
+    pid = begin();
+    deaf_program(0x10001);
+    ends(pid);
     return 0;
 }
