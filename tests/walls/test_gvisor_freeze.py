@@ -14,7 +14,7 @@ from missing import lacks
 from test_gvisor import BOUND, binaries
 
 from trivisor import VMM, GuestError, Machine, State
-from trivisor.core.errors import HostLacks, UnsupportedByWall
+from trivisor.core.errors import HostLacks, StorageError, UnsupportedByWall
 from trivisor.core.paths import Home
 from trivisor.core.undo import Undo
 from trivisor.launch import keeper
@@ -151,6 +151,20 @@ def test_one_that_is_paused_still_is(wall_home: VmHome, tmp_path: Path) -> None:
         frozen(engine, machine, tmp_path / "frozen")
         assert machine.state is State.PAUSED and engine.paused(box(machine))
         machine.resume()
+        assert ask(machine, "x += 1") == "2 X += 1 14 42"
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_where_its_files_find_no_room_it_goes_on(wall_home: VmHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: bool) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise StorageError("no room")
+
+    monkeypatch.setattr(frozen_layers, "keep", full)
+    with machines(wall_home.root) as (vmm, engine):
+        machine = busy(vmm)
+        with pytest.raises(StorageError, match="no room"):
+            frozen(engine, machine, tmp_path / "frozen", ends=ends)
+        machine._context.lines.drop(machine.id)
         assert ask(machine, "x += 1") == "2 X += 1 14 42"
 
 

@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 from trivisor.core.errors import TrivisorError, UnsupportedByWall
@@ -90,10 +91,11 @@ class GvisorEngine:
             self.resume(box)  # its guest has to hang up
         with Undo() as undo:
             undo.add("pause", lambda: self.pause(box) if paused else None)
-            stood = freeze.whole(box, found, command, into, ends=ends, lasting=lasting)
+            go_on = partial(self._go_on, box, into)
+            stood = freeze.whole(box, found, command, into, go_on, ends=ends, lasting=lasting)
             if not ends and not freeze.goes_on(found):
                 began = time.monotonic()
-                self._run(box, undo, into)
+                go_on()
                 stood += time.monotonic() - began
             if paused and not ends:
                 self.pause(box)
@@ -119,6 +121,11 @@ class GvisorEngine:
 
     def refill(self, box: Box, frozen: Path, undo: Undo) -> None:
         frozen_layers.give(box, layers.shape(box), frozen, undo)
+
+    def _go_on(self, box: Box, frozen: Path) -> None:
+        with Undo() as undo:
+            self._run(box, undo, frozen)
+            undo.keep()
 
     def _run(self, box: Box, undo: Undo, frozen: Path | None) -> dict[str, str]:
         """Run the machine from its beginning, or on from what it was frozen in, until its guest answers."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -50,10 +50,10 @@ def goes_on(found: Runsc) -> bool:
     return _GOES_ON in found.options
 
 
-def whole(box: Box, found: Runsc, command: Sequence[str], into: Path, *, ends: bool, lasting: bool) -> float:
+def whole(box: Box, found: Runsc, command: Sequence[str], into: Path, go_on: Callable[[], object], *, ends: bool, lasting: bool) -> float:
     """Freeze a running machine with its memory, and return the seconds that it did not run until it does again or this returned.
 
-    It has ended with `ends`, and where not `goes_on`. If this fails it runs as before, unless runsc itself ended it.
+    It has ended with `ends`, and where not `goes_on`. If this fails it runs as before, by `go_on` if it had ended, unless runsc failed.
     """
     shape = layers.shape(box)
     engine = control.engine(box)
@@ -83,8 +83,13 @@ def whole(box: Box, found: Runsc, command: Sequence[str], into: Path, *, ends: b
         )
         if not stays and not watch.wait_ended(box.dir, _ENDS):
             raise EngineError("its sandbox did not end with its checkpoint", machine=box.spec.name)
-        frozen_layers.keep(box, shape, into, lasting=lasting)
-        _end(into, state, lasting=lasting)
+        try:
+            _end(into, state, lasting=lasting)
+            frozen_layers.keep(box, shape, into, lasting=lasting)
+        except BaseException:
+            if not stays:
+                go_on()
+            raise
     return time.monotonic() - began
 
 
