@@ -68,8 +68,9 @@ def seen(place: Path) -> dict[str, object]:
 
 def test_there_and_back(tmp_path: Path) -> None:
     source = tree(tmp_path / "source")
-    index, entries, _ = packing.pack(source, tmp_path / "pack", [])
-    manifest = Manifest(packing.FORMAT, [Pack("", index)], entries)
+    new, entries = packing.pack(source, tmp_path / "pack", [])
+    assert new is not None
+    manifest = Manifest(packing.FORMAT, [new], entries)
     again = packing.decode(packing.encode(manifest), "it")
     packing.lay(tmp_path / "laid", again, [tmp_path / "pack"])
     assert seen(tmp_path / "laid") == seen(source)
@@ -82,7 +83,7 @@ def test_there_and_back(tmp_path: Path) -> None:
     assert not packing.same(tmp_path / "laid", again)
     assert not packing.equal(tmp_path / "laid", again, [tmp_path / "pack"])
     # Nothing is new to who knows it.
-    assert packing.pack(source, tmp_path / "none", [(tmp_path / "pack", Pack("", index))])[0] == ""
+    assert packing.pack(source, tmp_path / "none", [(tmp_path / "pack", new)])[0] is None
     assert not (tmp_path / "none").exists()
 
 
@@ -90,8 +91,9 @@ def test_each_byte_of_a_pack_counts(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     (source / "file").write_bytes(random.Random(2).randbytes(10_000) + b"text " * 2000)
-    index, entries, _ = packing.pack(source, tmp_path / "pack", [])
-    manifest = Manifest(packing.FORMAT, [Pack("", index)], entries)
+    new, entries = packing.pack(source, tmp_path / "pack", [])
+    assert new is not None
+    manifest = Manifest(packing.FORMAT, [new], entries)
     whole = (tmp_path / "pack").read_bytes()
     for at in random.Random(3).sample(range(8, len(whole)), 60):
         (tmp_path / "pack").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])

@@ -153,6 +153,11 @@ def sweep(context: Context) -> list[str]:
     return said
 
 
+def until(seconds: float) -> float:
+    """Return when that many seconds are over."""
+    return time.time() + seconds
+
+
 def expired(kept: Kept) -> bool:
     """Whether its time is up."""
     return kept.expires is not None and kept.expires <= time.time() and not kept.keep

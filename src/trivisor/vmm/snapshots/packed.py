@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +30,9 @@ from trivisor.vmm.snapshots.model import About, Kept
 from trivisor.vmm.snapshots.packing import Asked, Entry, Manifest, Pack
 
 _WAIT = 600.0
+_LITTLE = 32
+"""A pack of which less than one piece in so many is needed is not held on to."""
+_MOST_PACKS = 24
 
 
 def store(context: Context) -> Store:
@@ -38,19 +42,32 @@ def store(context: Context) -> Store:
 def keep(context: Context, kept: Kept, about: About) -> About:
     """Pack what was frozen, and return what is known of it with that. Raises StorageError."""
     blobs = store(context)
-    folder = keeping.plain(context, kept.id)
-    for known in (_known(context, kept, blobs), []):
+    folder, known = keeping.plain(context, kept.id), _known(context, kept, blobs)
+    while True:
         with blobs.workspace() as work, translated(blobs.root):
-            index, entries, others = _pack(folder, work, [(blobs.locate(one.digest), one) for one in known])
-            mine = [Pack(blobs.adopt(work.path / "pack", work.owner), index)] if index else []
-            manifest = _manifest(entries, mine, others)
+            new, entries = _pack(folder, work, [(blobs.locate(one.digest), one) for one in known])
+            if len(worth := _worth(known, entries)) < len(known):
+                known = worth
+                continue
+            mine = [msgspec.structs.replace(new, digest=blobs.adopt(work.path / "pack", work.owner))] if new else []
+            manifest = _manifest(entries, mine, known)
             digest = put(blobs, work, manifest, kept.id)
-            # Until it was pinned, who needed a known pack may have been removed with it.
-            if all(blobs.exists(one.digest) for one in manifest.packs):
-                break
-    else:
-        raise AssertionError("unreachable")
-    return msgspec.structs.replace(about, manifest=digest, size=held(entries))
+        # Until it was pinned, who needed a known pack may have been removed with it.
+        if all(blobs.exists(one.digest) for one in manifest.packs):
+            return msgspec.structs.replace(about, manifest=digest, size=held(entries))
+        known = []
+
+
+def _worth(known: Sequence[Pack], entries: Sequence[Entry]) -> list[Pack]:
+    """Return those packs of which the files need much or nothing: one is kept whole for as long as anybody needs any of it."""
+    used = Counter[int]()
+    for one in entries:
+        for _, which, _, count in one.runs:
+            used[which] += count
+    much = [number for number, one in enumerate(known, 1) if not used[number] or used[number] * _LITTLE >= one.pieces]
+    if len(much) > _MOST_PACKS:
+        much = sorted(sorted(much, key=lambda number: -used[number])[:_MOST_PACKS])
+    return [known[number - 1] for number in much]
 
 
 def put(blobs: Store, work: Workspace, manifest: Manifest, frozen: str) -> str:
@@ -136,7 +153,7 @@ def _known(context: Context, kept: Kept, blobs: Store) -> list[Pack]:
     return []
 
 
-def _manifest(entries: list[Entry], mine: list[Pack], others: list[Pack]) -> Manifest:
+def _manifest(entries: Sequence[Entry], mine: Sequence[Pack], others: Sequence[Pack]) -> Manifest:
     """Return the list, with those packs alone that it needs."""
     needed = sorted({which for one in entries for _, which, _, _ in one.runs})
     number = {which: at for at, which in enumerate(needed)}
@@ -146,7 +163,7 @@ def _manifest(entries: list[Entry], mine: list[Pack], others: list[Pack]) -> Man
     return Manifest(packing.FORMAT, [every[which] for which in needed], files)
 
 
-def _pack(folder: Path, work: Workspace, known: list[tuple[Path, Pack]]) -> tuple[str, list[Entry], list[Pack]]:
+def _pack(folder: Path, work: Workspace, known: list[tuple[Path, Pack]]) -> tuple[Pack | None, list[Entry]]:
     target = work.path / "pack"
     try:
         return packing.pack(folder, target, known)
@@ -161,7 +178,7 @@ def _pack(folder: Path, work: Workspace, known: list[tuple[Path, Pack]]) -> tupl
     # Files of ids that only a user namespace has.
     target.unlink(missing_ok=True)
     answer = _as_root(work.path / "request", Asked(str(folder), str(target), [(str(path), one) for path, one in known]))
-    return msgspec.msgpack.decode(answer, type=tuple[str, list[Entry], list[Pack]])
+    return msgspec.msgpack.decode(answer, type=tuple[Pack | None, list[Entry]])
 
 
 def _lay(context: Context, kept: Kept, listed: Manifest, packs: list[Path]) -> None:

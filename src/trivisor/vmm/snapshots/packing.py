@@ -50,10 +50,11 @@ class Entry(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Pack(msgspec.Struct, frozen=True, array_like=True):
-    """A pack that is needed: its digest in the store, and that of its index."""
+    """A pack that is needed: its digest in the store, that of its index, and how many pieces it holds."""
 
     digest: str
     index: str
+    pieces: int = 0
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -62,11 +63,11 @@ class Manifest(msgspec.Struct, frozen=True):
     entries: list[Entry]
 
 
-def pack(folder: Path, target: Path, known: Sequence[tuple[Path, Pack]]) -> tuple[str, list[Entry], list[Pack]]:
+def pack(folder: Path, target: Path, known: Sequence[tuple[Path, Pack]]) -> tuple[Pack | None, list[Entry]]:
     """Write what is new of `folder` into the pack `target`, beside packs that are known.
 
-    Return the digest of its index ("" if there is nothing new, and no pack), the files, and those of the known packs that they need,
-    which are the packs from number 1 on; 0 is the new one. Raises OSError, StorageError.
+    Return the new pack, without its digest (None: there is nothing new, and no pack), and the files, to which it is number 0, and the known
+    packs are 1 and so on. Raises OSError, StorageError.
     """
     with ExitStack() as stack:
         places: dict[bytes, tuple[int, int]] = {}
@@ -77,10 +78,10 @@ def pack(folder: Path, target: Path, known: Sequence[tuple[Path, Pack]]) -> tupl
         writer = stack.enter_context(Writer(target))
         entries = list(_entries(folder, _Cutter(writer, places)))
         index = writer.close()
-        empty = not len(writer)
-    if empty:
+        new = Pack("", index, len(writer)) if len(writer) else None
+    if new is None:
         target.unlink()
-    return ("" if empty else index), entries, [one for _, one in known]
+    return new, entries
 
 
 def lay(folder: Path, manifest: Manifest, packs: Sequence[Path]) -> None:

@@ -90,6 +90,11 @@ def claim(records: Records, frozen: str, kinds: Sequence[Kind], *, mine: bool = 
 def remove(records: Records, frozen: str) -> None:
     """Strike one out. That it is gone already is no error."""
     with records.writing() as connection:
+        # What came after it came after what was before it.
+        for columns in ("frozen SET parent", "machines SET ancestor"):
+            name = columns.rpartition(" ")[2]
+            found = "(SELECT parent FROM frozen WHERE id = :id)"
+            connection.execute(f"UPDATE {columns} = ifnull({found}, '') WHERE {name} = :id", {"id": frozen})
         connection.execute("DELETE FROM frozen WHERE id = ?", (frozen,))
 
 

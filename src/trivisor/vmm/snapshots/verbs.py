@@ -7,7 +7,6 @@ its own row, before it needs it, and lets go of what it needed after that.
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -27,7 +26,7 @@ from trivisor.vmm import budget, life, reconcile
 from trivisor.vmm.context import Context
 from trivisor.vmm.engine import Progress
 from trivisor.vmm.records import Row
-from trivisor.vmm.snapshots import keeping, model, packed, table, thawing
+from trivisor.vmm.snapshots import keeping, model, packed, table, thawing, upkeep
 from trivisor.vmm.snapshots.model import About, Kept, Kind
 
 _IDLE: dict[str, Any] = {"operation": "", "operator": None}
@@ -46,7 +45,7 @@ def snapshot(context: Context, machine: str, name: str, about: About, *, memory:
         with life.operation(context, machine, "snapshot") as row:
             whole = _with_memory(context, row, memory)
             about = msgspec.structs.replace(about, memory=whole)
-            expires = time.time() + ttl if ttl is not None else None
+            expires = keeping.until(ttl) if ttl is not None else None
             kept = keeping.begin(context, row, Kind.SNAPSHOT, ref=f"{row.name}@{name}", about=about, expires=expires, keep=keep)
             undo.add("frozen", partial(keeping.drop, context, kept.id))
             about = _freeze(context, row, kept)
@@ -56,6 +55,7 @@ def snapshot(context: Context, machine: str, name: str, about: About, *, memory:
         done = keeping.finish(context, kept, about)
         undo.keep()
     context.records.update(row.id, ancestor=kept.id, event=("snapshot", done.ref or ""))
+    upkeep.hold(context, kept.id)
     return done
 
 
