@@ -78,6 +78,54 @@ def test_hardware_is_read() -> None:
     assert ovf.read(envelope(items=ITEMS + disk("ovf:/disk/d3")), "x").disks[2] == DiskEntry(None, 5 * MIB)
 
 
+VIRTUALBOX = f"""<?xml version="1.0"?>
+<Envelope ovf:version="1.0" xml:lang="en-US" xmlns="{ovf.OVF}" xmlns:ovf="{ovf.OVF}" xmlns:rasd="{ovf.RASD}" xmlns:vssd="{ovf.VSSD}"
+ xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance" xmlns:vbox="http://www.virtualbox.org/ovf/machine">
+ <References><File ovf:id="file1" ovf:href="debian-disk001.vmdk"/></References>
+ <DiskSection><Info>List</Info><Disk ovf:capacity="8589934592" ovf:diskId="vmdisk1" ovf:fileRef="file1" vbox:uuid="4a4e"/></DiskSection>
+ <NetworkSection><Info>Logical</Info><Network ovf:name="NAT"><Description>Logical network.</Description></Network></NetworkSection>
+ <VirtualSystem ovf:id="debian"><Info>A virtual machine</Info>
+  <OperatingSystemSection ovf:id="96"><Info>The kind</Info><Description>Debian_64</Description>
+   <vbox:OSType ovf:required="false">Debian_64</vbox:OSType></OperatingSystemSection>
+  <VirtualHardwareSection><Info>Virtual hardware</Info>
+   <System><vssd:ElementName>Family</vssd:ElementName><vssd:VirtualSystemType>virtualbox-2.2</vssd:VirtualSystemType></System>
+   {item(3, count(2))}{item(4, count(1024, "MegaBytes"))}{item(5)}{item(23)}{item(35)}{card("NAT")}{disk("/disk/vmdisk1")}{item(15)}
+  </VirtualHardwareSection>
+  <vbox:Machine ovf:required="false" version="1.16-linux" uuid="{{ab}}" name="debian"><ovf:Info>Complete</ovf:Info></vbox:Machine>
+ </VirtualSystem>
+</Envelope>"""
+ESXI = f"""<?xml version="1.0" encoding="UTF-8"?>
+<Envelope vmw:buildId="build-1" xmlns="{ovf.OVF}" xmlns:cim="http://schemas.dmtf.org/wbem/wscim/1/common" xmlns:ovf="{ovf.OVF}"
+ xmlns:rasd="{ovf.RASD}" xmlns:vmw="http://www.vmware.com/schema/ovf" xmlns:vssd="{ovf.VSSD}">
+ <References><File ovf:href="web-disk1.vmdk" ovf:id="file1" ovf:size="500"/>
+ <File ovf:href="web-file1.nvram" ovf:id="file2" ovf:size="8"/></References>
+ <DiskSection><Info>Virtual disk information</Info><Disk ovf:capacity="16" ovf:capacityAllocationUnits="byte * 2^30" ovf:diskId="vmdisk1"
+  ovf:fileRef="file1" ovf:populatedSize="1"/></DiskSection>
+ <NetworkSection><Info>The list</Info><Network ovf:name="VM Network"><Description>The VM Network</Description></Network></NetworkSection>
+ <VirtualSystem ovf:id="web"><Info>A virtual machine</Info><Name>web</Name>
+  <OperatingSystemSection ovf:id="101" vmw:osType="otherLinux64Guest"><Info>The kind</Info></OperatingSystemSection>
+  <VirtualHardwareSection><Info>Virtual hardware requirements</Info><System><vssd:VirtualSystemType>vmx-13</vssd:VirtualSystemType></System>
+   {item(3, count(4, "hertz * 10^6") + '<vmw:CoresPerSocket ovf:required="false">2</vmw:CoresPerSocket>')}
+   {item(4, count(4096, "byte * 2^20"))}
+   {item(6)}{item(20)}{item(15, attributes='ovf:required="false"')}{item(1, attributes='ovf:required="false"')}{disk("ovf:/disk/vmdisk1")}
+   {item(10, '<rasd:Connection>VM Network</rasd:Connection><vmw:Config ovf:required="false" vmw:key="connectable" vmw:value="true"/>')}
+   <vmw:Config ovf:required="false" vmw:key="cpuHotAddEnabled" vmw:value="false"/>
+   <vmw:ExtraConfig ovf:required="false" vmw:key="nvram" vmw:value="ovf:/file/file2"/>
+  </VirtualHardwareSection>
+  <AnnotationSection ovf:required="false"><Info>A note</Info><Annotation>hello</Annotation></AnnotationSection>
+ </VirtualSystem>
+</Envelope>"""
+
+
+def test_envelopes_are_read_as_others_write_them() -> None:
+    found = ovf.read(VIRTUALBOX.encode(), "x")
+    assert (found.name, found.cpus, found.memory, found.system) == ("debian", 2, GIB, "Debian_64")
+    assert found.disks == (DiskEntry("debian-disk001.vmdk", 8 * GIB),) and found.cards == (Card("NAT"),)
+    found = ovf.read(ESXI.encode(), "x")
+    assert (found.name, found.cpus, found.memory) == ("web", 4, 4 * GIB) and found.cards == (Card("VM Network"),)
+    assert found.disks == (DiskEntry("web-disk1.vmdk", 16 * GIB),) and len(found.files) == 2
+
+
 def test_what_it_can_do_without_is_left_out_and_said() -> None:
     more = '<vmw:BootOrderSection ovf:required="false"><Info/></vmw:BootOrderSection>'
     system = '<vbox:Machine ovf:required="false"/><ProductSection><Info/><Property ovf:key="a"/></ProductSection>'

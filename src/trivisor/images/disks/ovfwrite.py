@@ -12,7 +12,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
-from xml.sax.saxutils import escape, quoteattr
 
 from trivisor.core.errors import InvalidSpec
 from trivisor.core.units import MIB
@@ -112,13 +111,13 @@ def _digest(path: Path) -> str:
 def render(machine: Machine, files: dict[str, tuple[int, int]]) -> str:
     """Return the envelope. `files`: the name of each disk's file, with the bytes of the file and of the disk."""
     numbered = list(enumerate(files.items(), 1))
-    references = [f'    <File ovf:id="file{n}" ovf:href={quoteattr(name)} ovf:size="{size}"/>' for n, (name, (size, _)) in numbered]
+    references = [f'    <File ovf:id="file{n}" ovf:href="{_text(name)}" ovf:size="{size}"/>' for n, (name, (size, _)) in numbered]
     disks = [
         f'    <Disk ovf:diskId="vmdisk{n}" ovf:fileRef="file{n}" ovf:capacity="{size}" ovf:format="{_VMDK}"/>'
         for n, (_, (_, size)) in numbered
     ]
     names = dict.fromkeys(card.network for card in machine.cards)
-    networks = [f"    <Network ovf:name={quoteattr(name)}><Description>{_text(name)}</Description></Network>" for name in names]
+    networks = [f'    <Network ovf:name="{_text(name)}"><Description>{_text(name)}</Description></Network>' for name in names]
     section = ["  <NetworkSection>", "    <Info>Networks</Info>", *networks, "  </NetworkSection>"] if networks else []
     lines = [
         '<?xml version="1.0" encoding="UTF-8"?>',
@@ -126,7 +125,7 @@ def render(machine: Machine, files: dict[str, tuple[int, int]]) -> str:
         *("  <References>", *references, "  </References>"),
         *("  <DiskSection>", "    <Info>Disks</Info>", *disks, "  </DiskSection>"),
         *section,
-        f"  <VirtualSystem ovf:id={quoteattr(machine.name)}>",
+        f'  <VirtualSystem ovf:id="{_text(machine.name)}">',
         "    <Info>A virtual machine</Info>",
         f"    <Name>{_text(machine.name)}</Name>",
         f'    <OperatingSystemSection ovf:id="{_LINUX}">',
@@ -175,4 +174,5 @@ def _hardware(machine: Machine, disks: int) -> list[str]:
 
 
 def _text(value: str) -> str:
-    return escape(value)
+    """Return what stands for the text in XML, also between quotes."""
+    return value.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace('"', "&quot;")
