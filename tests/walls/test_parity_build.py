@@ -127,6 +127,39 @@ def test_the_same_twice(wall_vmm: VMM, made: Build) -> None:
     assert two.config.created == "1970-01-12T13:46:40Z"
 
 
+LENT = """
+FROM mini AS other
+RUN mkdir -p /from && echo stage > /from/file
+FROM mini
+SHELL ["/bin/sh", "-eu", "-c"]
+RUN --mount=type=tmpfs,target=/lent echo x > /lent/gone; echo $0 $- > /shell
+RUN --mount=from=other,source=/from,target=/lent,rw cat /lent/file > /bound; echo changed > /lent/file; echo new > /lent/more
+RUN --mount=from=other,source=/from/file,target=/lent-file cat /lent-file >> /bound
+RUN --mount=type=secret,id=key,env=KEY --mount=type=secret,id=key,target=/s,mode=0440,uid=1000,gid=1000 \
+    echo $KEY > /secret; stat -c %a:%u:%g /s >> /secret
+RUN --mount=type=secret,id=unknown test ! -e /run/secrets/unknown
+RUN --mount=type=cache,id=two,target=/kept,mode=0750,uid=1000,gid=2000 echo one > /kept/file; stat -c %a:%u:%g /kept > /cached
+RUN --mount=type=cache,id=two,target=/other,ro cat /other/file >> /cached; echo x > /other/file || echo refused >> /cached
+RUN --mount=source=d,target=/lent,rw echo changed > /lent/x; echo new > /lent/more
+RUN ["/bin/sh", "-c", "echo $HTTPS_PROXY $0 > /array", "me"]
+"""
+
+
+@pytest.mark.walls("container")
+def test_what_a_step_is_lent(wall_vmm: VMM, wall: Wall, made: Build, context: Path) -> None:
+    """What a mount covered, and what was written there, is in no layer; nor are secrets and proxies in any key."""
+    events: list[BuildEvent] = []
+    image = made(LENT, secrets={"key": b"hush"}, arguments={"HTTPS_PROXY": "one"})
+    lines = said(wall_vmm, wall, "cat /bound /secret /cached /array; ls -A /lent /kept /other 2>/dev/null; test -e /s || echo gone").split(
+        "\n"
+    )
+    assert lines == ["stage", "stage", "hush", "440:1000:1000", "750:1000:2000", "one", "refused", "one me", "gone", ""]
+    assert "HTTPS_PROXY" not in image.config.env and "u" in said(wall_vmm, wall, "cat /shell").split()[1]
+    again = made(LENT, secrets={"key": b"another"}, arguments={"HTTPS_PROXY": "two"}, report=events.append)
+    assert again.digest == image.digest and sum(event.kind == "cached" for event in events) == 10
+    assert (context / "d/x").read_text() == "hello\n" and not (context / "d/more").exists()
+
+
 @pytest.mark.walls("container")
 def test_stages_are_built_side_by_side(made: Build) -> None:
     """Both wait for the other's step to have begun."""

@@ -158,14 +158,14 @@ class Files:
         local: str | os.PathLike[str],
         remote: str,
         *,
-        owners: bool = False,
+        owners: bool | tuple[int, int] = False,
         progress: Progress | None = None,
         timeout: float | None = None,
     ) -> None:
         """Copy the file or folder `local` to `remote`, which is the new name itself; a folder that exists is merged into.
 
-        Modes, times and symbolic links are kept, other kinds of file left out; owners are kept with `owners`, else all
-        belongs to the user. `progress` is called with bytes done and the total, if known.
+        Modes, times and symbolic links are kept, other kinds of file left out; owners are kept with `owners`, or all
+        belongs to the uid and gid that it is, else to the user. `progress` is called with bytes done and the total, if known.
         """
         path = Path(local)
         if not path.exists():

@@ -46,8 +46,10 @@ def check_name(path: bytes) -> None:
 # -- packing --------------------------------------------------------------------------------------
 
 
-def pack(local: Path, *, owners: bool, progress: Progress | None = None) -> Iterator[bytes]:
+def pack(local: Path, *, owners: bool | tuple[int, int], progress: Progress | None = None) -> Iterator[bytes]:
     """Yield the tree at `local` (a file or folder, links followed only there) in pieces of about 256 KiB.
+
+    `owners`: as they are, nobody's, or this uid and gid.
 
     Raises StorageError for what cannot be read.
     """
@@ -58,8 +60,8 @@ def pack(local: Path, *, owners: bool, progress: Progress | None = None) -> Iter
 
 
 class _Packer:
-    def __init__(self, owners: bool, progress: Progress | None) -> None:
-        self._owners = owners
+    def __init__(self, owners: bool | tuple[int, int], progress: Progress | None) -> None:
+        self._owners = (NO_OWNER, NO_OWNER) if owners is False else owners
         self._progress = progress
         self._buffer = bytearray()
         self._done = 0
@@ -117,7 +119,7 @@ class _Packer:
                 yield self._flush()
 
     def _record(self, kind: bytes, path: bytes, status: os.stat_result, rest: bytes = b"") -> None:
-        uid, gid = (status.st_uid, status.st_gid) if self._owners else (NO_OWNER, NO_OWNER)
+        uid, gid = (status.st_uid, status.st_gid) if self._owners is True else self._owners
         mtime = max(0, status.st_mtime_ns)
         self._buffer += kind + _string(path) + _META.pack(stat.S_IMODE(status.st_mode), uid, gid, mtime) + rest
 

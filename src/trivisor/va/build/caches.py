@@ -44,11 +44,11 @@ class Asker:
 
 def hold(vmm: VMM, mounts: Sequence[Mount], asker: Asker, stack: ExitStack) -> dict[str, str]:
     """Return the volume of each cache, by the mount's id, held until `stack` ends. Raises BuildFailed if it was waited for too long."""
-    wanted: dict[str, Sharing] = {}
+    wanted: dict[str, Mount] = {}
     for mount in mounts:
-        wanted[mount.id] = max(wanted.get(mount.id, "shared"), mount.sharing, key=_STRENGTH.index)
+        wanted[mount.id] = max(wanted.get(mount.id, mount), mount, key=lambda one: _STRENGTH.index(one.sharing))
     # All take them in one order, so that no two wait for each other.
-    return {cache: _take(Home(vmm.home), cache, wanted[cache], asker, stack) for cache in sorted(wanted)}
+    return {cache: _take(Home(vmm.home), wanted[cache], asker, stack) for cache in sorted(wanted)}
 
 
 def weigh(vmm: VMM) -> Share:
@@ -82,25 +82,28 @@ def _volumes(vmm: VMM) -> list[StoredVolume]:
     return [volume for volume in vmm.volumes.list() if _NAME.fullmatch(volume.name)]
 
 
-def _take(home: Home, cache: str, sharing: Sharing, asker: Asker, stack: ExitStack) -> str:
-    name = "build-" + hashlib.sha256(cache.encode("utf-8", "surrogateescape")).hexdigest()[:24]
+def _take(home: Home, mount: Mount, asker: Asker, stack: ExitStack) -> str:
+    name = "build-" + hashlib.sha256(mount.id.encode("utf-8", "surrogateescape")).hexdigest()[:24]
     end = time.monotonic() + (PATIENCE if asker.timeout is None else asker.timeout)
     number = 0
     while True:
         tried = f"{name}-{number}" if number else name
-        shares.make(home, tried)
         path = shares.place(home, tried)
-        held = _lock(path, fcntl.LOCK_SH if sharing == "shared" else fcntl.LOCK_EX)
+        if shares.make(home, tried):
+            path.chmod(mount.mode)
+            if (mount.uid or mount.gid) and os.geteuid() == 0:  # rootless it is the root's of the machine
+                os.chown(path, mount.uid, mount.gid)
+        held = _lock(path, fcntl.LOCK_SH if mount.sharing == "shared" else fcntl.LOCK_EX)
         if held is not None:
             stack.callback(os.close, held)
             with contextlib.suppress(PermissionError):  # rootless, a step may have given it to another id
                 os.utime(path)
             return tried
-        if sharing == "private":
+        if mount.sharing == "private":
             number += 1
             continue
         if time.monotonic() > end:
-            raise BuildFailed(asker.file, asker.line, f"another build has the cache {cache}, and did not let go of it")
+            raise BuildFailed(asker.file, asker.line, f"another build has the cache {mount.id}, and did not let go of it")
         time.sleep(_POLL)  # a wait inside flock(2) could neither be bounded nor interrupted
 
 

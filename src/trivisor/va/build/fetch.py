@@ -80,9 +80,9 @@ class Sources:
             return layer.content
 
     def place(self, mount: Mount, stack: ExitStack) -> Path:
-        """Return where the files of a bind mount lie on the host. Raises RecipeError."""
+        """Return where the files of a bind mount lie on the host: a copy of them where the step may write. Raises RecipeError."""
         view, node = self._bound(mount)
-        if not mount.source_stage and self._all.context.whole:
+        if not mount.source_stage and self._all.context.whole and mount.readonly:
             return node.place
         target = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trivisor-build-"))) / "files"
         _copy_out(view, node, target)

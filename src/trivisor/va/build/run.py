@@ -6,6 +6,7 @@ shared where the wall shares folders, and copied into the machine elsewhere; cac
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -71,10 +72,20 @@ def run(
             machine.files.upload(local, remote)
         for path, data, mount in lent.files:
             machine.files.mkdir(_above(path), parents=True)
-            machine.files.write(path, data, mode=mount.mode)
+            _write(machine, path, data, mount)
         _exec(machine, step, options, file, lent, said)
         without = [*lent.without, SCRIPT]
         return machine.layer(target, without=without, latest=options.latest)
+
+
+def _write(machine: Machine, path: str, data: bytes, mount: Mount) -> None:
+    if not mount.uid and not mount.gid:
+        machine.files.write(path, data, mode=mount.mode)
+        return
+    with tempfile.NamedTemporaryFile(prefix="trivisor-build-") as file:
+        Path(file.name).write_bytes(data)
+        os.fchmod(file.fileno(), mount.mode)
+        machine.files.upload(file.name, path, owners=(mount.uid, mount.gid))
 
 
 def _above(path: str) -> str:
