@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from pathlib import Path
 
@@ -41,6 +40,6 @@ def test_a_machines_root_becomes_a_disk(make: Make, wall: Wall, tmp_path: Path) 
         assert machine.export_disk(tmp_path / "root.ova").format == "vmdk"
         with package.opened(tmp_path / "root.ova") as opened:
             assert (opened.system.name, opened.system.memory, opened.system.disks[0].capacity) == (machine.name, machine.spec.memory, GIB)
-    with pytest.raises(InvalidSpec, match="too small"):
-        machine.export_disk(tmp_path / "small.raw", size=16 * MIB)
-    assert not (tmp_path / "small.raw").exists() and os.listdir(tmp_path) != []
+        with pytest.raises(InvalidSpec, match="too small"):
+            machine.export_disk(tmp_path / "small.raw", size=16 * MIB)
+        assert not (tmp_path / "small.raw").exists()

@@ -80,6 +80,7 @@ def test_a_disk_of_another_hypervisor_is_a_machines_disk(wall: Wall, vmm: VMM, r
         running.devices.attach(Disk("disk:none"))
 
 
+@pytest.mark.parametrize("disk", ["vmdk"], indirect=True)
 def test_what_it_wrote_stays_until_it_is_deleted(wall: Wall, vmm: VMM, make: Make, disk: str) -> None:
     machine = make()
     machine.devices.attach(Disk(f"disk:{disk}"), "data")

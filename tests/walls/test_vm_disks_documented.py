@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from machine_home import VmHome
 
 from trivisor import VMM
 from trivisor.core.spec import Wall
@@ -20,7 +19,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs/disks.md"
 pytestmark = [pytest.mark.slow, pytest.mark.walls("vm")]
 
 
-def test_the_examples(wall: Wall, own_home: VmHome, tmp_path: Path) -> None:
+def test_the_examples(wall: Wall, wall_vmm: VMM, tmp_path: Path) -> None:
     """One after the other, in a folder with the two files that they name."""
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree/there").write_text("there\n")
@@ -28,19 +27,21 @@ def test_the_examples(wall: Wall, own_home: VmHome, tmp_path: Path) -> None:
         file.truncate(16 * MIB)
     subprocess.run(["mkfs.ext4", "-q", "-F", "-d", tmp_path / "tree", tmp_path / "raw"], check=True)
     qemuimg.convert(qemuimg.open_source(tmp_path / "raw", "raw"), tmp_path / "server.vmdk", "vmdk")
-    with VMM(own_home.root) as vmm:
-        vmm.disks.import_(tmp_path / "raw", "raw")
-        vmm.disks.export("raw", tmp_path / "appliance.ova", memory="256M")
+    disks = wall_vmm.disks
+    disks.import_(tmp_path / "raw", "raw")
+    disks.export("raw", tmp_path / "appliance.ova", memory="256M")
+    disks.remove("raw")
     examples = re.findall(r"^```python\n(.*?)^```", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
     done = subprocess.run(
         [sys.executable, "-c", "\n".join(examples)],
-        env={**os.environ, "TRIVISOR_HOME": str(own_home.root)},
+        env={**os.environ, "TRIVISOR_HOME": str(wall_vmm.home)},
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=170,
     )
     assert done.returncode == 0, done.stderr
+    disks.remove("appliance")
     said = done.stdout.splitlines()
     assert "there" in said and "vhdx" in said and "raw 1 268435456 () ()" in said
     assert (tmp_path / "data.vhdx").exists() and (tmp_path / "out.ova").exists()
