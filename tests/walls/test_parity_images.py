@@ -11,9 +11,8 @@ import re
 import shutil
 import socket
 import subprocess
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,18 +62,6 @@ def proxies() -> dict[str, str]:
     return found
 
 
-def until(ask: Callable[[], str], seconds: float = 60) -> str:
-    """Ask again while nobody listens yet: a program does not say when it does."""
-    end = time.monotonic() + seconds
-    while True:
-        try:
-            return ask()
-        except OSError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(0.05)
-
-
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -92,12 +79,9 @@ def test_nginx(wall_vmm: VMM, wall: Wall, built: dict[str, Image]) -> None:
     port = free_port()
     with wall_vmm.run("example-nginx", wall=wall, network="nat", ports={port: 80}) as machine:
         machine.launch()
-
-        def page() -> str:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
-                return str(answer.read().decode())
-
-        assert until(page) == (EXAMPLES / "nginx/pages/index.html").read_text()
+        assert machine.wait_healthy().status == "healthy"
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
+            assert answer.read() == (EXAMPLES / "nginx/pages/index.html").read_bytes()
         assert (program := machine.program()) is not None and program.running
 
 
@@ -105,7 +89,8 @@ def test_redis(wall_vmm: VMM, wall: Wall, built: dict[str, Image]) -> None:
     port = free_port()
     with wall_vmm.run("example-redis", wall=wall, network="nat", ports={port: 6379}) as machine:
         machine.launch()
-        assert until(lambda: redis(port, "PING")) == "+PONG"
+        assert machine.wait_healthy().status == "healthy"
+        assert redis(port, "PING") == "+PONG"
         assert redis(port, "SET", "key", "value") == "+OK"
         assert redis(port, "GET", "key") == "$5\r\nvalue"
         machine.stop()  # it is told by the stop signal, and saves
