@@ -13,7 +13,7 @@ import rootless_home
 from images_for_tests import mini_root
 from rootless_home import home_of
 
-from trivisor import VMM, HostLacks, StorageError
+from trivisor import VMM, HostLacks, Machine, StorageError
 from trivisor.core.paths import Home, MachineDir
 from trivisor.launch import jail
 from trivisor.vmm.engines.vm import runner
@@ -43,6 +43,22 @@ def user_home(iced_home: Path) -> Iterator[Path]:
 
 def as_user(work: Callable[[], object]) -> None:
     rootless_home.as_user(USER, work)
+
+
+def copied_while_it_runs(machine: Machine) -> None:
+    """What runs in it goes on in a copy, in a copy of that, and after it was nothing but files."""
+    machine.exec("mkdir -p /run/kept && (while :; do date +%N > /run/kept/now; sleep 0.1; done) > /dev/null 2>&1 &", check=True)
+    child = machine.fork()[0]
+    grandchild = child.fork()[0]
+    machine.suspend()
+    machine.resume()
+    for each in (machine, child, grandchild):
+        now = each.exec("cat /run/kept/now; sleep 0.3; cat /run/kept/now", check=True).text.split()
+        assert len(now) == 2 and now[0] != now[1]
+        assert each.files.read_text("/root/file") == "kept\n"
+    assert len({each.exec("head -c 16 /dev/urandom; hostname").stdout for each in (machine, child, grandchild)}) == 3
+    for each in (child, grandchild):
+        each.delete(force=True)
 
 
 def test_the_whole_life(user_home: Path, tmp_path: Path) -> None:
@@ -84,6 +100,7 @@ def test_the_whole_life(user_home: Path, tmp_path: Path) -> None:
             assert machine.files.stat("/root/file").uid == 12
             with vmm.run("debian", wall="vm") as second:
                 assert second.exec(["echo", "two"]).text == "two\n"
+            copied_while_it_runs(machine)
             machine.stop()
             machine.delete()
             assert vmm.list() == []
