@@ -241,21 +241,37 @@ static int do_away(char **w) {
     return dial_away();
 }
 
-/* Mounts what the host shares. The folder is made, as are those above it. */
-static int do_share(char **w) {
+/* The folder is made, as are those above it. */
+static int mount_made(const char *source, const char *where, const char *type, unsigned long flags, const char *data) {
     char path[PATH_MAX];
-    bool nine = !strcmp(w[3], "9p"), readonly = !strcmp(w[4], "ro");
-    if (*w[2] != '/' || strlen(w[2]) >= sizeof path || (!nine && strcmp(w[3], "virtiofs")) || (!readonly && strcmp(w[4], "rw")))
+    if (*where != '/' || strlen(where) >= sizeof path)
         return EINVAL;
-    strcpy(path, w[2]);
+    strcpy(path, where);
     for (char *at = path; (at = strchr(at + 1, '/')); *at = '/') {
         *at = 0;
         mkdir(path, 0755);
     }
     mkdir(path, 0755);
-    about = w[2];
-    unsigned long flags = MS_NODEV | MS_NOSUID | (readonly ? MS_RDONLY : 0);
-    return mount(w[1], path, w[3], flags, nine ? "trans=virtio,version=9p2000.L,msize=262144" : NULL) < 0 ? errno : 0;
+    about = where;
+    return mount(source, path, type, MS_NODEV | MS_NOSUID | flags, data) < 0 ? errno : 0;
+}
+
+/* Mounts what the host shares. */
+static int do_share(char **w) {
+    bool nine = !strcmp(w[3], "9p"), readonly = !strcmp(w[4], "ro");
+    if ((!nine && strcmp(w[3], "virtiofs")) || (!readonly && strcmp(w[4], "rw")))
+        return EINVAL;
+    return mount_made(w[1], w[2], w[3], readonly ? MS_RDONLY : 0, nine ? "trans=virtio,version=9p2000.L,msize=262144" : NULL);
+}
+
+static int do_tmpfs(char **w) {
+    char *end, options[64];
+    errno = 0;
+    unsigned long long size = strtoull(w[2], &end, 10);
+    if (errno || !*w[2] || *end || !size)
+        return EINVAL;
+    snprintf(options, sizeof options, "mode=1777,size=%llu", size);
+    return mount_made("tmpfs", w[1], "tmpfs", 0, options);
 }
 
 /* Programs that have files open there keep them until they close them. */
@@ -274,6 +290,7 @@ static const struct {
     {"grow", 2, 2, false, do_grow},
     {"share", 4, 4, false, do_share},
     {"unshare", 1, 1, false, do_unshare},
+    {"tmpfs", 2, 2, false, do_tmpfs},
     {"hostname", 1, 1, false, do_hostname},
     {"machine-id", 1, 1, false, do_machine_id},
     {"clock", 1, 1, false, do_clock},

@@ -215,6 +215,7 @@ _SPEC_OPTIONS: tuple[Callable[[Callable[..., object]], Callable[..., object]], .
     ),
     click.option("--shape", multiple=True, metavar="KEY=VALUE", help="rate-in, rate-out, latency or loss, such as latency=50ms."),
     click.option("-v", "--volume", multiple=True, metavar="SOURCE:PATH[:ro]", help="A host folder (/..., ./...) or volume, at PATH in it."),
+    click.option("--tmpfs", multiple=True, metavar="PATH:SIZE", help="A folder in its memory, such as /scratch:64M; may be given often."),
     click.option("-p", "--publish", multiple=True, metavar="HOST:GUEST", help="Publish a TCP port on this host's loopback."),
     click.option("-P", "--publish-all", is_flag=True, help="Publish the TCP ports that the image exposes, on free ones of this host."),
     click.option("-e", "--env", multiple=True, metavar="KEY[=VALUE]", help="Environment of every command; KEY alone: from ours."),
@@ -223,6 +224,16 @@ _SPEC_OPTIONS: tuple[Callable[[Callable[..., object]], Callable[..., object]], .
     click.option("-l", "--label", multiple=True, metavar="KEY=VALUE", help="Kept with the machine, for you."),
     *_RULE_OPTIONS,
 )
+
+
+def _in_memory(values: Sequence[str]) -> dict[str, str]:
+    made = {}
+    for value in values:
+        place, colon, size = value.rpartition(":")
+        if not colon:
+            raise click.UsageError(f"tmpfs {value!r} is not PATH:SIZE", click.get_current_context(silent=True))
+        made[place] = size
+    return made
 
 
 def spec_options(function: Callable[..., object]) -> Callable[..., object]:
@@ -242,6 +253,7 @@ def wishes(options: dict[str, Any]) -> dict[str, Any]:
     made = {
         "ports": published or None,
         "volumes": volumes(options.pop("volume")) or None,
+        "tmpfs": _in_memory(options.pop("tmpfs")) or None,
         "io": {key.replace("-", "_"): value for key, value in pairs(options.pop("io"), "io limit").items()} or None,
         "env": pairs(options.pop("env"), "environment", inherit=True) or None,
         "labels": pairs(options.pop("label"), "label") or None,

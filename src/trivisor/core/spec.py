@@ -17,7 +17,7 @@ from trivisor.core.errors import InvalidSpec
 from trivisor.core.network import Egress, Reach, Shape, cut, egress, reach, shape
 from trivisor.core.rules import SyscallSpec, syscalls
 from trivisor.core.units import GIB, MIB, TIB, parse_duration, parse_size
-from trivisor.core.wishes import IoLimits, Volume, cpuset, io_limits, volumes
+from trivisor.core.wishes import IoLimits, Volume, cpuset, io_limits, tmpfs, volumes
 
 Wall = Literal["vm", "gvisor", "container"]
 WALLS: tuple[Wall, ...] = ("vm", "gvisor", "container")
@@ -81,6 +81,8 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Machines of its named network that it does not reach, and that do not reach it."""
     volumes: dict[str, Volume] = {}
     """Path in the machine to what lies there."""
+    tmpfs: dict[str, int] = {}
+    """Path in the machine to a folder in its memory, of so many bytes, empty at each start and everybody's."""
     env: dict[str, str] = {}
     """Environment of every exec, under what the exec itself gives."""
     lifetime: Lifetime = "persistent"
@@ -138,6 +140,10 @@ def _check(spec: Spec) -> None:
         _text(f"label {key!r}", key + value)
     for key, volume in spec.volumes.items():
         _text(f"volume {key!r}", key + volume.source)
+    if both := spec.volumes.keys() & spec.tmpfs.keys():
+        raise InvalidSpec(f"a volume and a folder in memory are both to lie at {min(both)}")
+    for key in spec.tmpfs:
+        _text(f"tmpfs {key!r}", key)
     _text("image", spec.image)
     _text("kernel", spec.kernel)
 
@@ -232,6 +238,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "reach": reach,
     "cut": cut,
     "volumes": volumes,
+    "tmpfs": tmpfs,
     "syscalls": syscalls,
     "ttl": lambda wish: parse_duration(wish, "ttl"),
     "idle": lambda wish: parse_duration(wish, "idle"),

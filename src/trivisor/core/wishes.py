@@ -62,6 +62,18 @@ def volumes(wish: Any) -> dict[str, Volume]:
     return dict(sorted(made.items()))
 
 
+def tmpfs(wish: Any) -> dict[str, int]:
+    """Return the folders in memory in `wish`: guest paths to sizes such as "64M". Raises InvalidSpec."""
+    if not isinstance(wish, Mapping):
+        raise InvalidSpec(f"tmpfs must map paths in the machine to sizes, not {wish!r}", hint='for example {"/scratch": "64M"}')
+    if len(wish) > MAX_VOLUMES:
+        raise InvalidSpec(f"a machine may have {MAX_VOLUMES} folders in memory, not {len(wish)}")
+    made = {_place(place): parse_size(size, f"tmpfs {place}") for place, size in wish.items()}
+    if len(made) < len(wish):
+        raise InvalidSpec("two folders in memory have the same place in the machine")
+    return dict(sorted(made.items()))
+
+
 def volume_name(name: str) -> str:
     """Return `name` if a volume can be called so. Raises InvalidSpec."""
     if not isinstance(name, str) or not VOLUME_NAME.fullmatch(name):

@@ -123,6 +123,8 @@ class Container:
     """What it sees of its control groups: places below /sys/fs/cgroup and the controllers of version 1 there, ("", "") for
     version 2. Programs look there for how much memory and processor time they have."""
     binds: Sequence[Bind] = ()
+    tmpfs: Mapping[str, int] = field(default_factory=dict)
+    """Folders in memory, and how many bytes each may hold."""
     """Volumes. The flag `idmap` is added where the ids are mapped."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Of the hooks; commands get theirs with each exec."""
@@ -210,6 +212,8 @@ def _names(c: Container) -> Iterator[Op]:
 def _volumes(c: Container) -> Iterator[Op]:
     for bind in c.binds:
         yield ("bind", str(bind.source), bind.target, bind.flags + (",idmap" if c.ids.mapped else ""))
+    for target, size in c.tmpfs.items():
+        yield ("mount", "tmpfs", "tmpfs", target, "rw,exec", f"mode=1777,size={size}")
 
 
 def _confined(c: Container) -> Iterator[Op]:

@@ -42,6 +42,7 @@ class Keywords(TypedDict, total=False):
     egress: Egress | Mapping[str, Any] | Sequence[str] | None
     reach: Reach | Sequence[Reach] | None
     cut: Sequence[str] | None
+    tmpfs: Mapping[str, int | str] | None
     volumes: Mapping[str, Volume | str | os.PathLike[str] | Mapping[str, Any]] | None
     env: dict[str, str] | None
     lifetime: Lifetime | None

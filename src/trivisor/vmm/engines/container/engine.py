@@ -171,6 +171,7 @@ def _container(box: Box, found: Sequence[Layer], shape: Shape, group: Cgroup, ne
         cgroups=group.fds,
         hierarchies=group.hierarchies,
         binds=layers.volumes(spec),
+        tmpfs=spec.tmpfs,
         env=spec.env,
         dns=net.dns,
         open_files=min(container.OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[1]),

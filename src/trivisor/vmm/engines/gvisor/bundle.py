@@ -49,6 +49,7 @@ def config(
     argv: Sequence[str] = (f"{INSIDE}/tvinit", "guest", "--connect", f"{INSIDE}/{DOOR}/line"),
     env: Mapping[str, str] | None = None,
     volumes: Sequence[Shared] = (),
+    tmpfs: Mapping[str, int] | None = None,
     root: str = ROOT,
 ) -> dict[str, Any]:
     """Return the config of a machine with `memory` bytes and `env` for all its commands. Its network is that of the jail."""
@@ -65,7 +66,11 @@ def config(
             "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), caps),
             "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 4096, "hard": _OPEN_FILES}],
         },
-        "mounts": [*_system(max(_LEAST_SHARED, memory // 2)), *(_volume(number, volume) for number, volume in enumerate(volumes))],
+        "mounts": [
+            *_system(max(_LEAST_SHARED, memory // 2)),
+            *(_volume(number, volume) for number, volume in enumerate(volumes)),
+            *(_in_memory(target, size) for target, size in (tmpfs or {}).items()),
+        ],
         "linux": {"namespaces": [*({"type": kind} for kind in ("pid", "mount", "ipc", "uts")), {"type": "network", "path": _OUR_NETWORK}]},
     }
 
@@ -79,6 +84,10 @@ def _system(shared: int) -> list[dict[str, Any]]:
         {"destination": "/run", "type": "tmpfs", "source": "run", "options": ["nosuid", "nodev", "mode=0755", f"size={shared}"]},
         {"destination": INSIDE, "type": "bind", "source": GUEST, "options": ["rbind", "ro"]},
     ]
+
+
+def _in_memory(target: str, size: int) -> dict[str, Any]:
+    return {"destination": target, "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev", "mode=1777", f"size={size}"]}
 
 
 def _volume(number: int, volume: Shared) -> dict[str, Any]:

@@ -218,7 +218,7 @@ def _sandbox(
         platform=platform,
         ids=shape.ids(box.slot),
         namespaces=shape.namespaces,
-        config=bundle.config(hostname=spec.name, memory=spec.memory, env=spec.env, volumes=volumes),
+        config=bundle.config(hostname=spec.name, memory=spec.memory, env=spec.env, volumes=volumes, tmpfs=spec.tmpfs),
         tvinit=frozen / freeze.TVINIT if frozen else tvinit.path(),
         frozen=frozen / freeze.MEMORY if frozen else None,
         log=log,

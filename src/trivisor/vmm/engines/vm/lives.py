@@ -46,6 +46,7 @@ def steps(box: Box, link: Net | None) -> list[Sequence[str]]:
     """Return what makes a guest this machine."""
     name = hashlib.sha256(f"machine {box.id}".encode()).digest()
     made: list[Sequence[str]] = [("hostname", box.spec.name), ("machine-id", name[:16].hex())]
+    made += [("tmpfs", target, str(size)) for target, size in box.spec.tmpfs.items()]
     if link is not None:
         made += link.steps
     elif box.spec.network != "none":
