@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from machine_home import KILLED, in_child
@@ -18,6 +19,7 @@ from trivisor.core.errors import AlreadyExists, CallerError, ImageError, Invalid
 from trivisor.images.disks import catalog, qemuimg
 from trivisor.images.disks.catalog import Catalog
 from trivisor.store.store import Store
+from trivisor.vmm import stored
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="needs qemu-img (qemu-utils)")
 
@@ -91,6 +93,27 @@ def test_what_a_machine_has_stays(vmm: VMM, raw: Path) -> None:
     assert own.digest_of(str(disk.path)) == disk.digest and own.digest_of(str(raw)) is None and own.digest_of("") is None
     vmm.disks.remove("data")
     assert own.collect() == 0
+
+
+def test_what_cannot_be_attached_leaves_nothing(vmm: VMM, raw: Path) -> None:
+    """Its own part and its pin are taken back; a pin that another device of the machine needs stays."""
+    disk = vmm.disks.import_(raw, "data")
+    context, row = vmm._context, SimpleNamespace(id="abc", name="web")
+    own = context.home.machine("abc").root
+    own.mkdir()
+    for device in (Disk("disk:data"), Disk("disk:data", readonly=True)):
+        with pytest.raises(RuntimeError), stored.opened(context, row, "d", device, []) as (opened, fd):  # type: ignore[arg-type]
+            assert isinstance(opened, Disk) and fd is not None and context.disks.owners() == {disk.digest: ["machine:abc"]}
+            assert (own / "disks/d.qcow2").exists() is not device.readonly
+            raise RuntimeError
+        assert context.disks.owners() == {} and not (own / "disks/d.qcow2").exists()
+    with stored.opened(context, row, "d", Disk("disk:data"), []) as (first, _):  # type: ignore[arg-type]
+        pass
+    with pytest.raises(RuntimeError), stored.opened(context, row, "e", Disk("disk:data"), [first]):  # type: ignore[arg-type]
+        raise RuntimeError
+    assert context.disks.owners() == {disk.digest: ["machine:abc"]} and [path.name for path in (own / "disks").iterdir()] == ["d.qcow2"]
+    stored.release(context, row, first, [])  # type: ignore[arg-type]
+    assert context.disks.owners() == {} and not list((own / "disks").iterdir())
 
 
 def test_what_the_dead_left_is_swept(vmm: VMM, raw: Path) -> None:

@@ -12,7 +12,7 @@ from wall_fixtures import Make
 
 from trivisor import VMM, Machine
 from trivisor.core.devices import Disk
-from trivisor.core.errors import CallerError, NotFound
+from trivisor.core.errors import CallerError, InvalidSpec, NotFound
 from trivisor.core.spec import Wall
 from trivisor.core.units import MIB
 from trivisor.images.disks import qemuimg
@@ -68,6 +68,8 @@ def test_a_disk_of_another_hypervisor_is_a_machines_disk(wall: Wall, vmm: VMM, r
     running.devices.detach("data")
     assert vmm.disks.get(disk).machines == () and not list((vmm.home / "machines" / running.id / "disks").iterdir())
     running.devices.attach(Disk(f"disk:{disk}", readonly=True), "data")
+    with pytest.raises(InvalidSpec, match="attached as data already"):
+        running.devices.attach(Disk(f"disk:{disk}", readonly=True), "again")
     running.devices.attach(Disk(f"disk:{disk}"), "other")
     for name in ("data", "other"):
         said = running.exec(f"mount -o ro {node(running, name)} /mnt && ls /mnt && umount /mnt", check=True)

@@ -40,6 +40,7 @@ _CHECK_LEAKS, _CHECK_NONE = 3, 63
 """What `qemu-img check` exits with for what is merely lost room, and for an image that it has no check for."""
 _OVERHEAD = 256 * MIB
 """More than any format needs beside one byte in a hundred of the disk."""
+_LEAST_SECONDS, _RATE = 600.0, 2 * MIB
 _STEP = 5
 """Per cent between two words of progress."""
 
@@ -51,8 +52,18 @@ class Bounds:
     virtual: int = 16 * TIB
     """Of the disk, as a machine sees it."""
     memory: int = 2 * GIB
-    seconds: float = 3600.0
-    """By the clock, and of a processor for each of its threads."""
+    seconds: float | None = None
+    """By the clock, and of processors two times as many; None: ten minutes, and a second for each 2 MiB that the image takes."""
+
+    def time(self, source: Source) -> float:
+        """Return the seconds for a conversion of `source`. Raises StorageError."""
+        if self.seconds is not None:
+            return self.seconds
+        try:
+            taken = sum(path.stat().st_blocks * 512 for path in (source.path, source.below) if path)
+        except OSError as error:
+            raise StorageError(f"{source.path} cannot be read: {error.strerror}") from error
+        return _LEAST_SECONDS + taken / _RATE
 
 
 DEFAULT = Bounds()
@@ -180,15 +191,16 @@ def _tried(
             network="none",
             report=report,
         )
-        return once.run(_bounded(plan, source.header.size, bounds), bounds.seconds, heard=heard)
+        seconds = bounds.time(source)
+        return once.run(_bounded(plan, source.header.size, bounds.memory, seconds), seconds, heard=heard)
 
 
-def _bounded(plan: Plan, size: int, bounds: Bounds) -> Plan:
+def _bounded(plan: Plan, size: int, memory: int, seconds: float) -> Plan:
     """Put limits into a plan, setrlimit(2): where it drops its own, before it gives up the right to."""
-    written, seconds = size + size // 100 + _OVERHEAD, max(1, int(bounds.seconds))
+    written, processor = size + size // 100 + _OVERHEAD, max(1, int(2 * seconds))
     limits: list[Op] = [
-        ("rlimit", "as", str(bounds.memory), str(bounds.memory)),
-        ("rlimit", "cpu", str(seconds), str(seconds)),
+        ("rlimit", "as", str(memory), str(memory)),
+        ("rlimit", "cpu", str(processor), str(processor)),
         ("rlimit", "fsize", str(written), str(written)),
     ]
     return tuple(word for op in plan for word in ((*limits, op) if op[:2] == ("rlimit", "core") else (op,)))
@@ -197,7 +209,9 @@ def _bounded(plan: Plan, size: int, bounds: Bounds) -> Plan:
 def _check(done: Done, source: Source, bounds: Bounds) -> None:
     name = source.path.name
     if done.timed_out or done.status == 128 + signal.SIGXCPU:
-        raise EngineError(f"converting {name} took over {bounds.seconds:g} s", command=["qemu-img", "convert"], hint="give it more time")
+        raise EngineError(
+            f"converting {name} took over {bounds.time(source):g} s", command=["qemu-img", "convert"], hint="give it more time"
+        )
     if "No space left" in done.said:
         raise StorageError(f"the disk is full: {name} could not be converted", hint="free space, or write elsewhere")
     if done.status < 0 or done.status > 128:
