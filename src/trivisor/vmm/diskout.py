@@ -17,6 +17,7 @@ from trivisor.images.disks.formats import Format
 from trivisor.images.disks.headers import Header, read
 from trivisor.images.disks.qemuimg import Bounds, Progress, Source
 from trivisor.images.disks.rootdisk import Layer
+from trivisor.store import workspace
 from trivisor.vmm import commit, packages, plugged
 from trivisor.vmm.context import Context
 
@@ -28,9 +29,10 @@ def root(context: Context, machine: str, target: Path, to: Format | None, size: 
     packed = to is None and package.is_package(target)
     kind = to or ("vmdk" if packed else formats.of_name(target))
     row = context.row(machine)
-    with context.images.workspace() as work:
+    # What is unpacked lies in the home's own folder for half-made things: its sweep removes files of any owner.
+    with context.images.workspace() as lease, workspace.workspace(context.home.tmp) as work:
         # Its layers stay until this is done, whatever becomes of the machine meanwhile.
-        context.images.store.hold(row.digest, work.owner)
+        context.images.store.hold(row.digest, lease.owner)
         source = make_root(context, machine, work.path, size, progress)
         if packed:
             return packages.write(packages.machine_of(row.spec), source, target, work.path, bounds, progress)

@@ -11,7 +11,6 @@ import functools
 import os
 import re
 import signal
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,20 +178,20 @@ def _tried(
     heard: Callable[[bytes], object],
     report: jail.JailReport | None = None,
 ) -> Done:
-    with tempfile.TemporaryDirectory(prefix="trivisor-jail-") as root:
-        folders = [Bind(Path(folder), folder, "ro,exec") for folder in _libraries(program)]
-        plan = jail.jail(
-            [program, *words],
-            binds=[Bind(Path(program), program, "ro,exec"), *folders, *binds],
-            env={"PATH": "/usr/bin", "HOME": "/", "LC_ALL": "C"},
-            fds={},
-            root=Path(root),
-            slot=_SLOT,
-            network="none",
-            report=report,
-        )
-        seconds = bounds.time(source)
-        return once.run(_bounded(plan, source.header.size, bounds.memory, seconds), seconds, heard=heard)
+    folders = [Bind(Path(folder), folder, "ro,exec") for folder in _libraries(program)]
+    plan = jail.jail(
+        [program, *words],
+        binds=[Bind(Path(program), program, "ro,exec"), *folders, *binds],
+        env={"PATH": "/usr/bin", "HOME": "/", "LC_ALL": "C"},
+        fds={},
+        # Over the old root, in a mount namespace of its own: no folder has to be made, and none is left.
+        root=Path("/"),
+        slot=_SLOT,
+        network="none",
+        report=report,
+    )
+    seconds = bounds.time(source)
+    return once.run(_bounded(plan, source.header.size, bounds.memory, seconds), seconds, heard=heard)
 
 
 def _bounded(plan: Plan, size: int, memory: int, seconds: float) -> Plan:
