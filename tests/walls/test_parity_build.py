@@ -80,8 +80,8 @@ cat /run/secrets/key /lent/x > /both
 echo kept > /kept/log
 E
 USER user
-RUN --mount=type=cache,target=/kept --mount=type=tmpfs,target=/none/here \\
-    id -u | cat - /kept/log > /w/me; echo >/none/here/x; echo /none/here/* >> /w/me
+RUN --mount=type=cache,target=/kept --mount=type=tmpfs,target=/none/here,size=1M \\
+    id -u | cat - /kept/log > /w/me; echo >/none/here/x; echo /none/here/* >> /w/me; ! head -c 2M /dev/zero >/none/here/y
 CMD ["cat", "/etc/conf"]
 """
 

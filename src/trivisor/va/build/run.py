@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trivisor.core.errors import BuildFailed, ExecTimeout, RecipeError
+from trivisor.core.units import parse_size
 from trivisor.core.wishes import Volume
 from trivisor.images.pack import PackedLayer
 from trivisor.va.build import caches
@@ -38,11 +39,12 @@ class Lent:
     env: dict[str, str] = field(default_factory=dict)
     files: list[tuple[str, bytes, Mount]] = field(default_factory=list)
     trees: list[tuple[Path, str]] = field(default_factory=list)
+    tmpfs: dict[str, int] = field(default_factory=dict)
 
     @property
     def without(self) -> list[str]:
         """The paths that are not the image's."""
-        return [target for target, *_ in self.files] + [target for _, target in self.trees] + list(self.volumes)
+        return [target for target, *_ in self.files] + [target for _, target in self.trees] + [*self.volumes, *self.tmpfs]
 
 
 def run(
@@ -64,7 +66,8 @@ def run(
     with ExitStack() as stack:
         lent = _lend(vmm, step, options, file, lend, stack)
         network = "none" if step.network == "none" else options.network
-        wishes: dict[str, Any] = {"network": network, "memory": options.memory, "cpus": options.cpus, "volumes": lent.volumes or None}
+        wishes: dict[str, Any] = {"network": network, "memory": options.memory, "cpus": options.cpus}
+        wishes |= {"volumes": lent.volumes or None, "tmpfs": lent.tmpfs or None}
         machine = stack.enter_context(vmm.run(image, wall=options.wall, **wishes))
         stack.enter_context(halt.watching(machine))
         for local, remote in lent.trees:
@@ -123,12 +126,8 @@ def _lend(vmm: VMM, step: Run, options: Options, file: str, lend: Callable[[Moun
         elif mount.kind == "cache":
             lent.volumes[mount.target] = Volume(kept[mount.id], mount.readonly)
         elif mount.kind == "tmpfs":
-            if mount.size is not None:
-                raise RecipeError(file, step.line, "--mount=type=tmpfs: no size can be set", hint="leave out size=")
-            # Not in the home, of which nothing is shared. As tmpfs(5) is: everybody's.
-            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trivisor-build-")))
-            place.chmod(0o1777)
-            _folder(lent, place, mount, options)
+            # As tmpfs(5) has it, half of the memory if nothing is said.
+            lent.tmpfs[mount.target] = mount.size if mount.size is not None else parse_size(options.memory, "memory") // 2
         else:
             place = lend(mount)
             if place.is_dir():

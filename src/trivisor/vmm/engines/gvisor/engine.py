@@ -228,6 +228,7 @@ def _sandbox(
         machine_id=hashlib.sha256(f"machine {box.id}".encode()).hexdigest()[:32],
         dns=net.dns,
         volumes=shared,
+        tmpfs=[*spec.tmpfs],
         cgroups=group.fds,
         link=None if net.netns_fd is None else Link(net.netns_fd, *net.steps[1][1:]),
         outward=net.outward,

@@ -77,6 +77,8 @@ class Sandbox:
     dns: Sequence[str] = ()
     volumes: Sequence[Bind] = ()
     """In the order of the config's."""
+    tmpfs: Sequence[str] = ()
+    """Where in the machine something of its memory is to lie."""
     cgroups: Sequence[int] = ()
     link: Link | None = None
     outward: Plan = ()
@@ -176,6 +178,9 @@ def _root(s: Sandbox) -> Iterator[Op]:
     if s.layers:
         # Here rather than by the guest, for whom each file is several trips to the gofer.
         yield from names(s.config["hostname"], s.machine_id, s.dns, within=(bundle.ROOT,))
+    for target in s.tmpfs:
+        # The Sentry lays its own over it; the folders that it would make itself are such that everybody may write to them.
+        yield ("mount", "tmpfs", "place", bundle.ROOT + target, "rw", "mode=0755,size=4k")
     for number, volume in enumerate(s.volumes):
         yield ("bind", str(volume.source), f"{bundle.VOLUMES}/{number}", ",".join([volume.flags, *mapped]))
 
