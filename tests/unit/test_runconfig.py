@@ -19,6 +19,10 @@ def image(**config: object) -> Image:
     return Image("app", "sha256:0", Path("/"), 0, 0.0, "a test", ImageConfig("amd64", "linux", RootFs("layers", []), RunConfig(**config)))  # type: ignore[arg-type]
 
 
+def read(image: Image) -> Wanted:
+    return runconfig.of(image.config, image.name)
+
+
 def test_what_is_run() -> None:
     both = Wanted(entrypoint=("serve", "-x"), cmd=("on", "80"))
     assert both.argv() == ["serve", "-x", "on", "80"]
@@ -34,7 +38,7 @@ def test_what_is_run() -> None:
 
 def test_a_whole_config() -> None:
     check = Healthcheck(test=["CMD-SHELL", "true"], interval=2 * 10**9, start_period=10**9)
-    found = runconfig.of(
+    found = read(
         image(
             user="app:web",
             working_dir="/srv/./x/../app/",
@@ -48,8 +52,8 @@ def test_a_whole_config() -> None:
     assert (found.user, found.cwd, found.volumes, found.stop_signal) == ("app:web", "/srv/app", ("/b/c", "/data"), 37)
     assert found.ports == ((53, "udp"), (80, "tcp"), (9000, "tcp"), (9001, "tcp"))
     assert found.health == Health(("/bin/ash", "-ec", "true"), 2.0, 30.0, 1.0, 5.0, 3)
-    assert runconfig.of(image()) == Wanted()
-    assert runconfig.of(image(healthcheck=Healthcheck(test=["NONE"]))).health is None
+    assert read(image()) == Wanted()
+    assert read(image(healthcheck=Healthcheck(test=["NONE"]))).health is None
 
 
 @pytest.mark.parametrize(("text", "number"), [("TERM", 15), ("sigquit", 3), ("9", 9), ("64", 64), ("RTMAX-1", 63), ("SIGRTMIN", 34)])
@@ -87,7 +91,7 @@ def test_stop_signals(text: str, number: int) -> None:
 )
 def test_what_cannot_be_followed(config: dict[str, object]) -> None:
     with pytest.raises(ImageError, match="image app cannot be followed"):
-        runconfig.of(image(**config))
+        read(image(**config))
 
 
 def test_exposed_ports() -> None:

@@ -6,12 +6,14 @@ import io
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from images_for_tests import layered_image
 from machine_home import VmHome
 
 from trivisor import VMM, GuestError, Machine
+from trivisor.cli import main
 from trivisor.core.spec import Wall
 from trivisor.images.model import Healthcheck
 
@@ -137,3 +139,64 @@ def test_a_program_from_its_launch_to_its_stop_and_what_becomes_of_it(wall_vmm: 
 def test_exposed_ports_are_published(wall_vmm: VMM, wall: Wall, image: str) -> None:
     machine = wall_vmm.create(image, wall=wall, ports="exposed", network="nat")
     assert list(machine.spec.ports.values()) == [80]
+
+
+RECIPE = """
+FROM wanting
+ENTRYPOINT ["/bin/serve"]
+CMD ["built"]
+STOPSIGNAL TERM
+HEALTHCHECK --interval=100ms CMD test -e /tmp/well || exit 9
+"""
+
+
+@pytest.mark.walls("container")
+def test_from_a_recipe_to_its_end_by_command_line(wall_home: VmHome, image: str, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    def cli(*words: str, status: int = 0) -> str:
+        capfd.readouterr()
+        found = main.run(["--home", str(wall_home.root), *words])
+        out, err = capfd.readouterr()
+        assert found == status, err
+        return err if status == 125 else out
+
+    (tmp_path / "Containerfile").write_text(RECIPE)
+    cli("build", "-q", "-t", "wanting-built", str(tmp_path))
+    quick = ("--wall", "container", "--memory", "64M")
+    assert cli("run", *quick, "--entrypoint", "id", "wanting-built", "--", "-u").endswith("1000\n")
+    assert cli("run", *quick, "--entrypoint", "", "wanting-built", "pwd").endswith("/srv/deep\n")
+    assert "/none: No such file" in cli("run", "-d", *quick, "--entrypoint", "/none", "wanting-built", status=125)
+    name = cli("run", "-d", "-P", *quick, "wanting-built").strip()
+    try:
+        assert cli("health", name, status=1).startswith("starting")
+        assert cli("exec", name, "id", "-un") == "user\n"
+        cli("exec", name, "touch", "/tmp/well")
+        assert cli("health", "--wait", "20", name) == "healthy\n"
+        assert cli("health", "--last", "--json", name).startswith("{")
+        assert "/bin/serve built as" in cli("logs", name)
+        cli("stop", name)
+        assert cli("logs", name).endswith("not mine\n")
+    finally:
+        cli("delete", "--force", name)
+        cli("rmi", "wanting-built")
+
+
+@pytest.mark.walls("container")
+def test_its_stop_signal_comes_when_its_time_is_up(make: Callable[..., Machine], image: str) -> None:
+    machine = make(image, memory="64M", ttl=1)
+    machine.launch()
+    machine.wait(20)
+    assert log(machine).endswith("told\n") and machine.info()["reason"] == "ttl"
+
+
+@pytest.mark.walls("vm", "gvisor")
+@pytest.mark.soak
+def test_a_fork_has_it_too(wanting: Machine) -> None:
+    started = wanting.launch()
+    (other,) = wanting.fork()
+    try:
+        assert other.program() == wanting.program() == started
+        other.stop(timeout=20)
+        assert log(other).endswith("told\n")
+        assert wanting.program() == started
+    finally:
+        other.delete(force=True)

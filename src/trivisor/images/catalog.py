@@ -25,7 +25,7 @@ from trivisor.images.documents import Documents, Library
 from trivisor.images.image import PREFIX, Image
 from trivisor.images.intake import Bytes, Intake
 from trivisor.images.limits import DEFAULT, Limits
-from trivisor.images.model import Descriptor, History, Manifest, Platform
+from trivisor.images.model import Descriptor, History, ImageConfig, Manifest, Platform
 from trivisor.images.reference import Reference, normalise
 from trivisor.images.rooted import Rooted
 from trivisor.images.upkeep import Pruned, Upkeep, Usage, Wishes
@@ -242,10 +242,13 @@ class Images(Rooted):
     def documents(self, digest: str) -> Documents:
         """Return manifest (struct and bytes), config and chain of the image with this digest.
 
-        One of a home made before images were OCI images becomes one, in some seconds (older.py); then the digest is another. Raises
-        NotFound, StorageError, and where it cannot ImageError.
+        One of an older home becomes an OCI image, in some seconds (older.py), of another digest. Raises NotFound, StorageError, ImageError.
         """
         return self._library.read(digest) or self._converted(digest)
+
+    def config(self, digest: str) -> ImageConfig:
+        """Return the config of the image with this digest, whatever its layers are like. Raises NotFound, StorageError."""
+        return (self._library.read(digest) or self._find(digest)).config
 
     def manifest(self, digest: str) -> Manifest:
         """Return its manifest. Raises what `documents` raises."""

@@ -141,7 +141,7 @@ class VMM:
         if image == HOST_IMAGE and chosen == "vm":
             raise UnsupportedByWall("run on the host's own root", chosen, [wall for wall in self._context.engines if wall != "vm"])
         found = self._context.images.get(image)
-        runconfig.of(found)
+        runconfig.of(found.config, found.name)
         self._context.engine(chosen).check(wishes)
         possible(self._context, wishes.memory)
         handlers = self._handlers(wishes, spec.get("syscalls"))

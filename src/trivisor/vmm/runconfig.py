@@ -15,7 +15,7 @@ from functools import lru_cache
 from trivisor.core.errors import ImageError, InvalidSpec
 from trivisor.images import host
 from trivisor.images.catalog import Image, Images
-from trivisor.images.model import Healthcheck, RunConfig
+from trivisor.images.model import Healthcheck, ImageConfig, RunConfig
 
 MAX_USER = 255
 MAX_PATH = 4095
@@ -86,22 +86,22 @@ def wanted(images: Images, digest: str) -> Wanted:
     if found is None:
         if len(_known) >= 256:
             _known.clear()
-        found = _known[digest] = of(images.get(digest))
+        found = _known[digest] = of(images.config(digest), digest[:19])
     return found
 
 
-def of(image: Image) -> Wanted:
-    """Read an image's config. Raises ImageError for one that no machine can be run by."""
+def of(config: ImageConfig, image: str) -> Wanted:
+    """Read a config. Raises ImageError for one that no machine can be run by."""
     try:
-        return _read(image.config.run)
+        return _read(config.run)
     except ValueError as error:
         hint = "`trivisor inspect` shows it; the image has to be made anew"
-        raise ImageError(f"the config of image {image.name} cannot be followed: {error}", hint=hint) from None
+        raise ImageError(f"the config of image {image} cannot be followed: {error}", hint=hint) from None
 
 
 def exposed(image: Image) -> list[int]:
     """Return the TCP ports that an image exposes. Raises ImageError, InvalidSpec if they are too many to be published all."""
-    found = [port for port, protocol in of(image).ports if protocol == "tcp"]
+    found = [port for port, protocol in of(image.config, image.name).ports if protocol == "tcp"]
     if len(found) > MAX_PUBLISHED:
         hint = "say which ones: {8080: 80}"
         raise InvalidSpec(f"image {image.name} exposes {len(found)} ports, at most {MAX_PUBLISHED} are published by themselves", hint=hint)

@@ -81,7 +81,9 @@ class Command:
             self._started(wire.parse_started(payload))
         elif kind == Type.ERROR:
             code, message = wire.parse_error(payload)
-            self.lost(GuestError(f"{message}: {os.strerror(code)}" if message else os.strerror(code), machine=self._line.machine))
+            why = os.strerror(code)
+            said = message if message.endswith(why) else f"{message}: {why}" if message else why
+            self.lost(GuestError(said, machine=self._line.machine))
             return True
         else:
             raise GuestProtocolError(f"a frame of type {kind:#04x} on the stream of a command")

@@ -34,7 +34,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("-i", "--interactive", is_flag=True, help="Give our standard input to the command.")
 @click.option("--env", multiple=True, metavar="KEY[=VALUE]", help="Environment of the command.")
 @click.option("-w", "--workdir", default="", metavar="FOLDER", help="Where the command runs.")
-@click.option("-u", "--user", default="", metavar="USER[:GROUP]", help="Whom the command runs as.  [default: root]")
+@click.option("-u", "--user", default="", metavar="USER[:GROUP]", help="Whom the command runs as.  [default: the image's, else root]")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds, after which it is killed.")
 @rule_options
 @machine_argument
