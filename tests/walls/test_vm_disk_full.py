@@ -128,6 +128,27 @@ def test_a_running_machine(small: Path, tmp_path: Path) -> None:
         assert machine.files.read_text("/root/file") == "kept\n"
 
 
+def test_a_freeze(small: Path) -> None:
+    """With no room for the first file, for its RAM, or for the rest of that: it goes on, and nothing of a copy is left."""
+    with VMM(small) as vmm:
+        machine = vmm.create("debian", wall="vm", memory="192M", disk="1G")
+        machine.start()
+        for leave in (0, 256 << 10, 40 << 20):
+            filler = fill(small, leave)
+            for freeze in (machine.fork, machine.suspend, lambda: machine.snapshot("full")):
+                with pytest.raises(StorageError) as caught:
+                    freeze()
+                assert caught.value.hint
+                assert machine.exec(["echo", "here"], timeout=30).text == "here\n"
+            filler.unlink()
+            assert [each.name for each in vmm.list()] == [machine.name]
+            assert vmm.snapshots.list() == []
+        machine.fork()[0].delete(force=True)
+        machine.suspend()
+        machine.resume()
+        assert machine.exec(["echo", "here"], timeout=30).text == "here\n"
+
+
 def test_verbs_that_need_no_room(small: Path) -> None:
     """Everything that makes room, or changes little, works on a full disk."""
     with VMM(small) as vmm:

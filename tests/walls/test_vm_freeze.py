@@ -236,6 +236,18 @@ def test_the_layer_alone(vmm: VMM, parent: Machine) -> None:
         vmm.snapshots.remove(kept.ref)
 
 
+@pytest.mark.parametrize("spec", [{"ram": "shared"}, {"hugepages": "transparent", "disk": "ram"}], ids=["shared", "booted"])
+def test_memory_that_is_no_ice(vmm: VMM, spec: dict[str, str]) -> None:
+    """RAM that is a file in memory, or of the process alone; and whether a copy of the copy is right when that has it from a file."""
+    with begin(vmm.run("debian", wall="vm", **spec)) as machine:
+        child = machine.fork()[0]
+        grandchild = child.fork()[0]
+        for each in (machine, child, grandchild):
+            assert_goes_on(each)
+        for each in (child, grandchild):
+            each.delete(force=True)
+
+
 def test_what_no_copy_could_go_on_with_is_refused(vmm: VMM, parent: Machine) -> None:
     parent.devices.attach(Random(), "more")
     with pytest.raises(UnsupportedByWall, match="attached to it, more") as failure:
@@ -245,6 +257,20 @@ def test_what_no_copy_could_go_on_with_is_refused(vmm: VMM, parent: Machine) -> 
     parent.fork()[0].delete(force=True)
     with vmm.run("debian", wall="vm", disk="ram") as machine, pytest.raises(UnsupportedByWall, match="in its memory"):
         machine.snapshot("files", memory=False)
+
+
+def test_memory_that_came_while_it_ran_is_refused_until_it_is_started_anew(vmm: VMM) -> None:
+    with vmm.run("debian", wall="vm") as machine:
+        machine.modify(memory=machine.spec.memory + (64 << 20))
+        with pytest.raises(UnsupportedByWall, match="while it ran") as failure:
+            machine.fork()
+        assert "start it" in failure.value.hint
+        machine.stop()
+        machine.start()
+        machine.modify(cpus=2)
+        child = machine.fork()[0]
+        assert child.exec("nproc").text == "2\n"
+        child.delete(force=True)
 
 
 def test_what_is_damaged_or_does_not_fit_is_refused_with_the_reason(parent: Machine, folder: Path) -> None:

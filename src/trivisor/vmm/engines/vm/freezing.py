@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from trivisor.core.errors import EngineError, GuestGone, InvalidState, UnsupportedByWall
 from trivisor.launch import keeper
@@ -76,22 +77,32 @@ def freeze(box: Box, into: Path, *, ends: bool, lasting: bool, quiesce: bool, pr
 def _take(box: Box, qmp: Qmp, into: Path, shape: Shape, ram: Pages, end: Callable[[], object] | None) -> Stood:
     """Take all that changes while the machine runs, with it standing still. With `end` it does not go on: `end`, and then it is ended."""
     with ExitStack() as stack:
-        state = stack.enter_context((into / frozen.STATE).open("wb", buffering=0))
+        # QEMU writes it to memory: of a disk that is full it says no more than that something failed.
+        state = stack.enter_context(open(os.memfd_create("state"), "rb"))
         disk = stack.enter_context(backup.opened(box, qmp, into / frozen.DISK, at_once=end is not None)) if shape.upper else None
         ram.before()
         if disk is not None:
             disk.before()
         with still(box, qmp) as stood:
-            qmp.state_to(state.fileno())
+            with open(f"/proc/self/fd/{state.fileno()}", "wb", buffering=0) as given:
+                qmp.state_to(given.fileno())
             if disk is not None:
                 disk.take()
             ram.take()
             if end is not None:
+                _write(state, into / frozen.STATE)
                 end()
                 keeper.kill(box.dir)
+        if end is None:
+            _write(state, into / frozen.STATE)
         if disk is not None and end is None:
             disk.after()
     return stood
+
+
+def _write(source: BinaryIO, target: Path) -> None:
+    with target.open("xb") as stream:
+        files.copy_sparse(source.fileno(), stream.fileno())
 
 
 def _beside(stack: ExitStack, finish: Callable[[], object]) -> None:
