@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         ImageError,
         InvalidSpec,
         InvalidState,
+        MigrationError,
         NotFound,
         RegistryError,
         StorageError,
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from trivisor.vmm.engine import WallReport
     from trivisor.vmm.machine import Machine, Stats
     from trivisor.vmm.manager import VMM
+    from trivisor.vmm.migration.source import Migration
+    from trivisor.vmm.migration.transport import Tls
     from trivisor.vmm.modify import Plan
     from trivisor.vos.syscalls.call import Call
     from trivisor.vos.syscalls.policy import Policy
@@ -70,6 +73,8 @@ __all__ = [
     "InvalidSpec",
     "InvalidState",
     "Machine",
+    "Migration",
+    "MigrationError",
     "NotFound",
     "OverBudget",
     "Plan",
@@ -79,6 +84,7 @@ __all__ = [
     "State",
     "Stats",
     "StorageError",
+    "Tls",
     "TrivisorError",
     "UnsupportedByWall",
     "WaitTimeout",
@@ -90,11 +96,13 @@ _ELSEWHERE = {
     "Call": "vos.syscalls.call",
     "Event": "core.events",
     "Machine": "vmm.machine",
+    "Migration": "vmm.migration.source",
     "Plan": "vmm.modify",
     "Policy": "vos.syscalls.policy",
     "Spec": "core.spec",
     "State": "core.state",
     "Stats": "vmm.machine",
+    "Tls": "vmm.migration.transport",
     "WallReport": "vmm.engine",
 }
 """Where the names are that are not errors."""

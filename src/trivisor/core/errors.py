@@ -74,6 +74,7 @@ _ON_A_MACHINE = {
     "memory": "reach the memory of",
     "limit": "change the limits of",
     "modify": "change",
+    "migrate": "move",
     "network": "change the network of",
     "capture": "capture the packets of",
 }

@@ -43,6 +43,7 @@ LEGAL: dict[str, tuple[State, ...]] = {
     "dedupe": (_C, _R, _P, _S, _F),
     "network": (_C, _R, _P, _S, _F),
     "capture": (_R, _P),
+    "migrate": (_R,),
     "commit": (_C, _R, _P, _S, _F),
 }
 

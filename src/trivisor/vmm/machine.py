@@ -27,6 +27,7 @@ from trivisor.vmm.context import Context
 from trivisor.vmm.devices import MachineDevices
 from trivisor.vmm.disks import Disks
 from trivisor.vmm.engine import Progress
+from trivisor.vmm.migration.machine import Movable
 from trivisor.vmm.modify import Plan
 from trivisor.vmm.program import Programmed
 from trivisor.vmm.records import Row
@@ -63,7 +64,7 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     """The guest's own figures (PROTOCOL.md, stats), to be believed as far as the guest is; empty while paused."""
 
 
-class Machine(Freezable, Programmed):
+class Machine(Freezable, Programmed, Movable):
     """One machine of a home. Got from VMM.create, run, get and list. Thread-safe, and usable after a fork."""
 
     def __init__(self, context: Context, row: Row) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import builtins
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
@@ -33,6 +33,8 @@ from trivisor.vmm.engines.gvisor.engine import GvisorEngine
 from trivisor.vmm.engines.vm.engine import VmEngine
 from trivisor.vmm.keywords import Keywords, RunKeywords
 from trivisor.vmm.machine import Machine
+from trivisor.vmm.migration import target, transport
+from trivisor.vmm.migration.transport import Access, Tls
 from trivisor.vmm.records import Records, Row
 from trivisor.vmm.snapshots import begun, verbs
 from trivisor.vmm.snapshots.service import Snapshots
@@ -186,6 +188,31 @@ class VMM:
         if rows:
             raise NotFound(f"{key!r} could be {', '.join(row.name for row in rows)}", machine=key, hint="give more of the id, or the name")
         raise NotFound(f"there is no machine {key!r}", machine=key, hint="`trivisor ps -a` lists those there are")
+
+    def receive(
+        self,
+        address: str,
+        *,
+        tls: Tls | None = None,
+        token: str | None = None,
+        plain: bool = False,
+        name: str | None = None,
+        ports: dict[int, int] | None = None,
+        timeout: float | None = None,
+        listening: Callable[[str], object] = lambda _: None,
+        progress: Progress = lambda _: None,
+    ) -> Machine:
+        """Wait at `address` (host:port, or unix:/path) for one machine that is moved here (Machine.migrate), and return it running.
+
+        Over TCP both sides show certificates (`tls`) or know a `token`; `plain` is neither. `listening` is told where it is waited, also
+        for port 0. It keeps its id, and its name unless another is given; `ports` replaces those that it publishes. `timeout`: seconds to
+        be called in. Raises InvalidSpec, MigrationError, AlreadyExists, HostLacks, OverBudget, StorageError, EngineError, GuestError:
+        nothing is left here then, and the machine goes on where it was.
+        """
+        access = Access(tls, token, plain)
+        at = transport.address(address, access)
+        row = target.receive(self._context, at, access, name=name, ports=ports, timeout=timeout, listening=listening, progress=progress)
+        return Machine(self._context, row)
 
     def list(self, *, labels: Mapping[str, str] | None = None) -> builtins.list[Machine]:
         """Return the machines in all states, the oldest first; with `labels` those that have them all."""

@@ -27,17 +27,21 @@ from trivisor.launch import keeper
 from trivisor.launch.net import networks
 from trivisor.vmm import fired, limits, locks, plugged
 from trivisor.vmm.context import Context, pin_owner
+from trivisor.vmm.migration.mover import Mover
 from trivisor.vmm.records import Row
 from trivisor.vmm.removal import remove_tree
 from trivisor.vmm.snapshots import keeping
 from trivisor.vos.devices import endpoint
 
 LIVE = (State.RUNNING, State.PAUSED)
-MAKING = ("create", "clone")
+MAKING = ("create", "clone", "receive")
 """Operations before whose end there is no machine."""
 STARTING = ("start", "resume", "restore")
 STILL = ("commit",)
 """Operations for which a running machine stands still, to run on after them."""
+MOVING = ("migrate", "handover", "arrive")
+"""Of a migration: until the machine is given up, until the target said that it runs, and there, since it may run."""
+GIVEN_UP = "it was given up to another home, which did not say that it runs there"
 _PANIC = b"Kernel panic"
 _OOM = "out of memory"
 """Also the keeper's word for it."""
@@ -196,7 +200,7 @@ def _recover(context: Context, row: Row) -> Row | None:
         # The record of a start is its last step, so whatever runs now was never reported as running.
         end(context, row)
     elif keeper.alive(folder):
-        state = _run_on(context, row, standing(context, row))
+        state = _moved(context, row) if row.operation in MOVING else _run_on(context, row, standing(context, row))
         ice = ""
     elif row.operation == "suspend" and row.ice and row.boot_id == process.boot_id() and keeping.settle(context, row.ice):
         # Its end was the last step of its freezing: whoever was to write that down died.
@@ -204,7 +208,8 @@ def _recover(context: Context, row: Row) -> Row | None:
         state = State.SUSPENDED
     granted = row.granted if state is State.RUNNING else 0
     said = ("swept", f"{row.operation} was cut short")
-    done = _put_right(context, row, said, state=state, operation="", operator=None, granted=granted, ice=ice)
+    reason = GIVEN_UP if row.operation == "handover" and state is State.PAUSED else row.reason
+    done = _put_right(context, row, said, state=state, reason=reason, operation="", operator=None, granted=granted, ice=ice)
     if ice != row.ice:
         keeping.release(context, {row.ice})
     return done
@@ -216,6 +221,17 @@ def _run_on(context: Context, row: Row, state: State) -> State:
         return state
     with contextlib.suppress(HostError):
         context.engine(row.spec.wall, row.name).resume(context.box(row))
+    return standing(context, row)
+
+
+def _moved(context: Context, row: Row) -> State:
+    """Have a machine run here if nobody else can be told to run it; return its state."""
+    engine = context.engine(row.spec.wall, row.name)
+    with contextlib.suppress(HostError):
+        if row.operation == "arrive":
+            engine.resume(context.box(row))
+        elif row.operation == "migrate" and isinstance(engine, Mover):
+            engine.departure(context.box(row)).abandon()
     return standing(context, row)
 
 

@@ -58,7 +58,7 @@ def _members(context: Context) -> dict[str, set[str]]:
     """Return the machines that run or start on each named network that a machine has."""
     found: dict[str, set[str]] = {}
     for row in context.records.rows():
-        live = row.state in reconcile.LIVE or row.operation in (*reconcile.STARTING, "clone")
+        live = row.state in reconcile.LIVE or row.operation in (*reconcile.STARTING, "clone", "receive")
         for network in (row.spec.network, *(link.network for link in plugged.links(context.folder(row).root))):
             found.setdefault(network, set()).update({row.name} if live else ())
     return found

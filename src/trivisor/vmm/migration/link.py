@@ -41,6 +41,10 @@ _FLUSH = 10.0
 _SLICE = 0.1
 
 
+class Refused(MigrationError):
+    """The other side said that it is over: nothing of the machine runs there."""
+
+
 class _Channel:
     """The bytes of one channel on their way to its socket, and whether either side has ended."""
 
@@ -306,5 +310,5 @@ class Link:
 def refused(message: Message) -> MigrationError:
     """Return the error for a message that is not the one that was waited for."""
     if isinstance(message, Failed):
-        return MigrationError(f"the other side says: {message.why}", hint=message.hint)
+        return Refused(f"the other side says: {message.why}", hint=message.hint)
     return MigrationError(f"the other side says {type(message).__name__} where that means nothing", hint="is it the same version?")

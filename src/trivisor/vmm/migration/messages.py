@@ -43,8 +43,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     machine: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{12}$")]
     spec: dict[str, Any]
     image: Name
-    """What the image is called there, and its digest."""
-    digest: Name
+    """What the image is called there."""
+    digest: Annotated[str, msgspec.Meta(pattern="^sha256:[0-9a-f]{64}$")]
     hardware: Hardware
     ttl: Annotated[float, msgspec.Meta(gt=0, lt=1e9)] | None
     """Seconds that it may still run."""

@@ -49,6 +49,14 @@ class Precopy(Protocol):
 class Departure(Protocol):
     """A running machine on its way out (engines/vm/streams.py)."""
 
+    def live(self) -> bool:
+        """Whether it may run while its memory is sent."""
+        ...
+
+    def halt(self) -> None:
+        """Have it stand still."""
+        ...
+
     def mirror(self, nbd: int) -> None: ...
 
     def mirrored(self) -> tuple[int, int, bool]: ...

@@ -7,6 +7,9 @@ disk    the source mirrors its writable layer into an NBD export of the target's
 memory  QEMU's precopy migration: all of it, then what was written since, until the rest is sent in the time that the guest may stand
         still. There the source stops before it gives its devices away (pause-before-switchover): the mirror is ended first.
 
+Before 9.0, QEMU's translator (TCG) loses track of what a guest writes while its memory is sent: what arrives is damaged, now and then.
+There the guest stands still for all of that (`live`).
+
 Every call connects anew, since QEMU has one client at a time and others ask it things meanwhile. What went wrong ends in `abandon`: the
 source runs on as if nothing had been.
 """
@@ -22,6 +25,7 @@ from typing import Any
 
 from trivisor.core.errors import EngineError
 from trivisor.vmm.engine import Box
+from trivisor.vmm.engines.vm import frozen
 from trivisor.vmm.engines.vm.qmp import Qmp
 
 _NODE, _AWAY, _EXPORT = "upper", "away", "upper"
@@ -29,6 +33,7 @@ _OPEN = 20.0
 """Seconds for the two QEMUs to agree about the disk, in which the source's guest may stand still."""
 _END = 10.0
 _UNBOUND = 1 << 40
+_TRACKS = 9
 _CAPABILITIES = {"pause-before-switchover": True, "events": True}
 _STEP = 0.2
 _RUNNING = ("setup", "active", "wait-unplug", "device", "pre-switchover")
@@ -59,6 +64,16 @@ class Source:
 
     def __init__(self, box: Box) -> None:
         self._box = box
+
+    def live(self) -> bool:
+        """Whether it may run while its memory is sent."""
+        known = frozen.life(self._box.dir, self._box.spec.name)
+        return known.shape.accel != "tcg" or int(known.needs.get("qemu", "0").partition(".")[0]) >= _TRACKS
+
+    def halt(self) -> None:
+        """Have it stand still. Raises EngineError."""
+        with self._qmp() as qmp:
+            qmp.ask("stop")
 
     def mirror(self, nbd: int) -> None:
         """Begin to copy the disk to the export behind the connected socket `nbd`. Raises EngineError."""
