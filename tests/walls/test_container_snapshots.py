@@ -85,3 +85,30 @@ def test_what_the_wall_cannot(parent: Machine) -> None:
             call()
         assert {"vm", "gvisor"} & {*caught.value.walls}
     assert parent.state is State.RUNNING
+
+
+def test_what_lies_between(vmm: VMM, parent: Machine) -> None:
+    parent.restore("made")
+    parent.exec("cd /var/lib/made; echo more >> two; rm pipe; echo x > /root/new; rm /etc/debian_version; chmod 700 /srv", check=True)
+    parent.snapshot("changed")
+    found = vmm.snapshots.diff("parent@made", "parent@changed")
+    said = {change.path: (change.how, change.kind, change.before, change.after) for change in found.files}
+    assert said["var/lib/made/two"] == ("changed", "f", 4, 9)  # and of what lies in the image, or in what it was made from, no hard link
+    assert said["root/new"] == ("added", "f", None, 2)
+    assert said["var/lib/made/pipe"] == ("removed", "p", 0, None)
+    assert (said["etc/debian_version"][0], said["etc/debian_version"][3]) == ("removed", None)
+    assert said["srv"][:2] == ("changed", "d")
+    assert len(said) == 5 and found.pages is None, said
+    back = vmm.snapshots.diff("parent@changed", "parent@made")
+    assert {change.how for change in back.files if change.path == "root/new"} == {"removed"}
+    assert vmm.snapshots.diff("parent@made", "parent@made").files == ()
+
+
+def test_a_commit_of_what_was_forked(vmm: VMM, parent: Machine) -> None:
+    (child,) = parent.fork()
+    child.exec("echo child > /var/lib/child", check=True)
+    image = child.commit("forked")
+    child.delete(force=True)
+    with vmm.run(image.name, wall="container") as machine:
+        assert machine.exec("cat /var/lib/child /etc/apt/new; ls /etc/issue 2>/dev/null").text == "child\nnew\n"
+    vmm.images.remove(image.name)

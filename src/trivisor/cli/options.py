@@ -95,6 +95,7 @@ MACHINE = _Named("machine", lambda vmm: [machine.name for machine in vmm.list()]
 IMAGE = _Named("image", lambda vmm: [image.name for image in vmm.images.list()])
 EITHER = _Named("name", lambda vmm: [*(one.name for one in vmm.list()), *(one.name for one in vmm.images.list())])
 DISK = _Named("disk", lambda vmm: [disk.name for disk in vmm.disks.list()])
+SNAPSHOT = _Named("snapshot", lambda vmm: [one.ref for one in vmm.snapshots.list()])
 VOLUME = _Named("volume", lambda vmm: [volume.name for volume in vmm.volumes.list()])
 
 machine_argument = click.argument("machine", type=MACHINE)

@@ -21,6 +21,10 @@ def _life(name: str, line: str) -> Verb:
     return Verb("trivisor.cli.verbs.life", name, line)
 
 
+def _freeze(name: str, line: str) -> Verb:
+    return Verb("trivisor.cli.verbs.freeze", name, line)
+
+
 def _image(name: str, line: str) -> Verb:
     return Verb("trivisor.cli.verbs.images", name, line)
 
@@ -30,9 +34,14 @@ VERBS: dict[str, Verb] = {
     "create": _own("create", "Make a machine, without starting it."),
     "start": _life("start", "Start machines."),
     "pause": _life("pause", "Freeze running machines."),
-    "resume": _life("resume", "Let paused machines go on."),
+    "resume": _life("resume", "Let paused and suspended machines go on."),
     "stop": _life("stop", "Power machines off."),
     "delete": _life("delete", "Delete machines and their disks."),
+    "snapshot": _freeze("snapshot", "Freeze a machine under a name. It goes on."),
+    "restore": _freeze("restore", "Have a machine be what it was at a snapshot."),
+    "fork": _freeze("fork", "Make running copies of a running machine."),
+    "suspend": _freeze("suspend", "Put machines away: memory on the disk, no process left; resume goes on."),
+    "snapshots": _own("snapshots", "List snapshots, and all that is done with them."),
     "ps": _own("ps", "List machines."),
     "exec": _own("exec", "Run a command in a running machine."),
     "trace": _own("trace", "Run a command in a running machine and print its system calls."),
@@ -44,6 +53,8 @@ VERBS: dict[str, Verb] = {
     "events": _own("events", "Print what happened to machines."),
     "forward": _own("forward", "Forward a port of this host to a port in a machine."),
     "modify": _own("modify", "Change a machine's memory, processors and disk, while it runs where that can be."),
+    "migrate": Verb("trivisor.cli.verbs.migrate", "migrate", "Move a running machine to another home, where `trivisor receive` waits."),
+    "receive": Verb("trivisor.cli.verbs.migrate", "receive", "Wait for one machine that `trivisor migrate` moves here, and print its name."),
     "wait": _own("wait", "Wait until machines no longer run; print their exit status."),
     "build": _own("build", "Build an image from a Containerfile."),
     "images": _own("images", "List images, and all that is done with them."),

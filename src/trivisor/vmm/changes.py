@@ -26,6 +26,7 @@ from trivisor.images.written import Received
 from trivisor.launch import ids, loop
 from trivisor.vmm import layers
 from trivisor.vmm.engine import Box
+from trivisor.vmm.engines.container import freezing
 
 FURNISHED = ("etc/hosts", "etc/hostname", "etc/resolv.conf", "etc/machine-id", ".trivisor")
 """What the machine is given at its start, and is none of its image's."""
@@ -41,6 +42,19 @@ class Reader(Protocol):
     def written(self, box: Box, into: BinaryIO) -> None: ...
 
 
+def pack_folder(
+    folder: Path, lowers: Sequence[Path], target: Path, *, without: Sequence[str] = (), latest: int | None = None
+) -> PackedLayer:
+    """Write the layer that a folder, as overlayfs leaves it with the ids that a machine sees, is over `lowers`. Raises as `pack` does."""
+    left_out = [*FURNISHED, *without]
+    if os.geteuid() == 0:
+        return upper.pack(folder, lowers, target, without=left_out, latest=latest)
+    request = target.with_suffix(".request")
+    _ask(request, Request(str(folder), [str(lower) for lower in lowers], str(target), None, None, left_out, latest))
+    ids.run_as_root([sys.executable, "-m", "trivisor.images.upper", str(request)], _TIMEOUT)
+    return PackedLayer(target, *msgspec.json.decode(request.with_suffix(".answer").read_bytes(), type=tuple[str, str, int]))
+
+
 def pack(box: Box, target: Path, *, without: tuple[str, ...] = (), latest: int | None = None) -> PackedLayer:
     """Write the layer to the new file `target`. Raises InvalidSpec, ImageError, StorageError, EngineError, HostLacks."""
     _check(box)
@@ -50,6 +64,12 @@ def pack(box: Box, target: Path, *, without: tuple[str, ...] = (), latest: int |
     own = shape.ids(box.slot)
     lowers = list(box.lowers)
     left_out = [*FURNISHED, *without]
+    if layers.below(box) is not None:
+        # What it was made from is its own as well.
+        work = target.with_suffix(".whole")
+        work.mkdir()
+        freezing.whole(box, shape, work)
+        return pack_folder(work / freezing.LAYER, lowers, target, without=without, latest=latest)
     if shape.kind in ("own", "same") and not layers.sized(box.spec):
         return upper.pack(place.upper / "upper", lowers, target, users=own.users, groups=own.groups, without=left_out, latest=latest)
     request, names = target.with_suffix(".request"), [str(lower) for lower in lowers]

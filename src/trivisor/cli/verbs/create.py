@@ -6,16 +6,17 @@ from typing import Any
 
 import click
 
-from trivisor.cli.options import IMAGE, open_vmm, spec_options, verb, wishes
+from trivisor.cli.options import IMAGE, SNAPSHOT, open_vmm, spec_options, verb, wishes
 
 
 @verb("create")
 @spec_options
-@click.argument("image", type=IMAGE)
-def command(image: str, **options: Any) -> None:
+@click.option("--snapshot", type=SNAPSHOT, metavar="MACHINE@NAME", help="Instead of an image: it begins where that stands.")
+@click.argument("image", type=IMAGE, required=False, default="")
+def command(image: str, snapshot: str | None, **options: Any) -> None:
     """Make a machine, without starting it.
 
     Its id is printed; its name, where none was given, is in `trivisor ps -a`.
     """
-    machine = open_vmm().create(image, **wishes(options))
+    machine = open_vmm().create(image, snapshot=snapshot, **wishes(options))
     click.echo(machine.id)

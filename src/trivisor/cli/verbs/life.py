@@ -28,7 +28,7 @@ def pause(machines: Sequence[str]) -> None:
 @verb("resume")
 @machines_argument
 def resume(machines: Sequence[str]) -> None:
-    """Let paused machines go on."""
+    """Let paused and suspended machines go on."""
     each(machines, lambda machine: machine.resume())
 
 

@@ -46,7 +46,7 @@ def create(context: Context, ref: str, name: str | None, wall: str, wishes: Mapp
 
 def _spec(kept: Kept, name: str, wishes: Mapping[str, Any]) -> Spec:
     """Return what the machine is asked to be. Raises InvalidSpec for what the snapshot has decided."""
-    given = {key: value for key, value in wishes.items() if value is not None}
+    given = {key: value for key, value in wishes.items() if value is not None and value != ()}
     able = ALWAYS if kept.about.memory else (*ALWAYS, *WITHOUT_MEMORY)
     if fixed := sorted(given.keys() - {*able}):
         raise InvalidSpec(f"{', '.join(fixed)} is as the snapshot {kept.ref} has it", hint=f"what can be changed is {', '.join(able)}")

@@ -58,6 +58,8 @@ class Pack(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
+    """All files of a folder, and the packs that their bytes are in."""
+
     format: int
     packs: list[Pack]
     entries: list[Entry]

@@ -10,7 +10,8 @@ from typing import Any
 
 from trivisor.core.units import parse_duration, parse_size
 from trivisor.vmm.context import Context
-from trivisor.vmm.snapshots import carry, keeping, model, table, upkeep, verbs
+from trivisor.vmm.snapshots import carry, diff, keeping, model, table, upkeep, verbs
+from trivisor.vmm.snapshots.diff import Difference
 from trivisor.vmm.snapshots.model import Kept, Kind, Snapshot
 from trivisor.vmm.snapshots.tree import Branch, seen, tree
 from trivisor.vmm.snapshots.upkeep import Pruned, Total
@@ -63,6 +64,14 @@ class Snapshots:
     def tree(self) -> builtins.list[Branch]:
         """Return the snapshots that came after no other, each with those that came after it and the machines that stand there."""
         return [*tree(self._context)]
+
+    def diff(self, first: str, second: str) -> Difference:
+        """Say which files the second has, lacks, or has otherwise, with their sizes, and how many pages of memory are not the same.
+
+        Takes about as long as a commit of both machines. Raises NotFound, InvalidSpec unless both are of one image and wall,
+        UnsupportedByWall, StorageError, ImageError, EngineError, GuestError, HostLacks.
+        """
+        return diff.diff(self._context, verbs.named(self._context, first), verbs.named(self._context, second))
 
     def du(self) -> Total:
         """Weigh them: what each has alone, what it shares. Raises StorageError."""

@@ -52,19 +52,32 @@ def freeze(box: Box, into: Path, *, memory: bool, lasting: bool) -> Frozen:
         with _still(box) as stood:
             frozen_layers.keep(box, shape, into, lasting=lasting)
         return Frozen({"layer": _form(box)}, stood[0])
+    with _still(box) as stood:
+        below, place = _take(box, shape, into)
+    if below is not None:
+        merge(below, place, into / LAYER)
+    if lasting:
+        _settle(into)
+    return Frozen({"layer": "files", "ids": "inside" if shape.ids(0).mapped or os.geteuid() == 0 else shape.kind}, stood[0])
+
+
+def whole(box: Box, shape: Shape, into: Path) -> None:
+    """Make `layer` in the folder `into` of a machine that stands still."""
+    below, place = _take(box, shape, into)
+    if below is not None:
+        merge(below, place, into / LAYER)
+
+
+def _take(box: Box, shape: Shape, into: Path) -> tuple[Path | None, Path]:
+    """Copy the machine's own layer into the folder `into`; return what it lies over, and the copy."""
     below = layers.below(box)
     place = into / (LAYER if below is None else _TOP)
     try:
         place.mkdir(mode=0o755)
     except OSError as error:
         raise StorageError(f"{place} cannot be made: {error.strerror}", machine=box.spec.name, hint="free space under the home") from error
-    with _still(box) as stood:
-        _copy(box, shape, box.dir.root / "layers" / "root" / "upper", place)
-    if below is not None:
-        merge(below, place, into / LAYER)
-    if lasting:
-        _settle(into)
-    return Frozen({"layer": "files", "ids": "inside" if shape.ids(0).mapped or os.geteuid() == 0 else shape.kind}, stood[0])
+    _copy(box, shape, box.dir.root / "layers" / "root" / "upper", place)
+    return below, place
 
 
 def fits(box: Box, needs: Mapping[str, str]) -> None:
