@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from machine_home import TestHome
 
-from trivisor.cli import main, options
+from trivisor.cli import late, main, options
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Cli:
         self.home = home
         self._capture = capture
         patch.setattr(options.Settings, "vmm", lambda _settings: home.open())
+        patch.setattr(late, "opened", home.open)
 
     def __call__(self, *words: str, stdin: bytes = b"") -> Done:
         self._capture.readouterr()

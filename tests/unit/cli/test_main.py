@@ -129,7 +129,7 @@ def test_a_home_that_is_a_file(tmp_path: object) -> None:
 
 def test_storage_error_reaches_the_user(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     broken(monkeypatch, StorageError("the disk is full", hint="make room"))
-    assert main.run(["images"]) == 125
+    assert main.run(["ps"]) == 125
     assert "hint: make room" in capsys.readouterr().err
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from trivisor.cli import render
+from trivisor.cli import late, render
 from trivisor.cli.bars import Bars
-from trivisor.cli.options import IMAGE, json_option, open_vmm, verb
+from trivisor.cli.options import IMAGE, json_option, verb
 
 if TYPE_CHECKING:
     from trivisor.images.catalog import Image, Images
@@ -64,7 +64,7 @@ def import_(source: Path, name: str, platform: str | None, quiet: bool, as_json:
     With - it is read from standard input.
     """
     wanted = _parsed(platform)
-    images = open_vmm().images
+    images = late.opened().images
     with render.Steps(quiet=quiet) as steps, _source(images, source) as file:
         image = images.import_(file, name, platform=wanted, progress=steps)
     if as_json:
@@ -82,7 +82,7 @@ def import_(source: Path, name: str, platform: str | None, quiet: bool, as_json:
 def load(source: Path | None, base: str, platform: str | None, quiet: bool, as_json: bool) -> None:
     """Take all images of an archive or OCI layout, by the names that they have there."""
     wanted = _parsed(platform)
-    images = open_vmm().images
+    images = late.opened().images
     with render.Steps(quiet=quiet) as steps, _source(images, source) as file:
         found = images.load(file, base=base, platform=wanted, progress=steps)
     if as_json:
@@ -100,7 +100,7 @@ def save(names: Sequence[str], output: Path | None, quiet: bool) -> None:
     """Write images into one archive, for load and for `docker load`."""
     if output is None and sys.stdout.isatty():
         raise click.UsageError("an archive is nothing for a terminal: use -o FILE", click.get_current_context(silent=True))
-    images = open_vmm().images
+    images = late.opened().images
     with Bars("reading images", quiet=quiet or output is None) as bars:
         images.save(names, sys.stdout.buffer if output is None else output, report=bars)
     sys.stdout.buffer.flush()
@@ -119,7 +119,7 @@ def export(image: str, target: Path, tag: str, form: str | None, oci: bool, quie
 
     TARGET is a folder: a new one, or a layout that the image is added to; or a tar.
     """
-    images = open_vmm().images
+    images = late.opened().images
     with Bars("reading the image", quiet=quiet) as bars:
         digest = images.export(image, target, tag=tag, archive=None if form is None else form == "tar", oci=oci, report=bars)
     if as_json:

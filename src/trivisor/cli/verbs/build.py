@@ -12,8 +12,8 @@ from pathlib import Path
 
 import click
 
-from trivisor.cli import render
-from trivisor.cli.options import json_option, open_vmm, verb
+from trivisor.cli import late, render
+from trivisor.cli.options import json_option, verb
 from trivisor.core.errors import BuildFailed
 from trivisor.images.model import Platform
 from trivisor.images.registry.access import Access
@@ -158,7 +158,7 @@ def command(
             context = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trivisor-build-")))
             (context / "Containerfile").write_bytes(sys.stdin.buffer.read())
         try:
-            image = build(open_vmm(), context, tags, file=file, options=options)
+            image = build(late.opened(), context, tags, file=file, options=options)
         except BuildFailed as error:
             if quiet:
                 click.echo(render.safe(error.output.decode(errors="replace")), err=True)

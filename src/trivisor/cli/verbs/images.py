@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 
 import click
 
-from trivisor.cli import render
+from trivisor.cli import late, render
 from trivisor.cli.groups import group
 from trivisor.cli.options import IMAGE, json_option, open_vmm, pairs, verb
 from trivisor.cli.verbs import archives, registry
@@ -17,7 +17,7 @@ from trivisor.core.units import format_size, parse_duration
 
 
 def _list(as_json: bool) -> None:
-    images = open_vmm().images.list()
+    images = late.opened().images.list()
     if as_json:
         shown = ("name", "digest", "size", "created", "source", "config")
         render.emit([{**{key: getattr(image, key) for key in shown}, "platform": str(image.platform)} for image in images])
@@ -47,7 +47,7 @@ def ls(as_json: bool) -> None:
 def bootstrap(name: str, suite: str, packages: Sequence[str]) -> None:
     """Make an image of Debian, from its package archive."""
     with render.Steps() as steps:
-        image = open_vmm().images.bootstrap(name, suite, packages, progress=steps)
+        image = late.opened().images.bootstrap(name, suite, packages, progress=steps)
     click.echo(image.digest)
 
 
@@ -56,14 +56,14 @@ def bootstrap(name: str, suite: str, packages: Sequence[str]) -> None:
 @click.argument("name")
 def tag(image: str, name: str) -> None:
     """Give an image another name as well."""
-    click.echo(open_vmm().images.tag(image, name).name)
+    click.echo(late.opened().images.tag(image, name).name)
 
 
 _force = click.option("-f", "--force", is_flag=True, help="All names of an ID, and the last even if a machine has the image.")
 
 
 def _remove(names: Sequence[str], force: bool) -> None:
-    images = open_vmm().images
+    images = late.opened().images
     for name in names:
         try:
             images.remove(name, force=force)
@@ -96,7 +96,7 @@ def remove(names: Sequence[str], force: bool) -> None:
 @click.argument("names", nargs=-1, required=True, type=IMAGE, metavar="IMAGE...")
 def inspect(names: Sequence[str], as_json: bool) -> None:  # noqa: ARG001 - it is JSON either way; the option is there for scripts
     """Print all that is known of images, as JSON."""
-    images = open_vmm().images
+    images = late.opened().images
     render.emit([images.inspect(name) for name in names])
 
 
@@ -106,7 +106,7 @@ def inspect(names: Sequence[str], as_json: bool) -> None:  # noqa: ARG001 - it i
 @json_option
 def history(image: str, no_trunc: bool, as_json: bool) -> None:
     """Print how an image came about, the latest step first."""
-    images = open_vmm().images
+    images = late.opened().images
     steps, sizes = images.history(image), [layer.size for layer in images.layers(images.get(image).digest)]
     left = iter(sizes)
     told = [
@@ -211,7 +211,7 @@ def check(as_json: bool) -> int:
     """Read every blob again, and print what is damaged."""
     with render.Steps() as steps:
         steps("reading every blob")
-        damaged = open_vmm().images.check()
+        damaged = late.opened().images.check()
     if as_json:
         render.emit(damaged)
     else:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from trivisor.cli import render
+from trivisor.cli import late, render
 from trivisor.cli.bars import Bars
-from trivisor.cli.options import IMAGE, json_option, open_vmm, verb
+from trivisor.cli.options import IMAGE, json_option, verb
 
 if TYPE_CHECKING:
     from trivisor.images.registry.credentials import Credentials
@@ -66,7 +66,7 @@ def pull(name: str, platform: str | None, insecure: bool, username: str | None, 
     wanted = Platform.parse(platform) if platform else None
     registry = Reference.parse(name).registry
     login = credentials(username, password_stdin)
-    images = open_vmm().images
+    images = late.opened().images
     with Bars(f"asking {registry} for {name}", quiet=quiet) as bars:
         image = images.pull(name, platform=wanted, credentials=login, insecure=insecure, report=bars)
     if as_json:
@@ -88,7 +88,7 @@ def push(image: str, target: str | None, insecure: bool, username: str | None, p
     """
     from trivisor.images.reference import Reference
 
-    images = open_vmm().images
+    images = late.opened().images
     to = Reference.parse(target or images.get(image).name)
     login = credentials(username, password_stdin)
     with Bars(f"asking {to.registry}", quiet=quiet) as bars:

@@ -19,11 +19,11 @@ from trivisor.images.view import FolderView
 from trivisor.store.workspace import Workspace
 from trivisor.va.build import ignore
 from trivisor.va.build.cache import Cache
+from trivisor.va.build.needs import Maker
 from trivisor.va.build.options import Options
 from trivisor.va.build.parse import MAX_SIZE, Containerfile, parse
 from trivisor.va.build.recipe import Recipe, Stage, recipe
 from trivisor.va.build.stage import Building, Built, StageBuilder
-from trivisor.vmm.manager import VMM
 
 NAMES = ("Containerfile", "Dockerfile")
 WALLS = ("vm", "gvisor", "container")
@@ -33,7 +33,7 @@ _STAGES = 4
 
 
 def build(
-    vmm: VMM, context: Path | str, tags: Sequence[str] = (), *, file: Path | str | None = None, options: Options | None = None
+    vmm: Maker, context: Path | str, tags: Sequence[str] = (), *, file: Path | str | None = None, options: Options | None = None
 ) -> Image:
     """Build the image that the Containerfile in the folder `context`, or `file`, describes; it is called by each of `tags` then.
 
@@ -61,7 +61,7 @@ def build(
         return _finish(vmm, built, tags, chosen, work, place)
 
 
-def _finish(vmm: VMM, built: Built, tags: Sequence[str], options: Options, work: Workspace, place: Path) -> Image:
+def _finish(vmm: Maker, built: Built, tags: Sequence[str], options: Options, work: Workspace, place: Path) -> Image:
     if options.labels:
         built.run = msgspec.structs.replace(built.run, labels={**(built.run.labels or {}), **options.labels})
     latest = options.latest
@@ -96,7 +96,7 @@ def _stages(building: Building, plan: Recipe, target: Stage) -> Built:
 class _Bases:
     """The images that FROM and --from name: those of the home, else from their registry, each once a build."""
 
-    def __init__(self, vmm: VMM, file: Containerfile, options: Options, work: Workspace) -> None:
+    def __init__(self, vmm: Maker, file: Containerfile, options: Options, work: Workspace) -> None:
         self._vmm = vmm
         self._file = file
         self._options = options

@@ -16,15 +16,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trivisor.core.errors import BuildFailed, CallerError, NotFound
 from trivisor.core.paths import Home
 from trivisor.images.upkeep import Share, weight
 from trivisor.store.faults import translated
 from trivisor.va.build.mounts import Mount, Sharing
+from trivisor.va.build.needs import Maker
 from trivisor.vmm import shares
-from trivisor.vmm.manager import VMM
-from trivisor.vmm.volumes import StoredVolume
+
+if TYPE_CHECKING:
+    from trivisor.vmm.manager import VMM
+    from trivisor.vmm.volumes import StoredVolume
 
 _NAME = re.compile(r"build-[0-9a-f]{24}(-\d+)?")
 PATIENCE = 3600.0
@@ -42,7 +46,7 @@ class Asker:
     timeout: float | None
 
 
-def hold(vmm: VMM, mounts: Sequence[Mount], asker: Asker, stack: ExitStack) -> dict[str, str]:
+def hold(vmm: Maker, mounts: Sequence[Mount], asker: Asker, stack: ExitStack) -> dict[str, str]:
     """Return the volume of each cache, by the mount's id, held until `stack` ends. Raises BuildFailed if it was waited for too long."""
     wanted: dict[str, Mount] = {}
     for mount in mounts:

@@ -15,8 +15,6 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import urllib3
-
 from trivisor.core.errors import RecipeError
 from trivisor.images import view as views
 from trivisor.images.limits import DEFAULT
@@ -32,7 +30,8 @@ if TYPE_CHECKING:
 
 _ADDRESS = re.compile(r"https?://", re.IGNORECASE)
 _GIT = re.compile(r"(git@|git://|https?://.*\.git(#|$))")
-_TIMEOUT = urllib3.Timeout(connect=30.0, read=60.0)
+_CONNECT, _READ = 30.0, 60.0
+"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +125,12 @@ class Sources:
 
 def _download(address: str, target: Path) -> tuple[str, float]:
     """Write what is at an address to a file; return its digest and when it was changed last."""
+    import urllib3  # here, for the reason that `Images.pull` gives
+
     digest, left = hashlib.sha256(), DEFAULT.total
     try:
         with (
-            urllib3.PoolManager(timeout=_TIMEOUT, retries=urllib3.Retry(3, redirect=5)) as pool,
+            urllib3.PoolManager(timeout=urllib3.Timeout(connect=_CONNECT, read=_READ), retries=urllib3.Retry(3, redirect=5)) as pool,
             pool.request("GET", address, preload_content=False) as answer,
             target.open("wb") as file,
         ):

@@ -8,9 +8,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from threading import Lock
+from typing import TYPE_CHECKING
 
 from trivisor.core.errors import TrivisorError
-from trivisor.vmm.machine import Machine
+
+if TYPE_CHECKING:
+    from trivisor.vmm.machine import Machine
 
 
 class Halted(Exception):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trivisor.core.errors import BuildFailed, ExecTimeout, RecipeError
 from trivisor.core.units import parse_size
@@ -21,10 +21,12 @@ from trivisor.images.pack import PackedLayer
 from trivisor.va.build import caches
 from trivisor.va.build.halt import Halt
 from trivisor.va.build.mounts import Mount
+from trivisor.va.build.needs import Maker
 from trivisor.va.build.options import Options
 from trivisor.va.build.state import Run
-from trivisor.vmm.machine import Machine
-from trivisor.vmm.manager import VMM
+
+if TYPE_CHECKING:
+    from trivisor.vmm.machine import Machine
 
 SCRIPT = "/.trivisor-run"
 _TAIL = 4096
@@ -48,7 +50,7 @@ class Lent:
 
 
 def run(
-    vmm: VMM,
+    vmm: Maker,
     image: str,
     step: Run,
     options: Options,
@@ -116,7 +118,7 @@ def _exec(machine: Machine, step: Run, options: Options, file: str, lent: Lent, 
         raise BuildFailed(file, step.line, f"ended with status {done.exit_code}", exit_code=done.exit_code, output=bytes(tail))
 
 
-def _lend(vmm: VMM, step: Run, options: Options, file: str, lend: Callable[[Mount], Path], stack: ExitStack) -> Lent:
+def _lend(vmm: Maker, step: Run, options: Options, file: str, lend: Callable[[Mount], Path], stack: ExitStack) -> Lent:
     lent = Lent()
     asker = caches.Asker(file, step.line, options.timeout)
     kept = caches.hold(vmm, [mount for mount in step.mounts if mount.kind == "cache"], asker, stack)

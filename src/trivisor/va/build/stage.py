@@ -30,12 +30,12 @@ from trivisor.va.build.fetch import Sources
 from trivisor.va.build.halt import Halt
 from trivisor.va.build.ignore import patterns
 from trivisor.va.build.mounts import Mount
+from trivisor.va.build.needs import Maker
 from trivisor.va.build.options import Options
 from trivisor.va.build.parse import Containerfile, Instruction, triggered
 from trivisor.va.build.recipe import SCRATCH, Recipe, Stage
 from trivisor.va.build.run import run
 from trivisor.va.build.state import PROXIES, Copy, Folder, Run, State, Step
-from trivisor.vmm.manager import VMM
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Built:
         """What names its root."""
         return chain_ids([layer.diff_id for layer in self.layers])[-1] if self.layers else ""
 
-    def image(self, vmm: VMM, work: Workspace, name: str = "", source: str = "build", created: float | None = None) -> Image:
+    def image(self, vmm: Maker, work: Workspace, name: str = "", source: str = "build", created: float | None = None) -> Image:
         """Register it as an image. Raises what `Images.add` raises."""
         when = self.created if created is None else created
         return compose.add(
@@ -70,7 +70,7 @@ class Built:
             platform=self.platform,
         )
 
-    def view(self, vmm: VMM, work: Workspace) -> View:
+    def view(self, vmm: Maker, work: Workspace) -> View:
         """Return its root as one can look into it."""
         if not self.layers:
             return nothing(work)
@@ -88,7 +88,7 @@ def nothing(work: Workspace) -> FolderView:
 class Building:
     """What all stages of one build have in common."""
 
-    vmm: VMM
+    vmm: Maker
     file: Containerfile
     recipe: Recipe
     options: Options
