@@ -34,6 +34,7 @@
 #include "root.h"
 #include "spawn.h"
 #include "steps.h"
+#include "stream.h"
 #include "wire.h"
 
 #define PORT_NAME "trivisor.line"
@@ -119,7 +120,7 @@ static void handle(const struct frame *f) {
 static int run(void) {
     bool more = false;
     for (;;) {
-        loop_wait(more || line_pending() ? 0 : power_wait() >= 0 ? power_wait() : dial_wait());
+        loop_wait(more || line_pending() ? 0 : source_wait(power_wait() >= 0 ? power_wait() : dial_wait()));
         struct frame f;
         for (int i = 0; i < FRAMES_A_TURN && line_next(&f); i++)
             handle(&f);

@@ -65,6 +65,7 @@ struct keeper {
     int64_t backoff, synced_at;
     int64_t throttled;                 /* the line is not read before this */
     int64_t budget;                    /* bytes of noise until it is throttled */
+    int64_t output_left, output_at;    /* bytes of its program's output that are none, as of that time */
     uint64_t noise;                    /* the mux's count as of the last look */
     bool engine_ended;
     int engine_status;

@@ -15,6 +15,8 @@ enum {
     BUDGET_FIRST = 1024 * 1024,  /* noise that is read at full speed ... */
     BUDGET = 64 * 1024,          /* ... and then every PAUSE_MS, so that a guest's garbage costs little */
     PAUSE_MS = 10,
+    OUTPUT_RATE = 8192,          /* bytes of its program's output a ms that are no noise: twice what an honest guest sends (stream.c) */
+    OUTPUT_BURST = 1024 * 1024,
     BACKOFF_MS = 10,             /* the first new SYNC after a malformed frame; doubles up to ... */
     BACKOFF_MOST_MS = 1000,
     SETTLED_MS = 10000,          /* ... and is forgotten after this long without one */
@@ -303,6 +305,13 @@ static void on_log(void *context, const uint8_t *data, size_t size) {
 static void on_output(void *context, const uint8_t *data, size_t size) {
     struct keeper *k = context;
     struct logfile *log = &k->program_log;
+    int64_t now = now_ms(), left = k->output_left + (now - k->output_at) * OUTPUT_RATE;
+    k->output_left = left < OUTPUT_BURST ? left : OUTPUT_BURST;
+    k->output_at = now;
+    if (k->output_left > 0)
+        k->output_left -= (int64_t)size;
+    else
+        k->mux.noise += size;
     if (k->init_log.cap && (log->cap || keepfiles_open_log(k, log, "program", k->init_log.cap)))
         keepfiles_log(k, log, data, size);
 }

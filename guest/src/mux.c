@@ -138,11 +138,13 @@ static struct mux_client *by_slot(struct mux *m, uint32_t slot) {
 
 /* One frame of the guest to the keeper itself. False if it is not one that a guest may send. */
 static bool frame_for_us(struct mux *m, const struct frame *f) {
+    if (f->type == F_DATA && f->stream == 0 && f->length > 0 && m->on_output) {
+        m->on_output(m->context, f->payload + 1, f->length - 1);
+        return true;
+    }
     m->noise += FRAME_HEADER + f->length;
     if (f->type == F_LOG)
         m->on_log(m->context, f->payload, f->length);
-    else if (f->type == F_DATA && f->length > 0 && m->on_output)
-        m->on_output(m->context, f->payload + 1, f->length - 1);
     else if (f->type == F_BYE && f->length == 4 && f->stream == 0) {
         m->bye = true;
         m->bye_status = get_u32(f->payload);

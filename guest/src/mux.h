@@ -62,7 +62,7 @@ struct mux {
     uint32_t bye_status;
     void *context;
     void (*on_log)(void *context, const uint8_t *data, size_t size);
-    /* What the machine's program wrote. */
+    /* What the machine's program wrote. It is noise as far as this says so. */
     void (*on_output)(void *context, const uint8_t *data, size_t size);
     /* A KEEPER* frame of a client. False: it is malformed. */
     bool (*on_keeper)(void *context, struct mux_client *c, const struct frame *f);

@@ -7,6 +7,7 @@
 
 #include "keys.h"
 #include "line.h"
+#include "power.h"
 #include "request.h"
 
 enum {
@@ -18,10 +19,15 @@ enum {
     PTY_LAST = 128 * 1024,
     CREDIT_MAX = 1 << 30,
     PUMP_TURNS = 64,
+    LOG_RATE = 4096, /* bytes of the program's output a ms, so that the line is there for others */
+    LOG_BURST = 256 * 1024,
+    LOG_WAIT_MS = 20,
     CONTROL_D = 4,
 };
 
 static struct source *first, *last;
+static int64_t log_left = LOG_BURST, log_at;
+static bool log_waits;
 
 static void enqueue(struct source *s) {
     if (s->queued)
@@ -93,6 +99,22 @@ static bool is_spent(const struct source *s) { return s->of->attached && !is_log
 
 static bool has_room(const struct source *s) { return line_room() && (!is_logged(s) || line_heard()); }
 
+/* A shutdown waits for nothing: what was written is sent. */
+static bool must_wait(const struct source *s) {
+    if (!is_logged(s) || power_wait() >= 0)
+        return false;
+    int64_t now = now_ms(), passed = now - log_at;
+    log_at = now;
+    if (passed > 0)
+        log_left = passed > LOG_BURST / LOG_RATE ? LOG_BURST : log_left + passed * LOG_RATE;
+    if (log_left > LOG_BURST)
+        log_left = LOG_BURST;
+    log_waits |= log_left <= 0;
+    return log_left <= 0;
+}
+
+int source_wait(int other) { return log_waits && (other < 0 || other > LOG_WAIT_MS) ? LOG_WAIT_MS : other; }
+
 /* One read. True if the source may have more. */
 static bool source_read(struct source *s) {
     uint8_t thrown_away[4096];
@@ -117,6 +139,7 @@ static bool source_read(struct source *s) {
     if (sent) {
         line_commit(is_logged(s) ? 0 : s->of->stream, s->channel, (size_t)n);
         s->credit -= is_logged(s) ? 0 : (uint32_t)n;
+        log_left -= is_logged(s) ? n : 0;
     }
     if (s->left >= 0 && (s->left -= n) == 0) {
         source_end(s);
@@ -131,13 +154,14 @@ static bool source_read(struct source *s) {
 bool source_pump(void) {
     bool more = false;
     const struct source *blocked = NULL;
+    log_waits = false;
     for (int turns = 0; first && first != blocked && turns < PUMP_TURNS;) {
         struct source *s = dequeue();
         if (s->watch.fd < 0 || !s->ready || is_spent(s))
             continue;
         if (is_sent(s) && !has_room(s))
             line_flush();
-        if (is_sent(s) && !has_room(s)) {
+        if (must_wait(s) || (is_sent(s) && !has_room(s))) {
             /* Those without a client are still read: they must not stand still with the line. */
             blocked = blocked ? blocked : s;
             enqueue(s);

@@ -17,6 +17,9 @@ void source_last(struct source *s);
 /* Read sources in turn, whole frames, while the line has room. True if it stopped although more may be read. */
 bool source_pump(void);
 
+/* ms until it is to be called again though nothing is new, `other` (-1: never) if that is sooner. */
+int source_wait(int other);
+
 void sink_open(struct sink *s, struct command *of, int fd, bool pty);
 
 /* Data for the command; none is the end of file. False if it is more than was granted. */
