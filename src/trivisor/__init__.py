@@ -34,6 +34,8 @@ if TYPE_CHECKING:
         InvalidState,
         MigrationError,
         NotFound,
+        PoolClosed,
+        PoolEmpty,
         RegistryError,
         StorageError,
         TrivisorError,
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from trivisor.vmm.migration.source import Migration
     from trivisor.vmm.migration.transport import Tls
     from trivisor.vmm.modify import Plan
+    from trivisor.vmm.pool import Pool
     from trivisor.vos.syscalls.call import Call
     from trivisor.vos.syscalls.policy import Policy
 
@@ -79,6 +82,9 @@ __all__ = [
     "OverBudget",
     "Plan",
     "Policy",
+    "Pool",
+    "PoolClosed",
+    "PoolEmpty",
     "RegistryError",
     "Spec",
     "State",
@@ -98,6 +104,7 @@ _ELSEWHERE = {
     "Machine": "vmm.machine",
     "Migration": "vmm.migration.source",
     "Plan": "vmm.modify",
+    "Pool": "vmm.pool",
     "Policy": "vos.syscalls.policy",
     "Spec": "core.spec",
     "State": "core.state",

@@ -7,12 +7,14 @@
     │   ├── NotFound             no such machine, image, file or process
     │   ├── AlreadyExists        the name is taken
     │   ├── Busy                 another operation holds the machine
+    │   ├── PoolClosed           the pool was closed, or is another process's
     │   ├── RecipeError          a Containerfile says what no build can do; the error names the line
     │   └── UnsupportedByWall    this wall cannot; the error names the walls that can
     ├── HostError                the host, or a program on it, failed
     │   ├── EngineError          a program failed: command, exit status, last output
     │   ├── HostLacks            something is not installed or not permitted here
     │   ├── OverBudget           the home's memory budget has no room; the error names who holds what
+    │   ├── PoolEmpty            a pool has no machine to give; the error says why
     │   ├── StorageError         the disk is full, the home is read-only, a file is damaged
     │   ├── RegistryError        a registry, or the way to it, failed: its status
     │   ├── MigrationError       a machine could not be moved; the error says where it is now
@@ -114,6 +116,10 @@ class Busy(CallerError):
         )
 
 
+class PoolClosed(CallerError):
+    """The pool was closed, or is another process's."""
+
+
 class RecipeError(CallerError):
     """The Containerfile `file` says at `line` (from 1) what no build can do."""
 
@@ -174,6 +180,10 @@ class OverBudget(HostError):
         message = f"{wanted >> 20}M do not fit into the home's memory budget of {budget >> 20}M"
         hint = "stop or pause one of them, or raise the budget" if holders else "raise the budget, or ask for less"
         super().__init__(f"{message}: held by {named}{more}" if holders else message, hint=hint)
+
+
+class PoolEmpty(HostError):
+    """A pool has no machine to give: none was made in time, or none can be."""
 
 
 class StorageError(HostError):

@@ -21,6 +21,7 @@ from trivisor.core.spec import HOST_IMAGE, WALLS, Spec, Wall
 from trivisor.images.catalog import Images
 from trivisor.images.disks.catalog import Catalog
 from trivisor.vmm import life, limits, names, reconcile, runconfig, shares
+from trivisor.vmm import pool as pools
 from trivisor.vmm import sweep as sweeping
 from trivisor.vmm.budget import MemoryBudget, possible
 from trivisor.vmm.choice import choose
@@ -35,10 +36,12 @@ from trivisor.vmm.keywords import Keywords, RunKeywords
 from trivisor.vmm.machine import Machine
 from trivisor.vmm.migration import target, transport
 from trivisor.vmm.migration.transport import Access, Tls
+from trivisor.vmm.pool import Pool
 from trivisor.vmm.records import Records, Row
 from trivisor.vmm.snapshots import begun, verbs
 from trivisor.vmm.snapshots.service import Snapshots
 from trivisor.vmm.volumes import Volumes
+from trivisor.vos.processes import Argv
 from trivisor.vos.syscalls.compile import compile_exec
 from trivisor.vos.syscalls.policy import Policy
 
@@ -74,6 +77,7 @@ class VMM:
             disks=Catalog(place),
             engines={engine.wall: engine for engine in chosen},
         )
+        self._pools: set[Pool] = set()
         if memory_budget is not None:
             self.budget.set(memory_budget)
         sweeping.sweep(self._context)
@@ -180,6 +184,37 @@ class VMM:
             raise
         return machine.ephemeral()
 
+    def pool(
+        self,
+        image: str = "",
+        *,
+        size: int = 8,
+        snapshot: str | None = None,
+        warmup: Argv | None = None,
+        warmup_timeout: float = 600.0,
+        wall: str = "auto",
+        **keywords: Unpack[Keywords],
+    ) -> Pool:
+        """Keep `size` machines running, warmed by the command `warmup`, that `take` hands over at once; more are made behind.
+
+        Of an image or a snapshot, with the keywords of `create`. They end with this process; `ports` are published on free ports of the
+        host. Returns before they are there: `wait` returns when they are. Raises what create raises.
+        """
+        pools.check(size, keywords.get("lifetime"))
+
+        def make() -> Machine:
+            given: Keywords = {**keywords, "lifetime": "process"}
+            if given.get("ports"):
+                given["ports"] = pools.elsewhere(given["ports"])
+            return self.create(image, snapshot=snapshot, wall=wall, **given)
+
+        first = make()  # what cannot be made is said now
+        cold = pools.cold(self._context.engine(first.wall), warmup, snapshot)
+        first.delete()
+        pool = Pool(self._context, make, cold=cold, size=size, warmup=warmup, warmup_timeout=warmup_timeout, closed=self._pools.discard)
+        self._pools.add(pool)
+        return pool
+
     def get(self, key: str) -> Machine:
         """Return the machine with that name or id, or whose id alone begins so. Raises NotFound."""
         rows = [row for found in self._context.records.find(key) if (row := reconcile.settle(self._context, found)) is not None]
@@ -249,7 +284,9 @@ class VMM:
         return sweeping.sweep(self._context, deep=True)
 
     def close(self) -> None:
-        """Let go of the home: commands that do not outlive it (spawn's `detach`) are killed, machines go on as they are."""
+        """Let go of the home: pools close, commands that do not outlive it (spawn's `detach`) are killed, machines go on as they are."""
+        for pool in list(self._pools):
+            pool.close()
         self._context.close()
         self._context.images.close()
         self._context.disks.close()
