@@ -65,7 +65,7 @@ WHOLE = """
 ARG V=latest
 FROM mini:$V AS base
 ENV A=a
-RUN echo $A > /one && rm /bin/yes && mkdir -p /deep/er
+RUN echo $A > /one && rm /bin/yes && mkdir -p /deep/er && echo x > /tmp/x
 FROM base AS tool
 WORKDIR /w
 COPY d/ here/
@@ -93,8 +93,8 @@ def test_a_whole_recipe(wall_vmm: VMM, wall: Wall, made: Build) -> None:
     lines = said(wall_vmm, wall, "cat /one /w/y /w/names /etc/conf /both /w/me").splitlines()
     assert lines == ["a", "hello", "here/x", "A is a", "hush", "hello", "1000", "kept", "/none/here/x"]
     # coreutils of Debian 12 and its gVisor do not agree on statx.
-    script = "stat -c '%u:%g %a' /w/here /etc/conf; ls /deep; ls -A /lent /run/secrets 2>/dev/null; test -e /bin/yes || echo gone"
-    assert said(wall_vmm, "container", script) == "1000:2000 755\n0:0 750\ner\ngone\n"
+    script = "stat -c '%u:%g %a' /w/here /etc/conf; ls /deep /tmp/x; ls -A /lent /run/secrets 2>/dev/null; test -e /bin/yes || echo gone"
+    assert said(wall_vmm, "container", script) == "1000:2000 755\n0:0 750\n/tmp/x\n\n/deep:\ner\ngone\n"
     assert made(WHOLE, wall="container", secrets={"key": b"hush\n"}, epoch=1_000_000, use_cache=False).digest == image.digest
 
 

@@ -83,6 +83,9 @@ def _system(shared: int) -> list[dict[str, Any]]:
         {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["nosuid", "nodev", "mode=1777", f"size={shared}"]},
         {"destination": "/run", "type": "tmpfs", "source": "run", "options": ["nosuid", "nodev", "mode=0755", f"size={shared}"]},
         {"destination": INSIDE, "type": "bind", "source": GUEST, "options": ["rbind", "ro"]},
+        # The Sentry lays a tmpfs over an empty /tmp unless something else is said to lie there. It passes over what it does not know, so
+        # /tmp is a folder of the root, as behind the other walls.
+        {"destination": "/tmp", "type": "left-as-it-is", "source": "tmp", "options": []},
     ]
 
 
