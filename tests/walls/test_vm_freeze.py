@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -273,7 +274,7 @@ def test_memory_that_came_while_it_ran_is_refused_until_it_is_started_anew(vmm: 
         child.delete(force=True)
 
 
-def test_what_is_damaged_or_does_not_fit_is_refused_with_the_reason(parent: Machine, folder: Path) -> None:
+def test_what_is_damaged_or_does_not_fit_is_refused_with_the_reason(parent: Machine, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     freeze(parent, folder)
     engine, box, _ = engine_of(parent)
     _, facts = frozen.load(folder, "")
@@ -289,6 +290,19 @@ def test_what_is_damaged_or_does_not_fit_is_refused_with_the_reason(parent: Mach
         with pytest.raises(StorageError, match="damaged"):
             frozen.load(folder, "")
         path.write_bytes(whole)
+    disk, last = folder / "disk.qcow2", frozen.DISK
+    leads = bytearray(disk.read_bytes())
+    leads[8:16] = (4096).to_bytes(8, "big")
+    disk.write_bytes(leads)
+    monkeypatch.setattr(frozen, "digest", lambda path: facts.disk_digest if path.name == last else facts.state_digest)
+    with pytest.raises(StorageError, match="leads to another file"):
+        frozen.load(folder, "")
+    disk.write_bytes(whole)
+    assert facts.shape is not None
+    frozen.agree(box, facts.shape)
+    for change in ({"memory": 1 << 40}, {"cpus": 4000}, {"tap": not facts.shape.tap}, {"upper": False}):
+        with pytest.raises(StorageError, match="not a machine of this spec"):
+            frozen.agree(box, replace(facts.shape, **change))
     os.truncate(folder / "ram", 4096)
     with pytest.raises(StorageError, match="damaged: ram"):
         frozen.load(folder, "")

@@ -20,6 +20,8 @@ from trivisor.vmm.engines.vm import files
 _FORMAT = 2
 _BLOCK = 4096
 _MAGIC = b"QFI\xfb"
+_DATA_ELSEWHERE = 1 << 2
+"""Of a qcow2's features: its data are in another file."""
 
 
 def check() -> None:
@@ -61,6 +63,20 @@ def size(disk: Path) -> int:
     if len(head) < 32 or head[:4] != _MAGIC:
         raise StorageError(f"{disk} is not a disk of a machine", hint="delete the machine")
     return int(struct.unpack_from(">Q", head, 24)[0])
+
+
+def alone(disk: Path) -> bool:
+    """Whether a disk is a qcow2 that is all in its own file: it names none to read from behind it, and none that its data are in."""
+    try:
+        with disk.open("rb") as stream:
+            head = stream.read(80)
+    except OSError as error:
+        raise files.storage(error, "reading the machine's disk") from error
+    if len(head) < 80 or head[:4] != _MAGIC:
+        return False
+    version, behind = struct.unpack_from(">IQ", head, 4)
+    features = struct.unpack_from(">Q", head, 72)[0]
+    return bool(version == 3 and behind == 0 and not features & _DATA_ELSEWHERE)
 
 
 def create(home: Home, size: int, target: Path) -> None:

@@ -222,6 +222,7 @@ class VmEngine:
         if known.shape is None:
             raise StorageError("it was frozen without its memory", machine=box.spec.name, hint="refill a machine with it, and start that")
         self.fits(box, known.needs)
+        frozen.agree(box, known.shape)
         setup, why = self._setup(box.spec, progress, known.shape)
         return self._bring(box, setup, why, undo, lambda given: thawing.thaw(box, given, whole, other=other))
 

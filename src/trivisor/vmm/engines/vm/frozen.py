@@ -25,7 +25,7 @@ from trivisor.core.units import MIB
 from trivisor.launch import tvinit
 from trivisor.launch.net import provide
 from trivisor.vmm.engine import Box
-from trivisor.vmm.engines.vm import argv, files, ice, kit, pending, qemu
+from trivisor.vmm.engines.vm import argv, disks, files, ice, kit, pending, qemu
 from trivisor.vmm.engines.vm.argv import Shape
 from trivisor.vmm.engines.vm.ice import Ice
 from trivisor.vmm.engines.vm.runner import Setup
@@ -34,6 +34,7 @@ _FORMAT = 1
 _LIFE, _FACTS = "life", "frozen.json"
 RAM, STATE, DISK, FRESH = "ram", "state", "disk.qcow2", "fresh"
 _QUICK = 64 * MIB
+_MOST_CPUS, _MOST_ROOM = 255, 1 << 40
 _REMEDY = {
     "qemu": "install that version, or point TRIVISOR_QEMU to it",
     "processor": "run it on such a processor",
@@ -140,6 +141,21 @@ def finish(folder: Path, facts: Facts, *, lasting: bool) -> None:
         files.sync(folder)
 
 
+def agree(box: Box, shape: Shape) -> None:
+    """Raise StorageError for a shape that no machine of this spec can have had: what was frozen may come from anybody."""
+    linked = box.spec.network != "none"
+    tap = linked and not provide.possible()
+    right = (
+        shape.memory // MIB == box.spec.memory // MIB
+        and 1 <= shape.cpus <= shape.cpus + shape.spare_cpus <= _MOST_CPUS
+        and 0 <= shape.room <= _MOST_ROOM
+        and shape.upper == (box.spec.disk != "ram")
+        and (shape.network, shape.tap, shape.shares) == (linked, tap, None)
+    )
+    if not right:
+        raise StorageError("what was frozen is not a machine of this spec", machine=box.spec.name, hint="freeze the machine anew")
+
+
 def load(folder: Path, machine: str) -> tuple[Ice, Facts]:
     """Return a frozen machine that is whole as far as is quick to see, or is still being written (pending.py). Raises StorageError."""
     if (writing := pending.find(folder)) is not None:
@@ -161,7 +177,9 @@ def load(folder: Path, machine: str) -> tuple[Ice, Facts]:
             if found.ram.stat().st_size != found.facts.memory:
                 raise _damaged(folder, machine, "ram")
         if facts.disk_digest and digest(found.disk) != facts.disk_digest:
-            raise _damaged(folder, machine, "disk.qcow2")
+            raise _damaged(folder, machine, DISK)
+        if found.disk.exists() and not disks.alone(found.disk):
+            raise StorageError(f"{found.disk} leads to another file", machine=machine, hint="nothing that was frozen here does: delete it")
     except OSError as error:
         raise _damaged(folder, machine, str(error.filename)) from error
     return found, facts
