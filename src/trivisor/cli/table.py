@@ -54,7 +54,7 @@ VERBS: dict[str, Verb] = {
     "forward": _own("forward", "Forward a port of this host to a port in a machine."),
     "modify": _own("modify", "Change a machine's memory, processors and disk, while it runs where that can be."),
     "migrate": Verb("trivisor.cli.verbs.migrate", "migrate", "Move a running machine to another home, where `trivisor receive` waits."),
-    "receive": Verb("trivisor.cli.verbs.migrate", "receive", "Wait for one machine that `trivisor migrate` moves here, and print its name."),
+    "receive": Verb("trivisor.cli.verbs.migrate", "receive", "Wait for one machine that `trivisor migrate` moves here; print its name."),
     "wait": _own("wait", "Wait until machines no longer run; print their exit status."),
     "build": _own("build", "Build an image from a Containerfile."),
     "images": _own("images", "List images, and all that is done with them."),

@@ -179,7 +179,7 @@ def test_verbs_that_are_illegal_change_nothing(request: pytest.FixtureRequest, s
         "modify": lambda: machine.modify(memory="256M"), "dedupe": machine.memory.dedupe, "commit": machine.commit,
         "attach": lambda: machine.devices.attach(Random()), "detach": lambda: machine.devices.detach("none"),
         "snapshot": lambda: machine.snapshot("none"), "suspend": machine.suspend, "fork": machine.fork,
-        "restore": lambda: machine.restore("none"),
+        "restore": lambda: machine.restore("none"), "migrate": lambda: machine.migrate("unix:/none"),
     }  # fmt: skip
     assert {*verbs, "snapshot with memory"} == LEGAL.keys()
     before = machine.info()
