@@ -10,7 +10,7 @@ import pytest
 from trivisor.core.errors import ImageError, InvalidSpec
 from trivisor.images.image import Image
 from trivisor.images.model import Healthcheck, ImageConfig, RootFs, RunConfig
-from trivisor.vmm import runconfig
+from trivisor.vmm import commit, runconfig
 from trivisor.vmm.health import KEPT, Checked, HealthStatus, judge
 from trivisor.vmm.runconfig import Health, Wanted, stop_signal
 
@@ -120,3 +120,9 @@ def test_judged_as_docker_does() -> None:
     assert len(now.checks) == KEPT and now.since == 100.0
     early = judge(asked, HealthStatus(status="starting", since=100.0), checked(101.0, 0))
     assert judge(replace(asked, retries=1), early, checked(102.0, 1)).status == "unhealthy"  # once well, failures count
+
+
+def test_what_a_commit_may_not_ask_for() -> None:
+    assert commit.changed(RunConfig(), {"stop_signal": "QUIT"}).stop_signal == "QUIT"
+    with pytest.raises(InvalidSpec, match="its stop signal 'NOT'"):
+        commit.changed(RunConfig(), {"stop_signal": "NOT"})

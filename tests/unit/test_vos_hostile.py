@@ -9,6 +9,7 @@ import pytest
 from vos_support import Scripted, scripted, within
 
 from trivisor.core.errors import ExecTimeout, GuestError, GuestGone, GuestProtocolError
+from trivisor.vmm import program
 from trivisor.vos import command as command_module
 from trivisor.vos import guest as guest_verbs
 from trivisor.vos import wire
@@ -206,3 +207,15 @@ def test_a_wrong_pong_and_hostile_stats() -> None:
             guest_verbs.stats(peer.processes)
         with pytest.raises(GuestError, match="more than 64K"):
             guest_verbs.stats(peer.processes)
+
+
+@pytest.mark.parametrize("said", [b"pid\n", b"pid x\n", b"exited 1\n", b"pid 0\n", b"pid 5\nexited -1\n", b"pid 5 6\n", b"pid \xff\n"])
+def test_a_program_that_cannot_be(said: bytes) -> None:
+    def script(peer: Scripted) -> None:
+        stream = peer.run_one()
+        peer.output(stream, said)
+        peer.exited(stream)
+        peer.frame()
+
+    with scripted(script) as peer, within(5), pytest.raises(GuestProtocolError, match="program"):
+        program.ask(peer.processes)

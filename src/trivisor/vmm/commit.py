@@ -115,6 +115,8 @@ def changed(run: RunConfig, wishes: Mapping[str, Any]) -> RunConfig:
         if isinstance(values.get(field), list | tuple):
             values[field] = {str(key): {} for key in values[field]}
     try:
-        return msgspec.convert(msgspec.structs.replace(run, **values), RunConfig, from_attributes=True)
-    except (msgspec.ValidationError, TypeError) as error:
+        made = msgspec.convert(msgspec.structs.replace(run, **values), RunConfig, from_attributes=True)
+        runconfig.read(made)
+        return made
+    except (msgspec.ValidationError, TypeError, runconfig.Refused) as error:
         raise InvalidSpec(f"config: {error}") from None

@@ -33,6 +33,10 @@ _REAL_TIME = re.compile(r"RT(MIN|MAX)(?:([+-])(\d{1,2}))?")
 _PORT = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?(?:/(tcp|udp|sctp))?")
 
 
+class Refused(ValueError):
+    """What an image wants cannot be done, in words that go on from "the config": "its user ... is"."""
+
+
 @dataclass(frozen=True)
 class Health:
     """How a machine of the image is found well or not. Times are seconds."""
@@ -93,8 +97,8 @@ def wanted(images: Images, digest: str) -> Wanted:
 def of(config: ImageConfig, image: str) -> Wanted:
     """Read a config. Raises ImageError for one that no machine can be run by."""
     try:
-        return _read(config.run)
-    except ValueError as error:
+        return read(config.run)
+    except Refused as error:
         hint = "`trivisor inspect` shows it; the image has to be made anew"
         raise ImageError(f"the config of image {image} cannot be followed: {error}", hint=hint) from None
 
@@ -112,13 +116,14 @@ _known: dict[str, Wanted] = {}
 """By digest, which means one config for ever."""
 
 
-def _read(run: RunConfig) -> Wanted:
+def read(run: RunConfig) -> Wanted:
+    """Read how an image wants to be run. Raises Refused, in words, for what cannot be followed."""
     labels = sum(len(key) + len(value) for key, value in (run.labels or {}).items())
     if labels > MAX_TEXT:
-        raise ValueError(f"its labels are {labels} bytes, {MAX_TEXT} are the most")
+        raise Refused(f"its labels are {labels} bytes, {MAX_TEXT} are the most")
     for what, words in (("entrypoint", run.entrypoint), ("cmd", run.cmd)):
         if any("\0" in word for word in words or ()):
-            raise ValueError(f"a word of its {what} holds a NUL")
+            raise Refused(f"a word of its {what} holds a NUL")
     return Wanted(
         entrypoint=tuple(run.entrypoint or ()),
         cmd=tuple(run.cmd or ()),
@@ -133,7 +138,7 @@ def _read(run: RunConfig) -> Wanted:
 
 @lru_cache(maxsize=64)
 def stop_signal(text: str) -> int:
-    """Return the number of a signal: SIGTERM, TERM, 15, RTMIN+3. Raises ValueError."""
+    """Return the number of a signal: SIGTERM, TERM, 15, RTMIN+3. Raises Refused."""
     word = text.upper().removeprefix("SIG")
     if word.isdecimal() and len(word) < 4:
         number = int(word)
@@ -144,32 +149,32 @@ def stop_signal(text: str) -> int:
     else:
         number = next((one.value for one in signal.Signals if one.name == f"SIG{word}"), 0)
     if not 1 <= number <= 64:
-        raise ValueError(f"its stop signal {text[:40]!r} is no signal")
+        raise Refused(f"its stop signal {text[:40]!r} is no signal")
     return number
 
 
 def _user(user: str) -> str:
     if len(user) > MAX_USER or not user.isprintable() or " " in user or user.count(":") > 1 or user.startswith(":"):
-        raise ValueError(f"its user {user[:40]!r} is neither a name nor a number, with or without a group")
+        raise Refused(f"its user {user[:40]!r} is neither a name nor a number, with or without a group")
     return user
 
 
 def _cwd(path: str) -> str:
     if path and not path.startswith("/"):
-        raise ValueError(f"its working folder {path[:80]!r} does not begin with a slash")
+        raise Refused(f"its working folder {path[:80]!r} does not begin with a slash")
     return _path(path, "working folder") if path else ""
 
 
 def _path(path: str, what: str) -> str:
     if "\0" in path or len(path.encode("utf-8", "surrogateescape")) > MAX_PATH:
-        raise ValueError(f"its {what} {path[:80]!r} is no path")
+        raise Refused(f"its {what} {path[:80]!r} is no path")
     return "/" + posixpath.normpath(path).lstrip("/")
 
 
 def _volumes(run: RunConfig) -> list[str]:
     found = sorted({_path("/" + volume, "volume") for volume in run.volumes or ()})
     if len(found) > MAX_PLACES or "/" in found or any(".." in path.split("/") for path in found):
-        raise ValueError(f"it has over {MAX_PLACES} volumes, or one that is its root")
+        raise Refused(f"it has over {MAX_PLACES} volumes, or one that is its root")
     return found
 
 
@@ -179,7 +184,7 @@ def _ports(run: RunConfig) -> list[tuple[int, str]]:
         match = _PORT.fullmatch(text)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if match is None or not 1 <= first <= last <= 65535:
-            raise ValueError(f"its exposed port {text[:40]!r} is no port")
+            raise Refused(f"its exposed port {text[:40]!r} is no port")
         found.update((port, match[3] or "tcp") for port in range(first, last + 1))
     return sorted(found)
 
@@ -190,10 +195,10 @@ def _health(check: Healthcheck, shell: Sequence[str]) -> Health | None:
         return None
     kind, *words = test
     if kind not in ("CMD", "CMD-SHELL") or not words or (kind == "CMD-SHELL" and len(words) > 1) or any("\0" in word for word in words):
-        raise ValueError(f"its health check begins {kind[:40]!r}, or has no command")
+        raise Refused(f"its health check begins {kind[:40]!r}, or has no command")
     times = [getattr(check, name) / _NANO for name in ("interval", "timeout", "start_period", "start_interval")]
     if not all(0 <= time <= LONGEST for time in times) or not 0 <= check.retries <= MAX_RETRIES:
-        raise ValueError(f"a time of its health check is over {LONGEST / 3600:g} hours or under 0, or its retries are over {MAX_RETRIES}")
+        raise Refused(f"a time of its health check is over {LONGEST / 3600:g} hours or under 0, or its retries are over {MAX_RETRIES}")
     interval, timeout, start_period, start_interval = times
     argv = tuple(words) if kind == "CMD" else (*shell, words[0])
     return Health(argv, interval or 30.0, timeout or 30.0, start_period, start_interval or 5.0, check.retries or 3)

@@ -20,6 +20,7 @@ from trivisor.va.build.mounts import Mount
 from trivisor.va.build.parse import Containerfile, Heredoc, Instruction
 from trivisor.va.build.recipe import mounts, pairs
 from trivisor.va.build.words import WordError, expand, split
+from trivisor.vmm import runconfig
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SHELL = ("/bin/sh", "-c")
@@ -112,9 +113,13 @@ class State:
     def read(self, found: Instruction) -> Step | None:
         """Take one instruction; return what it does to files. Raises RecipeError."""
         reader = _READERS[found.name]
+        before = self.config
         try:
-            return reader(self, found)
-        except WordError as error:
+            step = reader(self, found)
+            if self.config is not before:
+                runconfig.read(self.config)
+            return step
+        except (WordError, runconfig.Refused) as error:
             raise self.wrong(found, str(error)) from error
 
     def wrong(self, found: Instruction, message: str, hint: str = "") -> RecipeError:
