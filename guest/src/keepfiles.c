@@ -144,7 +144,9 @@ void keepfiles_write_exit(struct keeper *k) {
     for (size_t i = 0; i < k->log_count; i++)
         if (k->logs[i].file >= 0 && ftruncate(k->logs[i].file, 0) == 0)
             k->logs[i].size = 0;
-    if (k->init_log.file >= 0 && ftruncate(k->init_log.file, 0) == 0)
-        k->init_log.size = 0;
+    struct logfile *rest[] = {&k->init_log, &k->program_log};
+    for (size_t i = 0; i < sizeof rest / sizeof *rest; i++)
+        if (rest[i]->file >= 0 && ftruncate(rest[i]->file, 0) == 0)
+            rest[i]->size = 0;
     write_record(k, "exit", text, (size_t)n);
 }

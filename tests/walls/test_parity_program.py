@@ -16,6 +16,8 @@ from trivisor import VMM, GuestError, Machine
 from trivisor.cli import main
 from trivisor.core.spec import Wall
 from trivisor.images.model import Healthcheck
+from trivisor.vmm import health
+from trivisor.vmm.runconfig import Health
 
 SERVE = """#!/bin/sh
 echo "$0 $* as $(id -u):$(id -g) in $(pwd) with $A"
@@ -134,6 +136,16 @@ def test_a_program_from_its_launch_to_its_stop_and_what_becomes_of_it(wall_vmm: 
     assert "kept" in names and not any(name.startswith("data") for name in names)
     assert made.config.run == wall_vmm.images.get(image).config.run
     wall_vmm.images.remove("wanting-more")
+
+
+def test_a_check_that_takes_too_long_and_users_that_are_none(wanting: Machine) -> None:
+    context, row = wanting._context, wanting._context.row(wanting.id)
+    late = health.check(context, row, Health(("sleep", "60"), timeout=0.2), wanting._processes("exec"))
+    assert late.checks[-1].exit_code is None and "killed after 0.2 s" in late.checks[-1].output
+    with pytest.raises(GuestError, match="nobody-here"):
+        wanting.launch(user="nobody-here")
+    with pytest.raises(GuestError, match=r"/none: No such file or directory$"):
+        wanting.launch(entrypoint="/none")
 
 
 def test_exposed_ports_are_published(wall_vmm: VMM, wall: Wall, image: str) -> None:
