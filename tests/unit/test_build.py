@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -12,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_engine import FakeEngine
@@ -79,7 +81,13 @@ def site() -> Iterator[str]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            body = {"/file?v=1": b"fetched", "/file": b"fetched", "/packed.tar": packed.getvalue(), "/": b"top"}.get(self.path)
+            body = {
+                "/file?v=1": b"fetched",
+                "/file": b"fetched",
+                "/packed.tar": packed.getvalue(),
+                "/": b"top",
+                "/large": bytes(6 << 20),
+            }.get(self.path)
             self.send_response(302 if self.path == "/moved" else 404 if body is None else 200)
             if self.path == "/moved":
                 self.send_header("Location", "/file")
@@ -145,6 +153,21 @@ def test_an_ignore_file_that_cannot_be_read(made: Build, context: Path) -> None:
     (context / ".dockerignore").write_bytes(b"\xff\xfe")
     with pytest.raises(InvalidSpec, match=r"\.dockerignore cannot be read"):
         made("FROM scratch\nCOPY . /")
+
+
+def test_a_file_that_may_not_be_read(made: Build, context: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may read every file, so the kernel's answer is made up."""
+    really = os.open
+
+    def denied(path: str | Path, *rest: Any, **more: Any) -> int:
+        if str(path) == str(context / "b"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return really(path, *rest, **more)
+
+    monkeypatch.setattr(os, "open", denied)
+    with pytest.raises(RecipeError, match=r"Containerfile:2: COPY: b cannot be read: Permission denied") as caught:
+        made("FROM scratch\nCOPY . /")
+    assert "dockerignore" in caught.value.hint
 
 
 def test_where_the_containerfile_is(vmm: VMM, context: Path, tmp_path: Path) -> None:
@@ -229,7 +252,8 @@ def test_prune_and_removal_beside_a_build(vmm: VMM, made: Build) -> None:
     assert len(image.layers) == len(first.layers) == 4
 
 
-def test_a_disk_that_fills(tmp_path: Path, context: Path) -> None:
+@pytest.mark.parametrize("large", ["COPY b /d/", "ADD SITE/large /d/", "COPY <<E /d/\n" + "0123456789" * 90_000 + "\nE"])
+def test_a_disk_that_fills(tmp_path: Path, context: Path, site: str, large: str) -> None:
     """Refused with a hint, nothing left of it, and what was there is whole."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -241,13 +265,18 @@ def test_a_disk_that_fills(tmp_path: Path, context: Path) -> None:
             old = build(vmm, context, ["built"])
             used = sum(vmm.images.store.sizes().values())
             (context / "b").write_bytes(os.urandom(6 << 20))
+            (context / "Containerfile").write_text(f"FROM scratch\n{large.replace('SITE', site)}")
+            filler = disk / "filler"
+            filler.write_bytes(bytes(os.statvfs(disk).f_bavail * 4096 - (512 << 10)))
             with pytest.raises(StorageError, match="No space left") as caught:
                 build(vmm, context, ["built"])
             assert "TRIVISOR_HOME" in caught.value.hint
             assert vmm.images.get("built") == old and vmm.images.check() == []
             vmm.images.collect()
             assert sum(vmm.images.store.sizes().values()) == used and not list((vmm.images.store.root / "tmp").glob("*-*"))
+            filler.unlink()
             (context / "b").write_bytes(b"small")
+            (context / "Containerfile").write_text("FROM scratch\nCOPY a b /d/")
             assert build(vmm, context, ["built"]).digest != old.digest
     finally:
         subprocess.run(["umount", "-l", disk], check=True)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from registry_support import DIGEST, LAYER, QUICK, Fake, Puller, Request, ranges
+from registry_support import DIGEST, LAYER, QUICK, Fake, Puller, Request, digest_of, ranges
 
 from trivisor.core.errors import StorageError
 from trivisor.images.registry.crew import Progress
@@ -65,6 +65,22 @@ def test_two_pulls_at_once_fetch_each_blob_once(fake: Fake, tmp_path: Path) -> N
     assert len(ranges(fake)) == 1 and pullers[0].holds(LAYER) and pullers[0].pieces() == {}
     assert sorted("waiting" in own.states(DIGEST) for own in pullers) == [False, True]
     assert {own.states(DIGEST)[-1] for own in pullers} == {"done", "exists"}
+
+
+def test_layers_come_side_by_side(fake: Fake, puller: Puller) -> None:
+    """Neither of them ends before the other has begun."""
+    begun = {digest_of(data): threading.Event() for data in (b"one", b"two")}
+
+    def hook(request: Request) -> bool:
+        for digest, event in begun.items():
+            if digest in request.path:
+                event.set()
+                assert all(other.wait(20) for other in begun.values())
+        return False
+
+    fake.hook = hook
+    puller(fake.image(layers=[b"one", b"two"]))
+    assert puller.holds(b"one") and puller.holds(b"two")
 
 
 def test_error_of_the_caller_ends_it(fake: Fake, puller: Puller) -> None:

@@ -71,6 +71,25 @@ def test_a_packed_archive_of_layers_that_does_not_fit(disk: Path, tmp_path: Path
     assert left(home) == []
 
 
+@pytest.mark.parametrize("root", ["lowers", "rootfs"])
+def test_a_root_that_does_not_fit(disk: Path, tmp_path: Path, root: str) -> None:
+    """Nothing half-made is left, and it is made once there is room."""
+    home = make_home(disk)
+    images = Images(home)
+    data = os.urandom(4096) * 1500 if root == "lowers" else os.urandom(1500 << 10)  # packed it is little; a squashfs packs it as well
+    (tmp_path / "archive").write_bytes(file("a", data) + END)
+    image = images.import_(tmp_path / "archive", "x")
+    filler = fill(disk, 1 << 20)
+    with pytest.raises(StorageError, match="No space left") as caught:
+        getattr(images, root)(image.digest)
+    assert "TRIVISOR_HOME" in caught.value.hint
+    assert left(home) == [] and not [path for path in home.cache.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    filler.unlink()
+    if root == "rootfs":
+        assert images.rootfs(image.digest).stat().st_size > 1 << 20
+    assert images.check() == []
+
+
 def test_the_disk_fills_anywhere(disk: Path) -> None:
     """With every amount of space from none to enough, page by page: done or refused, and whole either way."""
     store = Store(disk / "store")

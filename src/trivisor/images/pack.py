@@ -13,6 +13,7 @@ import struct
 import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -70,7 +71,8 @@ class LayerWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._pool.shutdown(cancel_futures=True)
-        self._file.close()
+        with suppress(OSError):  # it is closed already, or of no use; a full disk would say so once more
+            self._file.close()
 
     def write(self, data: bytes) -> None:
         """Add `data` to the tar."""

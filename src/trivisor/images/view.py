@@ -118,7 +118,7 @@ class FolderView:
     """A folder of the host, without what `ignored` says of its relative paths."""
 
     def __init__(self, root: Path, ignored: Callable[[str], bool] | None = None) -> None:
-        self._root = root
+        self.root = root
         self._ignored = ignored or (lambda _: False)
         self.whole = ignored is None
         """Whether all of the folder is seen."""
@@ -126,16 +126,16 @@ class FolderView:
     def at(self, path: str) -> Node | None:
         if path and self._ignored(path):
             # A folder that is left out is still there for what is taken back from it.
-            found = _node(self._root / path, path)
+            found = _node(self.root / path, path)
             return found if found is not None and found.kind == "d" and self._kept_below(path) else None
-        return _node(self._root / path, path)
+        return _node(self.root / path, path)
 
     def names(self, node: Node) -> list[str]:
         return _names(node.place)
 
     def _kept_below(self, path: str) -> bool:
-        for folder, folders, files in os.walk(self._root / path):
-            relative = os.path.relpath(folder, self._root)
+        for folder, folders, files in os.walk(self.root / path):
+            relative = os.path.relpath(folder, self.root)
             if any(not self._ignored(f"{relative}/{name}") for name in (*folders, *files)):
                 return True
         return False

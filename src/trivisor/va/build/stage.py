@@ -6,14 +6,15 @@ no machine: the layer is made of the files. What a config alone changes makes no
 
 from __future__ import annotations
 
+import os
 import posixpath
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trivisor.core.errors import RecipeError
+from trivisor.core.errors import RecipeError, TrivisorError
 from trivisor.images import compose, view
 from trivisor.images.catalog import Image
 from trivisor.images.compose import Stacked
@@ -21,6 +22,7 @@ from trivisor.images.model import History, Platform, RunConfig, chain_ids
 from trivisor.images.pack import LayerWriter, PackedLayer
 from trivisor.images.tarwrite import emit
 from trivisor.images.view import FolderView, StackView, View
+from trivisor.store.faults import from_os
 from trivisor.store.workspace import Workspace
 from trivisor.va.build import owners
 from trivisor.va.build.cache import Cache, Made, key
@@ -133,10 +135,27 @@ class StageBuilder:
             self._tell("begin", found, len(instructions))
             step = state.read(found)
             now.run, now.author = state.final(), state.author
-            made = self._do(found, step, now, len(instructions)) if step is not None else None
+            with self._translated(found):
+                made = self._do(found, step, now, len(instructions)) if step is not None else None
             self._enter(now, found, made)
             self._tell("done", found, len(instructions), seconds=time.monotonic() - begun)
         return now
+
+    @contextmanager
+    def _translated(self, found: Instruction) -> Iterator[None]:
+        """Raise RecipeError for a file of the context that cannot be read, StorageError where ours cannot be written."""
+        try:
+            yield
+        except TrivisorError:
+            raise  # some of them are OSErrors too
+        except OSError as error:
+            place = Path(os.fsdecode(error.filename)) if isinstance(error.filename, (str, bytes)) else self._all.work.path
+            if place.is_relative_to(self._all.context.root):
+                message = f"{found.name}: {place.relative_to(self._all.context.root)} cannot be read: {error.strerror}"
+                raise RecipeError(
+                    self._all.file.name, found.line, message, hint="see who may read it, or name it in .dockerignore"
+                ) from error
+            raise from_os(error, place) from error
 
     def _enter(self, now: Built, found: Instruction, made: Made | None) -> None:
         """Add what an instruction made, and that it was there, to the stage."""
