@@ -61,3 +61,17 @@ def test_a_disk_comes_and_goes(running: Machine, wall_home: object, tmp_path: Pa
     assert one["device"]["readonly"] and running.exec(["head", "-c", "4", one["node"]]).stdout == b"here"
     said(capfd, home, "device", "detach", name, "data")
     assert json.loads(said(capfd, home, "device", "list", name, "--json")) == []
+
+
+@pytest.mark.walls("container")
+def test_commit(running: Machine, wall_home: object, capfd: pytest.CaptureFixture[str]) -> None:
+    home, name = wall_home.root, running.name  # type: ignore[attr-defined]
+    running.exec("echo x > /new", check=True)
+    words = ["--cmd", '["cat", "/new"]', "-e", "A=b", "-l", "c=d", "-w", "/etc", "-a", "me", "-m", "why"]
+    digest = said(capfd, home, "commit", *words, name, "committed").strip()
+    (about,) = json.loads(said(capfd, home, "inspect", "committed"))
+    assert about["digest"] == digest and about["config"]["Cmd"] == ["cat", "/new"]
+    assert json.loads(said(capfd, home, "commit", "--json", name, "committed"))["size"] > 0
+    for wrong in (["--cmd", "cat"], ["--cmd", "[1]"], ["-e", "A"]):
+        assert main.run(["--home", str(home), "commit", *wrong, name, "committed"]) == 2
+    said(capfd, home, "rmi", "committed")

@@ -56,6 +56,7 @@ VERBS: dict[str, Verb] = {
     "migrate": Verb("trivisor.cli.verbs.migrate", "migrate", "Move a running machine to another home, where `trivisor receive` waits."),
     "receive": Verb("trivisor.cli.verbs.migrate", "receive", "Wait for one machine that `trivisor migrate` moves here; print its name."),
     "wait": _own("wait", "Wait until machines no longer run; print their exit status."),
+    "commit": _own("commit", "Make an image of a machine's image and what it wrote."),
     "build": _own("build", "Build an image from a Containerfile."),
     "images": _own("images", "List images, and all that is done with them."),
     "pull": Verb("trivisor.cli.verbs.registry", "pull", "Get an image from its registry."),
