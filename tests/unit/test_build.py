@@ -165,9 +165,18 @@ def test_a_file_that_may_not_be_read(made: Build, context: Path, monkeypatch: py
         return really(path, *rest, **more)
 
     monkeypatch.setattr(os, "open", denied)
-    with pytest.raises(RecipeError, match=r"Containerfile:2: COPY: b cannot be read: Permission denied") as caught:
+    with pytest.raises(RecipeError, match=r"Containerfile:2: COPY: .*/b: Permission denied"):
         made("FROM scratch\nCOPY . /")
+    with pytest.raises(RecipeError, match=r"Containerfile:2: ADD: b cannot be read: Permission denied") as caught:
+        made("FROM scratch\nADD b /")
     assert "dockerignore" in caught.value.hint
+
+
+def test_an_archive_that_is_hostile(made: Build, context: Path) -> None:
+    with tarfile.open(context / "bad.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("../../outside"))
+    with pytest.raises(RecipeError, match=r"Containerfile:3: ADD: .*outside"):
+        made("FROM scratch\n\nADD bad.tar /x/")
 
 
 def test_where_the_containerfile_is(vmm: VMM, context: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trivisor.core.errors import RecipeError, TrivisorError
+from trivisor.core.errors import ImageError, RecipeError, TrivisorError
 from trivisor.images import compose, view
 from trivisor.images.catalog import Image
 from trivisor.images.compose import Stacked
@@ -143,9 +143,11 @@ class StageBuilder:
 
     @contextmanager
     def _translated(self, found: Instruction) -> Iterator[None]:
-        """Raise RecipeError for a file of the context that cannot be read, StorageError where ours cannot be written."""
+        """Raise RecipeError for what cannot be read, and StorageError where ours cannot be written."""
         try:
             yield
+        except ImageError as error:  # an archive, or a file that could be listed and not read
+            raise RecipeError(self._all.file.name, found.line, f"{found.name}: {error}", hint=error.hint) from error
         except TrivisorError:
             raise  # some of them are OSErrors too
         except OSError as error:
