@@ -111,12 +111,14 @@ class GvisorEngine:
         if other or (frozen / frozen_layers.TAR).exists():
             self.refill(box, frozen, undo)
         facts = self._run(box, undo, frozen)
-        line = Line.connect(box.dir.line, box.spec.name)
-        try:
+        if other:
             # What else tells it apart from the frozen one is its root's, which the host lays there, and its interface's.
-            guest.configure(line, [("hostname", box.spec.name), ("hooks",)] if other else [("hooks",)])
-        finally:
-            line.close()
+            env = [("env", *(f"{key}={value}" for key, value in box.spec.env.items()))] if box.spec.env else []
+            line = Line.connect(box.dir.line, box.spec.name)
+            try:
+                guest.configure(line, [("hostname", box.spec.name), *env, ("hooks",)])
+            finally:
+                line.close()
         return facts
 
     def refill(self, box: Box, frozen: Path, undo: Undo) -> None:
