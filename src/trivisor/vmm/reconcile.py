@@ -192,7 +192,8 @@ def _doubtful(context: Context, row: Row) -> bool:
 def _recover(context: Context, row: Row) -> Row | None:
     """Take back, or finish, the operation whose process died. The machine's lock is held."""
     folder = context.folder(row)
-    if row.operation in (*MAKING, "delete"):
+    if row.operation in (*MAKING, "delete") or (row.operation == "arrive" and not keeper.alive(folder)):
+        # One that arrived was not said to run here, so it is where it came from.
         erase(context, row, "swept", f"{row.operation} was cut short")
         return None
     state, ice = row.state, row.ice

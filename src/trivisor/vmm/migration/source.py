@@ -237,6 +237,7 @@ class Migration:
             deadline = began + self._limit
         with ends.memory:
             departure.send(ends.memory.fileno(), downtime=self._limit, rate=self._rate, throttle=self._throttle)
+        self._say(_memory(departure.looked()))
         while not (found := departure.sending()).ready:
             if found.status in _OVER:
                 link.look()

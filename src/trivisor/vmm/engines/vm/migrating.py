@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from trivisor.core.errors import HostLacks, MigrationError, StorageError, UnsupportedByWall
+from trivisor.core.errors import EngineError, HostLacks, MigrationError, StorageError, UnsupportedByWall
 from trivisor.core.paths import MachineDir
 from trivisor.core.process import find, run
 from trivisor.core.units import MIB, format_size
@@ -133,7 +133,7 @@ def _take(box: Box, target: Target, upper: bool, arrival: Arrival) -> None:
         target.take(theirs.fileno())
     arrival.ready()
     deadline: float | None = None
-    while not target.taken():
+    while not _taken(target, arrival):
         arrival.look()
         if arrival.over() and deadline is None:
             deadline = time.monotonic() + _LOAD
@@ -144,6 +144,15 @@ def _take(box: Box, target: Target, upper: bool, arrival: Arrival) -> None:
     arrival.loaded()
     target.go()
     arrival.gone_on()
+
+
+def _taken(target: Target, arrival: Arrival) -> bool:
+    try:
+        return target.taken()
+    except EngineError:
+        # What broke the link is what broke the QEMU behind it.
+        arrival.look()
+        raise
 
 
 def _listen(listener: socket.socket, path: Path) -> None:

@@ -110,6 +110,11 @@ class Source:
                 seen = _precopy(qmp)
             return seen
 
+    def looked(self) -> Precopy:
+        """Return how far memory is, at once. Raises EngineError."""
+        with self._qmp() as qmp:
+            return _precopy(qmp)
+
     def part(self, *, mirrored: bool) -> None:
         """End the mirror, when the guest stands still: the target's disk is whole then. Raises EngineError."""
         if not mirrored:

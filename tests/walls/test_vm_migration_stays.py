@@ -1,0 +1,209 @@
+"""A virtual machine that is not moved, or whose move is cut short: it goes on here, or it is there, never both."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from machine_home import KILLED, VmHome, in_child
+from migrating import DOWNTIME, SHELL, count, counts_on, receiving, until
+from wall_fixtures import Make
+
+from trivisor import VMM, InvalidSpec, Machine, MigrationError, NotFound, State, UnsupportedByWall
+from trivisor.core.devices import Random
+from trivisor.vmm import reconcile
+from trivisor.vmm.migration import source, target
+from trivisor.vmm.migration.link import Link
+from trivisor.vmm.migration.messages import Go, Message
+from trivisor.vmm.migration.source import MigrationProgress
+
+TOKEN = "a token that only this test knows"
+
+
+@pytest.fixture(scope="module")
+def there(iced_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VmHome]:
+    """Another home: without the image "mini"."""
+    other = VmHome(tmp_path_factory.mktemp("there") / "home", iced_home)
+    with VMM(other.root) as vmm, suppress(NotFound):
+        vmm.images.remove("mini")
+    yield other
+    other.clear()
+
+
+@pytest.fixture(scope="module")
+def stayer(wall_home: VmHome) -> Iterator[Machine]:
+    """One machine that counts, and that each test leaves running here."""
+    with VMM(wall_home.root) as vmm:
+        machine = vmm.create("mini", wall="vm", name="stayer", disk="64M")
+        machine.start()
+        machine.spawn(SHELL, detach=True)
+        until(lambda: machine.files.exists("/run/count"))
+        yield machine
+        for left in vmm.list():
+            if left.id == machine.id:
+                left.delete(force=True)
+
+
+def goes_on(machine: Machine) -> None:
+    assert machine.state is State.RUNNING
+    counts_on(machine, count(machine))
+
+
+def nothing_came(home: VmHome) -> None:
+    with VMM(home.root) as vmm:
+        assert not vmm.list()
+    assert not list((home.root / "machines").iterdir())
+
+
+def test_a_target_that_refuses_says_why(stayer: Machine, there: VmHome) -> None:
+    with VMM(there.root) as vmm:
+        other = vmm.create("debian", wall="vm", name="stayer")
+        with receiving(there.root, token=TOKEN) as home:
+            with pytest.raises(MigrationError, match="there is a machine named stayer") as refused:
+                stayer.migrate(home.address, token=TOKEN, downtime=DOWNTIME)
+            assert refused.value.where == "here" and "another name" in refused.value.hint
+        other.delete()
+    goes_on(stayer)
+    with pytest.raises(MigrationError, match="nobody can be reached"):
+        stayer.migrate(home.address, token=TOKEN, downtime=DOWNTIME)
+
+
+def test_it_is_cancelled_or_takes_too_long(stayer: Machine, wall_home: VmHome, there: VmHome) -> None:
+    with receiving(there.root, token=TOKEN) as home:
+        moving = stayer.migrate(home.address, token=TOKEN, downtime=DOWNTIME, rate="1M", wait=False)
+        until(lambda: moving.progress.phase == "memory" and moving.progress.done > 1 << 20)
+        moving.cancel()
+        with pytest.raises(MigrationError, match="cancelled"):
+            moving.wait(20)
+    goes_on(stayer)
+    with receiving(there.root, token=TOKEN) as home, pytest.raises(MigrationError, match="could not be moved"):
+        stayer.migrate(home.address, token=TOKEN, downtime=1.0, timeout=1.0, rate="1M")
+    goes_on(stayer)
+    nothing_came(there)
+    with VMM(wall_home.root) as vmm:
+        assert [event.kind for event in vmm.events() if event.machine == stayer.id][-2:] == ["stayed", "stayed"]
+
+
+def test_what_cannot_be_moved_says_why(stayer: Machine, tmp_path: Path) -> None:
+    at = f"unix:{tmp_path / 'nobody'}"
+    stayer.devices.attach(Random(), name="dice")
+    try:
+        with pytest.raises(InvalidSpec, match="its device dice"):
+            stayer.migrate(at, downtime=DOWNTIME)
+    finally:
+        stayer.devices.detach("dice")
+    if int(stayer.info()["facts"]["qemu"].partition(".")[0]) < 9 and "tcg" in stayer.info()["facts"]["accelerator"]:
+        with pytest.raises(InvalidSpec, match="it must stand still") as refused:
+            stayer.migrate(at)
+        assert "downtime of 2 s" in refused.value.hint
+    with pytest.raises(InvalidSpec):
+        stayer.migrate(at, downtime=0)
+    goes_on(stayer)
+
+
+@pytest.mark.walls("container", "gvisor")
+def test_walls_that_cannot(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedByWall, match="move machines"):
+        make("mini").migrate(f"unix:{tmp_path / 'nobody'}")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dying(home: VmHome, name: str, address: str, phase: str) -> Callable[[], None]:
+    """A source that is killed in a phase, or when it gave the machine up."""
+
+    def look(progress: MigrationProgress) -> None:
+        if progress.phase == phase:
+            die()
+
+    def work() -> None:
+        if phase == "go":
+            send = Link.send
+
+            def give_up(link: Link, message: Message) -> None:
+                if isinstance(message, Go):
+                    die()
+                send(link, message)
+
+            source.Link.send = give_up  # type: ignore[method-assign]
+        with VMM(home.root) as vmm:
+            vmm.get(name).migrate(address, token=TOKEN, downtime=DOWNTIME, progress=look)
+
+    return work
+
+
+@pytest.mark.parametrize("phase", ["disk", "memory", "handover"])
+def test_a_killed_source_s_machine_goes_on(stayer: Machine, wall_home: VmHome, there: VmHome, phase: str) -> None:
+    with receiving(there.root, token=TOKEN) as home:
+        assert in_child(dying(wall_home, "stayer", home.address, phase)) == KILLED
+        with pytest.raises(MigrationError):
+            home.machine()
+    goes_on(stayer)
+    nothing_came(there)
+
+
+def test_one_killed_as_it_gives_up_stands_still(stayer: Machine, wall_home: VmHome, there: VmHome) -> None:
+    with receiving(there.root, token=TOKEN) as home:
+        assert in_child(dying(wall_home, "stayer", home.address, "go")) == KILLED
+        with pytest.raises(MigrationError):
+            home.machine()
+    assert (stayer.state, stayer.info()["reason"]) == (State.PAUSED, reconcile.GIVEN_UP)
+    nothing_came(there)
+    stayer.resume()
+    goes_on(stayer)
+
+
+@pytest.mark.parametrize("step", ["ready", "loaded", "gone_on", "settled"])
+def test_a_killed_target(stayer: Machine, there: VmHome, tmp_path: Path, step: str) -> None:
+    """Before it took the machine, before it heard of its guest, and after that: the last test here, in which the machine leaves."""
+    address = tmp_path / "address"
+
+    def work() -> None:
+        def then(*_: object) -> None:
+            die()
+
+        if step == "settled":
+            target.provide.settle = then  # type: ignore[assignment]
+        else:
+            setattr(target._Arrival, step, then)
+
+        def listening(where: str) -> None:
+            address.with_suffix(".new").write_text(where)
+            address.with_suffix(".new").rename(address)
+
+        with VMM(there.root) as vmm:
+            vmm.receive("127.0.0.1:0", token=TOKEN, timeout=30, listening=listening)
+
+    before = count(stayer)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if in_child(work) == KILLED else 1)
+    until(address.exists)
+    with pytest.raises(MigrationError) as caught:
+        stayer.migrate(address.read_text(), token=TOKEN, downtime=DOWNTIME)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    if step in ("ready", "loaded"):
+        assert caught.value.where == "here"
+        goes_on(stayer)
+        nothing_came(there)
+        return
+    assert caught.value.where == "unknown" and "delete it here" in caught.value.hint
+    assert (stayer.state, stayer.info()["reason"]) == (State.PAUSED, reconcile.GIVEN_UP)
+    if step == "gone_on":
+        nothing_came(there)
+        stayer.resume()
+        goes_on(stayer)
+        return
+    with VMM(there.root) as vmm:
+        arrived = vmm.get("stayer")
+        assert arrived.state is State.RUNNING
+        counts_on(arrived, before)
+        stayer.delete(force=True)
+        goes_on(arrived)
+        assert vmm.images.get("mini").digest == arrived.info()["digest"]
