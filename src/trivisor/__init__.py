@@ -46,12 +46,14 @@ if TYPE_CHECKING:
     from trivisor.core.spec import Spec
     from trivisor.core.state import State
     from trivisor.vmm.engine import WallReport
+    from trivisor.vmm.health import HealthStatus
     from trivisor.vmm.machine import Machine, Stats
     from trivisor.vmm.manager import VMM
     from trivisor.vmm.migration.source import Migration
     from trivisor.vmm.migration.transport import Tls
     from trivisor.vmm.modify import Plan
     from trivisor.vmm.pool import Pool
+    from trivisor.vmm.program import Program
     from trivisor.vos.syscalls.call import Call
     from trivisor.vos.syscalls.policy import Policy
 
@@ -70,6 +72,7 @@ __all__ = [
     "GuestGone",
     "GuestProtocolError",
     "GuestShort",
+    "HealthStatus",
     "HostError",
     "HostLacks",
     "ImageError",
@@ -85,6 +88,7 @@ __all__ = [
     "Pool",
     "PoolClosed",
     "PoolEmpty",
+    "Program",
     "RegistryError",
     "Spec",
     "State",
@@ -101,11 +105,13 @@ _ELSEWHERE = {
     "VMM": "vmm.manager",
     "Call": "vos.syscalls.call",
     "Event": "core.events",
+    "HealthStatus": "vmm.health",
     "Machine": "vmm.machine",
     "Migration": "vmm.migration.source",
     "Plan": "vmm.modify",
     "Pool": "vmm.pool",
     "Policy": "vos.syscalls.policy",
+    "Program": "vmm.program",
     "Spec": "core.spec",
     "State": "core.state",
     "Stats": "vmm.machine",
