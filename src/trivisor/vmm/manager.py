@@ -20,7 +20,7 @@ from trivisor.core.paths import Home, default_home
 from trivisor.core.spec import HOST_IMAGE, WALLS, Spec, Wall
 from trivisor.images.catalog import Images
 from trivisor.images.disks.catalog import Catalog
-from trivisor.vmm import life, limits, names, reconcile, runconfig, shares
+from trivisor.vmm import life, limits, names, reconcile, runconfig, shares, shelf
 from trivisor.vmm import pool as pools
 from trivisor.vmm import sweep as sweeping
 from trivisor.vmm.budget import MemoryBudget, possible
@@ -69,11 +69,7 @@ class VMM:
         self._context = Context(
             home=place,
             records=records,
-            images=Images(
-                place,
-                noted=lambda image: records.note("image-imported", f"{image.name} from {image.source}"),
-                needs=lambda: {row.digest for row in records.rows()},
-            ),
+            images=shelf.images(place, records),
             disks=Catalog(place),
             engines={engine.wall: engine for engine in chosen},
         )
