@@ -17,7 +17,6 @@ from trivisor.core.errors import EngineError
 from trivisor.vmm.engines.vm.qmp import Qmp
 
 GREETING = b'{"QMP": {"version": {}, "capabilities": []}}\r\n'
-OK = b'{"return": {}}\r\n'
 Peer = Callable[[socket.socket], None]
 
 
@@ -51,21 +50,26 @@ def peer(tmp_path: Path) -> Iterator[Callable[[Peer], Path]]:
         assert not thread.is_alive()
 
 
+def answer(connection: socket.socket, request: bytes, **what: object) -> None:
+    """Answer as QEMU does: by the number of the request."""
+    connection.sendall(json.dumps({**what, "id": json.loads(request)["id"]}).encode() + b"\r\n")
+
+
 def hello(connection: socket.socket) -> None:
     connection.sendall(GREETING)
-    connection.recv(4096)
-    connection.sendall(OK)
+    answer(connection, connection.recv(4096), **{"return": {}})
 
 
 def test_answers_and_events(peer: Callable[[Peer], Path]) -> None:
     def behave(connection: socket.socket) -> None:
         hello(connection)
         request, fds, _, _ = socket.recv_fds(connection, 4096, 1)
-        assert json.loads(request) == {"execute": "add-fd", "arguments": {"fdset-id": 1}}
+        said = json.loads(request)
+        assert (said["execute"], said["arguments"]) == ("add-fd", {"fdset-id": 1})
         os.close(fds[0])
-        connection.sendall(b'{"event": "STOP", "data": {}}\r\n{"return": {"fd": 5}}\r\n')
-        connection.recv(4096)
-        connection.sendall(b'{"error": {"class": "GenericError", "desc": "no such thing"}}\r\n')
+        connection.sendall(b'{"event": "STOP", "data": {}}\r\n')
+        answer(connection, request, **{"return": {"fd": 5}})
+        answer(connection, connection.recv(4096), error={"class": "GenericError", "desc": "no such thing"})
 
     with Qmp.connect(peer(behave)) as qmp:
         assert qmp.ask("add-fd", {"fdset-id": 1}, fd=0) == {"fd": 5}
@@ -73,17 +77,28 @@ def test_answers_and_events(peer: Callable[[Peer], Path]) -> None:
             qmp.ask("device_del")
 
 
+def test_what_the_client_before_did_not_wait_for_is_not_taken_for_an_answer(peer: Callable[[Peer], Path]) -> None:
+    def behave(connection: socket.socket) -> None:
+        connection.sendall(b'{"return": {}}\r\n' + GREETING + b'{"return": {"late": 1}}\r\n{"error": {"desc": "late"}, "id": "x"}\r\n')
+        answer(connection, connection.recv(4096), **{"return": {}})
+        connection.sendall(b'{"return": {"late": 2}}\r\n')
+        answer(connection, connection.recv(4096), **{"return": {"mine": 1}})
+
+    with Qmp.connect(peer(behave)) as qmp:
+        assert qmp.ask("query-status") == {"mine": 1}
+
+
 @pytest.mark.parametrize(
-    ("answer", "fault"),
+    ("said", "fault"),
     [(b"", "ended"), (b"garbage\r\n", "not JSON"), (b'{"return"', "ended"), (b"[1, 2]\r\n", "ended"), (b"x" * (5 << 20), "no end")],
     ids=["gone", "garbage", "half", "not-an-object", "endless"],
 )
-def test_bad_answers(peer: Callable[[Peer], Path], answer: bytes, fault: str) -> None:
+def test_bad_answers(peer: Callable[[Peer], Path], said: bytes, fault: str) -> None:
     def behave(connection: socket.socket) -> None:
         hello(connection)
         connection.recv(4096)
         with contextlib.suppress(OSError):  # the client may have had enough
-            connection.sendall(answer)
+            connection.sendall(said)
 
     with Qmp.connect(peer(behave)) as qmp, pytest.raises(EngineError, match=fault):
         qmp.ask("stop", timeout=5)

@@ -41,7 +41,8 @@ class Qmp:
         self._socket = sock
         self._machine = machine
         self._buffer = bytearray()
-        self._asked = 0
+        # No number that the client before used, too.
+        self._asked = int.from_bytes(os.urandom(4))
         self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
 
     @classmethod
