@@ -62,12 +62,6 @@ def proxies() -> dict[str, str]:
     return found
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 def test_python(wall_vmm: VMM, wall: Wall, built: dict[str, Image]) -> None:
     with wall_vmm.run("example-python", wall=wall) as machine:
         assert machine.exec(["python3", "-c", "print(6 * 7)"], check=True).text == "42\n"
@@ -76,8 +70,8 @@ def test_python(wall_vmm: VMM, wall: Wall, built: dict[str, Image]) -> None:
 
 
 def test_nginx(wall_vmm: VMM, wall: Wall, built: dict[str, Image]) -> None:
-    port = free_port()
-    with wall_vmm.run("example-nginx", wall=wall, network="nat", ports={port: 80}) as machine:
+    with wall_vmm.run("example-nginx", wall=wall, network="nat") as machine:
+        port = machine.network.publish(80)
         machine.launch()
         assert machine.wait_healthy().status == "healthy"
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
@@ -86,8 +80,8 @@ def test_nginx(wall_vmm: VMM, wall: Wall, built: dict[str, Image]) -> None:
 
 
 def test_redis(wall_vmm: VMM, wall: Wall, built: dict[str, Image]) -> None:
-    port = free_port()
-    with wall_vmm.run("example-redis", wall=wall, network="nat", ports={port: 6379}) as machine:
+    with wall_vmm.run("example-redis", wall=wall, network="nat") as machine:
+        port = machine.network.publish(6379)
         machine.launch()
         assert machine.wait_healthy().status == "healthy"
         assert redis(port, "PING") == "+PONG"
