@@ -156,5 +156,5 @@ def test_completion_script(shell: str) -> None:
 
 
 def test_completion_of_verbs() -> None:
-    done = trivisor(env={"_TRIVISOR_COMPLETE": "bash_complete", "COMP_WORDS": "trivisor re", "COMP_CWORD": "1"})
+    done = trivisor(env={"_TRIVISOR_COMPLETE": "bash_complete", "COMP_WORDS": "trivisor resu", "COMP_CWORD": "1"})
     assert [line.split(",")[1] for line in done.out.splitlines()] == ["resume"]

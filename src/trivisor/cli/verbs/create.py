@@ -18,5 +18,7 @@ def command(image: str, snapshot: str | None, **options: Any) -> None:
 
     Its id is printed; its name, where none was given, is in `trivisor ps -a`.
     """
+    if bool(image) == bool(snapshot):
+        raise click.UsageError("one of IMAGE and --snapshot is given", click.get_current_context())
     machine = open_vmm().create(image, snapshot=snapshot, **wishes(options))
     click.echo(machine.id)
