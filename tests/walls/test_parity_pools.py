@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from machine_home import VmHome, in_child
@@ -16,6 +20,7 @@ from trivisor.core.spec import Wall
 from trivisor.vmm import pool as pools
 
 BOUND = 120.0
+ROOT = Path(__file__).parents[2]
 WARM = ["sh", "-c", "echo $$ > /run/warm; echo warm > /root/warm"]
 
 
@@ -154,3 +159,22 @@ def test_what_cannot_be_made_is_said_to_who_takes(vmm: VMM, wall: Wall, monkeypa
         began = time.monotonic()
         made.close()  # what is being warmed is not waited for
         assert time.monotonic() - began < 30
+
+
+def test_the_example(wall_home: VmHome, wall: Wall) -> None:
+    said = python(wall_home, [str(ROOT / "examples/pool.py"), "--wall", wall])
+    assert re.search(r"^2\*\*100 +1267650600228229401496703205376$", said, re.MULTILINE)
+    assert said.rstrip().endswith("freezes no memory" if wall == "container" else "begun in one warm one")
+
+
+@pytest.mark.walls("gvisor")
+def test_the_document(wall_home: VmHome, wall: Wall) -> None:
+    source = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/pools.md").read_text(), re.MULTILINE | re.DOTALL)[0]
+    assert python(wall_home, ["-c", source]) == "42\n\n"
+
+
+def python(home: VmHome, words: list[str]) -> str:
+    environment = {**os.environ, "TRIVISOR_HOME": str(home.root)}
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -25,7 +25,8 @@ from trivisor.vmm.engine import Box
 
 TAR = "layer.tar"
 _TIMEOUT = 600.0
-_WORK = "./*/work/*"
+_SPARE = "work"
+_WORK = f"./*/{_SPARE}/*"
 """What overlayfs keeps for itself, and makes anew."""
 _EXCHANGE = 2
 _MARKS = ("--numeric-owner", "--acls", "--xattrs", "--xattrs-include=*")

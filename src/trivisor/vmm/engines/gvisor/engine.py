@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from trivisor.core.errors import TrivisorError, UnsupportedByWall
+from trivisor.core.errors import HostLacks, TrivisorError, UnsupportedByWall
 from trivisor.core.paths import Home
 from trivisor.core.spec import Spec, Wall
 from trivisor.core.undo import Undo
@@ -86,6 +86,9 @@ class GvisorEngine:
         frozen_layers.possible(box)
         if not memory:
             return Frozen({}, freeze.layer(self, box, into, lasting=lasting))
+        if jailed.rootless(layers.shape(box).ids(box.slot)):
+            hint = "give the user subordinate ids (/etc/subuid, /etc/subgid), or freeze its files alone"
+            raise HostLacks("runsc restores nothing where a machine has no ids beside root", machine=box.spec.name, hint=hint)
         found, paused, command = self._found()[0], self.paused(box), self._command(box)
         if paused:
             self.resume(box)  # its guest has to hang up

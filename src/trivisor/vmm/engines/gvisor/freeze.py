@@ -81,13 +81,13 @@ def whole(box: Box, found: Runsc, command: Sequence[str], into: Path, go_on: Cal
         control.inside(
             box, command, "checkpoint", "--image-path", saved, *words, jailed.NAME, pid=engine, fds=[place], timeout=_SAVE, last=not stays
         )
-        if not stays and not watch.wait_ended(box.dir, _ENDS):
-            raise EngineError("its sandbox did not end with its checkpoint", machine=box.spec.name)
         try:
             _end(into, state, lasting=lasting)
+            if not stays and not watch.wait_ended(box.dir, _ENDS):
+                raise EngineError("its sandbox did not end with its checkpoint", machine=box.spec.name)
             frozen_layers.keep(box, shape, into, lasting=lasting)
         except BaseException:
-            if not stays:
+            if not stays and not keeper.alive(box.dir):
                 go_on()
             raise
     return time.monotonic() - began
