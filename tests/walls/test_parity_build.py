@@ -233,6 +233,15 @@ def test_what_a_stage_unpacked_stays(wall_vmm: VMM, made: Build) -> None:
     assert trees() <= before
 
 
+@pytest.mark.walls("vm")
+def test_what_a_virtual_machine_ran_on_goes(wall_vmm: VMM, made: Build) -> None:
+    """Each step's root is a file of its own, and no ice is made of it."""
+    cache = wall_vmm.home / "cache"
+    before = {*cache.glob("roots/*[!k]"), *cache.glob("ran-*")}
+    made("FROM mini\nRUN echo 1 > /1\nRUN echo 2 > /2\nRUN echo 3 > /3", use_cache=False)
+    assert len({*cache.glob("roots/*[!k]"), *cache.glob("ran-*")} - before) <= 1  # the base's
+
+
 @pytest.mark.walls("vm", "container")
 def test_ctrl_c(wall_vmm: VMM, made: Build) -> None:
     """While two stages are in a step: the build ends at once, and so do their machines."""

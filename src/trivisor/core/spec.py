@@ -30,6 +30,8 @@ MIN_CPUS, MAX_CPUS = 0.01, 64
 MAX_PIDS = 1 << 22
 LIMITS = ("cpus", "memory", "swap", "cpuset", "pids", "io")
 """What control groups, or the wall itself, bound."""
+PASSING = "trivisor.passing"
+"""A label of machines after which there will be no others with their image, as of a build's: nothing is prepared for a next start."""
 MIN_DISK = 16 * MIB
 MAX_DISK = 16 * TIB
 """As much as ext4 holds with blocks of 4 KiB."""

@@ -135,13 +135,19 @@ class Derived:
             if name not in kept:
                 self._trees.drop(name)
 
+    def forget(self, digest: str, others: Iterable[str]) -> None:
+        """Remove the squashfs of this image if it is of none of the `others`."""
+        key = self.key(digest)
+        if key not in self._keys(others):
+            self._roots.drop(key)
+
     def keep(self, needed: Callable[[], Iterable[str]]) -> list[str]:
         """Remove what is derived of other images than those with the digests `needed`, and of steps that are forgotten; say what."""
 
         def names() -> set[str]:
             return self.names(needed())
 
-        return [*self._trees.keep(lambda: names() | self.steps()), *self._roots.keep(names)]
+        return [*self._trees.keep(lambda: names() | self.steps()), *self._roots.keep(lambda: self._keys(needed()))]
 
     def inherit(self, squashfs: Path, digest: str) -> None:
         """Let the image with this digest have `squashfs` for its root, which it was made of."""
@@ -150,6 +156,14 @@ class Derived:
             (made / _SQUASHFS).hardlink_to(squashfs)
 
         self._roots.get(self.key(digest), link)
+
+    def _keys(self, digests: Iterable[str]) -> set[str]:
+        """Return the names of the squashfs of these images: unlike a tree, one is of all layers."""
+        found = set()
+        for digest in digests:
+            with contextlib.suppress(NotFound):
+                found.add(self.key(digest))
+        return found
 
     def _documents(self, digest: str) -> Documents | None:
         return None if digest.startswith(host.PREFIX) else self._library.read(digest)

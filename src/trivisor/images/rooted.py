@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from trivisor.images.derived import Derived, Progress
+from trivisor.images.image import PREFIX
+from trivisor.store.store import Store
 
 
 class Rooted:
     """The part of `Images` that is about roots."""
 
     _derived: Derived
+    _store: Store
 
     def key(self, digest: str) -> str:
         """Return what names its root: the same for images that have the same layers. Raises NotFound."""
@@ -46,3 +49,9 @@ class Rooted:
     def tree_lacks(self, digest: str) -> str:
         """Say what the unpacked root lacks of the image, "" if nothing."""
         return self._derived.lost(digest)
+
+    def forget_rootfs(self, digest: str, owner: str) -> None:
+        """Remove the squashfs that `rootfs` made of an image, unless an image with a name, or somebody else than `owner`, needs it."""
+        others = {found for found, holder in self._store.pins() if holder != owner}
+        others |= {ref.digest for ref in self._store.refs(PREFIX)}
+        self._derived.forget(digest, others)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trivisor.core.errors import BuildFailed, ExecTimeout, RecipeError
+from trivisor.core.spec import PASSING
 from trivisor.core.units import parse_size
 from trivisor.core.wishes import Volume
 from trivisor.images.pack import PackedLayer
@@ -69,7 +70,7 @@ def run(
         lent = _lend(vmm, step, options, file, lend, stack)
         network = "none" if step.network == "none" else options.network
         wishes: dict[str, Any] = {"network": network, "memory": options.memory, "cpus": options.cpus}
-        wishes |= {"volumes": lent.volumes or None, "tmpfs": lent.tmpfs or None}
+        wishes |= {"volumes": lent.volumes or None, "tmpfs": lent.tmpfs or None, "labels": {PASSING: "build"}}
         machine = stack.enter_context(vmm.run(image, wall=options.wall, **wishes))
         stack.enter_context(halt.watching(machine))
         for local, remote in lent.trees:

@@ -116,6 +116,8 @@ class StageBuilder:
         self._stage = stage
         self._built = built
         self._step = 0
+        self._below = 0
+        self._ran_on = ""
         self._sources = Sources(building, stage, built)
 
     def build(self) -> Built:
@@ -128,6 +130,7 @@ class StageBuilder:
             state.take(base.run, base.author)
         triggers = [triggered(text, stage.line, all_.file.name, all_.file.escape) for text in base.run.on_build or ()]
         instructions = [*triggers, *stage.instructions]
+        self._below = len(base.layers)
         now = Built(list(base.layers), list(base.history), state.final(), base.author, base.created, base.platform)
         for self._step, found in enumerate(instructions, 1):
             all_.halt.check()
@@ -139,6 +142,7 @@ class StageBuilder:
                 made = self._do(found, step, now, len(instructions)) if step is not None else None
             self._enter(now, found, made)
             self._tell("done", found, len(instructions), seconds=time.monotonic() - begun)
+        self._forget()
         return now
 
     @contextmanager
@@ -208,7 +212,14 @@ class StageBuilder:
                 return self._sources.place(mount, stack)
 
             packed = run(self._all.vmm, image, step, self._all.options, self._all.file.name, lend, said, target, self._all.halt)
+            self._forget()
+            self._ran_on = image if len(now.layers) > self._below else ""
             return self._keep(name, packed, now)
+
+    def _forget(self) -> None:
+        """Let go of the root that the step before last ran on: each is a file of its own behind the vm wall, and nobody else's."""
+        if self._ran_on and self._all.options.wall == "vm":
+            self._all.vmm.images.forget_rootfs(self._ran_on, self._all.work.owner)
 
     def _copy(self, step: Copy, layer: Layer, base: View, stack: ExitStack) -> None:
         become = As(owners.find(step.owner, base) if step.owner else None if step.stage else (0, 0), step.mode)

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from trivisor.core.errors import EngineError, InvalidSpec, StorageError, TrivisorError
 from trivisor.core.paths import Home
-from trivisor.core.spec import Spec, Wall
+from trivisor.core.spec import PASSING, Spec, Wall
 from trivisor.core.undo import Undo
 from trivisor.core.units import MIB
 from trivisor.launch import jail, keeper, seccomp
@@ -280,7 +280,7 @@ class VmEngine:
             image = Image(box.rootfs, box.rootfs_digest, None if box.spec.disk == "ram" else box.spec.disk)
             name = making.image_key(setup, image)
             ran = self._home.cache / f"ran-{name}"
-            if ran.exists():
+            if ran.exists() and PASSING not in box.spec.labels:
                 making.ensure_image(self._home, setup, image, progress)
             with ice.using(self._home, name, progress) as found:
                 if found is not None and not ice.disk_whole(found):
@@ -297,7 +297,7 @@ class VmEngine:
             if blank is None:
                 raise StorageError("the ice was removed while it was needed", machine=box.spec.name, hint="start again")
             self._clone(box, setup, blank, mount)
-        if fresh:
+        if fresh and PASSING not in box.spec.labels:
             ran.touch()
         return "from blank ice"
 
