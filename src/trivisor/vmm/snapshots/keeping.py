@@ -115,11 +115,12 @@ def settle(context: Context, frozen: str) -> bool:
 
 def drop(context: Context, frozen: str, kinds: Sequence[Kind] = tuple(Kind), *, mine: bool = True) -> bool:
     """Remove one of these kinds that no machine needs, with all it has; say whether it did. Raises StorageError."""
-    if not table.claim(context.records, frozen, kinds, mine=mine):
+    kept = table.get(context.records, frozen)
+    if kept is None or not table.claim(context.records, frozen, kinds, mine=mine):
         return False
     removal.remove_tree(folder(context, frozen))
     packs = Store(context.home.snapshots / PACKS)
-    if any(owner == pin_owner(frozen) for _, owner in packs.pins()) if packs.root.exists() else False:
+    if kept.kind not in (Kind.FORK, Kind.SUSPEND) and packs.root.exists():
         packs.unpin(pin_owner(frozen))
         packs.collect()
     context.images.unpin(pin_owner(frozen))
