@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
-from trivisor.images.registry.bounds import Bounds
-from trivisor.images.registry.credentials import Credentials
-from trivisor.images.registry.crew import Report
+if TYPE_CHECKING:
+    from trivisor.images.registry.bounds import Bounds
+    from trivisor.images.registry.credentials import Credentials
+    from trivisor.images.registry.crew import Report
 
 
 class Access(TypedDict, total=False):

@@ -11,7 +11,6 @@ import urllib.parse
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -148,6 +147,8 @@ def _download(address: str, target: Path) -> tuple[str, float]:
 
 
 def _when(text: str) -> float:
+    from email.utils import parsedate_to_datetime  # here, since it takes a while as well
+
     try:
         return parsedate_to_datetime(text).timestamp()
     except (ValueError, TypeError):
