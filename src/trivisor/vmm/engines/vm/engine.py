@@ -208,7 +208,8 @@ class VmEngine:
     ) -> Frozen:
         """Freeze a machine (vmm/freezer.py)."""
         if memory:
-            return freezing.freeze(box, into, ends=ends, lasting=lasting, quiesce=quiesce, progress=progress)
+            sealed = ram.sealed(self._found(), jail.probe())
+            return freezing.freeze(box, into, ends=ends, lasting=lasting, quiesce=quiesce, sealed=sealed, progress=progress)
         return freezing.freeze_disk(box, into, fresh=lives.fresh(box.dir).exists(), lasting=lasting, quiesce=quiesce)
 
     def fits(self, box: Box, needs: Mapping[str, str]) -> None:

@@ -24,7 +24,7 @@ from typing import BinaryIO
 from trivisor.core.errors import EngineError, GuestGone, InvalidState, UnsupportedByWall
 from trivisor.launch import keeper
 from trivisor.vmm.engine import Box, Progress
-from trivisor.vmm.engines.vm import backup, files, frozen, growth, hotplug, pages, pending, runner
+from trivisor.vmm.engines.vm import backup, files, frozen, growth, hotplug, pages, pending, ram, runner
 from trivisor.vmm.engines.vm.argv import Shape
 from trivisor.vmm.engines.vm.memory import base
 from trivisor.vmm.engines.vm.pages import Pages
@@ -41,8 +41,8 @@ _REST = 20_000
 """Milliseconds, of the guest's own clock, for which nothing may be written."""
 
 
-def freeze(box: Box, into: Path, *, ends: bool, lasting: bool, quiesce: bool, progress: Progress) -> Frozen:
-    """Freeze a machine that runs or is paused, with its memory, as `Freezer.freeze` says."""
+def freeze(box: Box, into: Path, *, ends: bool, lasting: bool, quiesce: bool, sealed: bool, progress: Progress) -> Frozen:
+    """Freeze a machine that runs or is paused, with its memory (vmm/freezer.py). `sealed`: its copies have their RAM so (ram.py)."""
     known = frozen.life(box.dir, box.spec.name)
     pid = runner.engine(box.dir)
     if pid is None:
@@ -53,34 +53,40 @@ def freeze(box: Box, into: Path, *, ends: bool, lasting: bool, quiesce: bool, pr
             target = stack.enter_context((into / frozen.RAM).open("wb", buffering=0))
             # A copy's QEMU, which may open it before it is whole, has an id of its own.
             os.fchmod(target.fileno(), 0o444)
+            first = ram.sealable(stack, facts.key) if sealed and not (lasting or ends) else None
             with Foreign(pid, box.spec.name) as foreign, Qmp.connect(box.dir.qmp, box.spec.name) as qmp:
                 movable(box, qmp, known.shape)
-                ram = stack.enter_context(pages.opened(foreign, base(box, qmp), growth.sizes(qmp).base, target.fileno()))
+                place = target.fileno() if first is None else first
+                own = stack.enter_context(pages.opened(foreign, base(box, qmp), growth.sizes(qmp).base, place))
 
-                def finish() -> None:
-                    ram.after()
+                def finish(filled: Callable[[], None] = lambda: None) -> None:
+                    own.after()
+                    if first is not None:
+                        ram.seal(first)
+                        filled()
+                        files.copy_sparse(first, target.fileno())
                     frozen.finish(into, facts, lasting=lasting or ends)
 
                 with _at_rest(box, qmp, quiesce and not ends):
-                    stood = _take(box, qmp, into, known.shape, ram, finish if ends else None)
+                    stood = _take(box, qmp, into, known.shape, own, finish if ends else None)
             if lasting and not ends:
                 progress("writing what was taken")
                 finish()
             elif not ends:
                 rest = stack.pop_all()
-                pending.Pending(into, facts, lambda: _beside(rest, finish)).start()
+                pending.Pending(into, facts, lambda filled: _beside(rest, lambda: finish(filled)), first).start()
         except OSError as error:
             raise files.storage(error, "freezing the machine") from error
     return Frozen(known.needs, stood.seconds)
 
 
-def _take(box: Box, qmp: Qmp, into: Path, shape: Shape, ram: Pages, end: Callable[[], object] | None) -> Stood:
+def _take(box: Box, qmp: Qmp, into: Path, shape: Shape, own: Pages, end: Callable[[], object] | None) -> Stood:
     """Take all that changes while the machine runs, with it standing still. With `end` it does not go on: `end`, and then it is ended."""
     with ExitStack() as stack:
         # QEMU writes it to memory: of a disk that is full it says no more than that something failed.
         state = stack.enter_context(open(os.memfd_create("state"), "rb"))
         disk = stack.enter_context(backup.opened(box, qmp, into / frozen.DISK, at_once=end is not None)) if shape.upper else None
-        ram.before()
+        own.before()
         if disk is not None:
             disk.before()
         with still(box, qmp) as stood:
@@ -88,7 +94,7 @@ def _take(box: Box, qmp: Qmp, into: Path, shape: Shape, ram: Pages, end: Callabl
                 qmp.state_to(given.fileno())
             if disk is not None:
                 disk.take()
-            ram.take()
+            own.take()
             if end is not None:
                 _write(state, into / frozen.STATE)
                 end()

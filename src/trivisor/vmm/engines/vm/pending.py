@@ -24,8 +24,12 @@ _known: dict[Path, Pending] = {}
 class Pending:
     """What is being written into one folder, as `facts` will say there."""
 
-    def __init__(self, folder: Path, facts: Facts, write: Callable[[], object]) -> None:
+    def __init__(self, folder: Path, facts: Facts, write: Callable[[Callable[[], None]], object], memory: int | None) -> None:
+        """`write` writes it all, and calls what it is given when its RAM is in `memory`, for QEMUs that share that (ram.py)."""
         self.facts = facts
+        self._memory = os.dup(memory) if memory is not None else None
+        self._closing = threading.Lock()
+        self._filled = threading.Event()
         self._folder = folder
         self._write = write
         self._failure: TrivisorError | None = None
@@ -35,6 +39,17 @@ class Pending:
     def wait(self) -> None:
         """Return when it is written. Raises what went wrong."""
         self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def share(self) -> int | None:
+        """Return a descriptor of the memory that the RAM is written to first, the caller's to close; None if there is none, or no more."""
+        with self._closing:
+            return os.dup(self._memory) if self._memory is not None else None
+
+    def wait_memory(self) -> None:
+        """Return when that has it. Raises what went wrong."""
+        self._filled.wait()
         if self._failure is not None:
             raise self._failure
 
@@ -52,13 +67,19 @@ class Pending:
 
     def _run(self) -> None:
         try:
-            self._write()
+            self._write(self._filled.set)
         except OSError as error:
             self._failure = files.storage(error, "freezing the machine")
         except TrivisorError as error:
             self._failure = error
         else:
             _known.pop(self._folder, None)
+        finally:
+            self._filled.set()
+            with self._closing:
+                if self._memory is not None:
+                    os.close(self._memory)
+                self._memory = None
 
 
 def find(folder: Path) -> Pending | None:

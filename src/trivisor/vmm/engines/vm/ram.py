@@ -25,8 +25,11 @@ from trivisor.core.errors import HostLacks, TrivisorError
 from trivisor.core.paths import Home, MachineDir
 from trivisor.core.spec import Spec
 from trivisor.launch import jail
+from trivisor.launch.jail import JailReport
 from trivisor.vmm.engines.vm import files, huge, runner
 from trivisor.vmm.engines.vm.ice import Ice
+from trivisor.vmm.engines.vm.pending import Pending
+from trivisor.vmm.engines.vm.qemu import Qemu
 from trivisor.vmm.engines.vm.runner import Ram, Setup
 
 _SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
@@ -45,20 +48,24 @@ def provide(
     *,
     apart: bool = False,
     in_huge_pages: bool = False,
-    ready: Callable[[], None] | None = None,
+    writing: Pending | None = None,
 ) -> Ram:
     """Return RAM for one clone of `frozen`; what it takes is given back when `stack` ends, after the clone has it.
 
-    `ready` returns when the file has in it what it is to have; that it is there, and how large, is so before.
+    Its file is there, and as large as it will be; what it is to have in it may still be on its way (`writing`).
     """
+    ready = writing.wait if writing is not None else None
     if apart:
         filling = _Filling(_OWN, frozen, seals=_SIZED, in_huge_pages=in_huge_pages, ready=ready)
         stack.callback(filling.close)
         return Ram("shared", fd=filling.fd, finish=filling.finish)
     if setup.qemu.rom_option:
         return Ram("ice", file=frozen.ram, finish=ready)
-    if "pid" in setup.jail.namespaces:
-        name = f"trivisor-ice-{frozen.facts.key}"
+    if sealed(setup.qemu, setup.jail):
+        name = _name(frozen.facts.key)
+        if writing is not None and (fd := writing.share()) is not None:
+            stack.callback(os.close, fd)
+            return Ram("sealed", fd=fd, finish=writing.wait_memory)
         fd = _shared(home, name, frozen)
         if fd is not None:
             stack.callback(os.close, fd)
@@ -74,6 +81,27 @@ def provide(
     # Once QEMU has mapped it, nobody needs its name.
     stack.callback(own.unlink, missing_ok=True)
     return Ram("copy", file=own)
+
+
+def sealed(found: Qemu, report: JailReport) -> bool:
+    """Whether copies have their RAM out of a sealed memfd."""
+    return not found.rom_option and "pid" in report.namespaces
+
+
+def sealable(stack: ExitStack, key: str) -> int:
+    """Return an empty memfd for the RAM of what is frozen under `key`, by which its copies find it once it is sealed; `stack` closes it."""
+    fd = os.memfd_create(_name(key), _flags(False))
+    stack.callback(os.close, fd)
+    return fd
+
+
+def seal(fd: int) -> None:
+    """Let nobody write to RAM that several machines are to have. Raises OSError."""
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+
+
+def _name(key: str) -> str:
+    return f"trivisor-ice-{key}"
 
 
 def check(spec: Spec) -> None:

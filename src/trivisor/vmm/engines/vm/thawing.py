@@ -28,8 +28,7 @@ def thaw(box: Box, setup: Setup, whole: Ice, *, other: bool) -> str:
         huge = box.spec.hugepages == "reserved"
         apart = box.spec.ram == "shared" or huge
         writing = pending.find(whole.folder)
-        ready = writing.wait if writing is not None else None
-        given = ram.provide(stack, box.home, setup, box.dir, whole, apart=apart, in_huge_pages=huge, ready=ready)
+        given = ram.provide(stack, box.home, setup, box.dir, whole, apart=apart, in_huge_pages=huge, writing=writing)
         runner.run(setup, lives.work(box, setup, given, state=whole.state))
     link = setup.net.steps if setup.net else ()
     line = Line.connect(box.dir.line, box.spec.name)
