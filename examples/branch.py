@@ -58,8 +58,8 @@ def main() -> None:
             explorer.restore(found.ref)
             if gap == 0:
                 break
-        for branch in vmm.snapshots.tree():
-            print(*branch.lines(), sep="\n")
+        for root in vmm.snapshots.tree():
+            print(*root.lines(), sep="\n")
         for snapshot in vmm.snapshots.list(tag="best"):
             vmm.snapshots.remove(snapshot.ref)
 
