@@ -21,6 +21,7 @@ from trivisor.vmm.migration import pipes, transport
 from trivisor.vmm.migration.link import DISK, IMAGE, MEMORY, Link, Refused
 from trivisor.vmm.migration.messages import VERSION, Failed, Go, Hardware, Hello, Loaded, Ready, Running, Wants, failed
 from trivisor.vmm.migration.mover import Departure, Mover, Precopy
+from trivisor.vmm.migration.target import KERNELS
 from trivisor.vmm.migration.transport import Access
 from trivisor.vmm.records import Row
 
@@ -77,6 +78,7 @@ class Migration:
         self._report = report
         self._cancelled, self._over = threading.Event(), threading.Event()
         self._failure: BaseException | None = None
+        self._name = machine
         self._began = time.monotonic()
         self._sent = (self._began, 0)
         self.progress = MigrationProgress("connect")
@@ -106,7 +108,7 @@ class Migration:
         try:
             while not self._over.wait(_LOOK):
                 if deadline is not None and time.monotonic() > deadline:
-                    raise MigrationError(f"it goes on after {timeout:g} s", machine=self._machine, hint="wait longer, or cancel it")
+                    raise MigrationError(f"it goes on after {timeout:g} s", machine=self._name, hint="wait longer, or cancel it")
         except KeyboardInterrupt:
             self.cancel()
             self._over.wait()
@@ -148,6 +150,7 @@ class Migration:
         if not isinstance(engine, Mover):
             raise UnsupportedByWall("move machines to another host while they run", row.spec.wall, ["vm"], machine=row.name)
         _movable(self._context, row)
+        self._name = row.name
         box = self._context.box(row)
         departure = engine.departure(box)
         if not departure.live() and self._limit < box.spec.memory / _SPEED:
@@ -241,7 +244,7 @@ class Migration:
         while not (found := departure.sending()).ready:
             if found.status in _OVER:
                 link.look()
-                raise EngineError("QEMU stopped sending the machine's memory", output=found.why, machine=self._machine)
+                raise EngineError("QEMU stopped sending the machine's memory", output=found.why, machine=self._name)
             self._say(_memory(found))
             if not live:
                 self._check(link, deadline, f"it stood still while its memory was sent, for {self._limit:g} s: {_STILL}")
@@ -260,11 +263,11 @@ class Migration:
         link.look()
         if time.monotonic() > deadline:
             hint = "give it more time (timeout=), let it stand still for longer (downtime=), or end what writes so much"
-            raise MigrationError(f"it could not be moved: {why}", machine=self._machine, hint=hint)
+            raise MigrationError(f"it could not be moved: {why}", machine=self._name, hint=hint)
 
     def _look(self) -> None:
         if self._cancelled.is_set():
-            raise MigrationError("it was cancelled", machine=self._machine, hint="the machine goes on as before")
+            raise MigrationError("it was cancelled", machine=self._name, hint="the machine goes on as before")
 
     def _stay(self, row: Row, departure: Departure, error: BaseException) -> None:
         """Have the machine go on here."""
@@ -318,7 +321,7 @@ def _movable(context: Context, row: Row) -> None:
         raise refuse("its life is that of the process that made it", "make it with create and start")
     if row.spec.volumes:
         raise refuse(f"its volume at {next(iter(row.spec.volumes))} is this host's", "move one without volumes")
-    if row.spec.kernel.startswith("/"):
+    if row.spec.kernel not in KERNELS:
         raise refuse("its kernel is a file of this host", "make it with the kernel micro or full")
     for name in plugged.read(context.folder(row).root):
         raise refuse(f"its device {name} is this host's", "detach it, and attach it again there")

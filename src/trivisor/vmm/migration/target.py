@@ -24,7 +24,7 @@ from trivisor.images.limits import DEFAULT
 from trivisor.images.model import Platform
 from trivisor.launch import keeper
 from trivisor.launch.net import provide
-from trivisor.vmm import budget, limits, locks, reconcile, removal
+from trivisor.vmm import budget, limits, locks, network, reconcile, removal
 from trivisor.vmm.context import Context, pin_owner
 from trivisor.vmm.engine import Progress
 from trivisor.vmm.migration import pipes
@@ -37,6 +37,8 @@ from trivisor.vmm.records import Row
 _HELLO = 30.0
 _GO = 60.0
 _IMAGE = 1800.0
+KERNELS = ("micro", "full")
+"""Those that are no file of a host's."""
 _IDLE: dict[str, Any] = {"operation": "", "operator": None}
 
 
@@ -99,6 +101,7 @@ def _receive(context: Context, link: Link, name: str | None, ports: dict[int, in
         arrival = _Arrival(context, row, link, progress)
         done = _fill(context, row, engine, hello, arrival, undo, progress)
         undo.keep()
+    network.started(context, done)
     # The machine is here, whether that can be said or not.
     with suppress(MigrationError):
         link.send(Running(seconds=time.monotonic() - arrival.began))
@@ -173,10 +176,12 @@ def _spec(hello: Hello, name: str | None, ports: dict[int, int] | None) -> Spec:
         spec = checked(msgspec.convert(wishes, Spec, strict=False))
     except msgspec.ValidationError as error:
         raise InvalidSpec(f"what comes is no machine: {error}", hint="use the same version of trivisor on both hosts") from None
-    if spec.volumes or spec.kernel.startswith("/") or spec.lifetime != "persistent" or spec.network == "host":
+    if spec.volumes or spec.kernel not in KERNELS or spec.lifetime != "persistent" or spec.network == "host":
         raise InvalidSpec(
             "what comes wants this host's files, network or processes", machine=spec.name, hint="its owner changes that first"
         )
+    if not all(1 <= port <= 65535 for pair in spec.ports.items() for port in pair):
+        raise InvalidSpec("what comes publishes ports that there are not", machine=spec.name)
     return spec
 
 
