@@ -10,6 +10,8 @@ import pytest
 from wall_fixtures import Make
 
 from trivisor import VMM, HostLacks
+from trivisor.va.build.build import build
+from trivisor.va.build.options import Options
 from trivisor.vmm.engines.vm import kit, sharing
 
 BOUND = 120.0
@@ -108,3 +110,12 @@ def test_the_micro_kernel_has_none(wall_vmm: VMM, tmp_path: Path) -> None:
     ) as caught:
         wall_vmm.create("debian", wall="vm", volumes={"/data": tmp_path})
     assert 'kernel="full"' in caught.value.hint
+
+
+@pytest.mark.soak
+def test_a_step_of_a_build_has_its_cache(wall_vmm: VMM, tmp_path: Path) -> None:
+    text = "FROM mini\nRUN --mount=type=cache,target=/kept echo x > /kept/x\nRUN --mount=type=cache,target=/kept cp /kept/x /x"
+    (tmp_path / "Containerfile").write_text(text)
+    image = build(wall_vmm, tmp_path, options=Options(wall="vm", network="none", memory="128M", use_cache=False))
+    with wall_vmm.run(image.digest, wall="container", memory="128M") as machine:
+        assert machine.exec(["cat", "/x"], check=True).text == "x\n"

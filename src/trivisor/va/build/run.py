@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trivisor.core.errors import BuildFailed, ExecTimeout, RecipeError
+from trivisor.core.errors import BuildFailed, ExecTimeout, HostLacks, RecipeError
 from trivisor.core.spec import PASSING
 from trivisor.core.units import parse_size
 from trivisor.core.wishes import Volume
@@ -71,7 +71,7 @@ def run(
         network = "none" if step.network == "none" else options.network
         wishes: dict[str, Any] = {"network": network, "memory": options.memory, "cpus": options.cpus}
         wishes |= {"volumes": lent.volumes or None, "tmpfs": lent.tmpfs or None, "labels": {PASSING: "build"}}
-        machine = stack.enter_context(vmm.run(image, wall=options.wall, **wishes))
+        machine = _machine(vmm, image, options.wall, wishes, stack)
         stack.enter_context(halt.watching(machine))
         for local, remote in lent.trees:
             machine.files.mkdir(_above(remote), parents=True)
@@ -82,6 +82,16 @@ def run(
         _exec(machine, step, options, file, lent, said)
         without = [*lent.without, SCRIPT]
         return machine.layer(target, without=without, latest=options.latest)
+
+
+def _machine(vmm: Maker, image: str, wall: str, wishes: dict[str, Any], stack: ExitStack) -> Machine:
+    try:
+        return stack.enter_context(vmm.run(image, wall=wall, **wishes))
+    except HostLacks:
+        # Without virtiofsd a virtual machine's folders are shared by 9p, which the full kernel alone has.
+        if wall != "vm" or not wishes["volumes"]:
+            raise
+        return stack.enter_context(vmm.run(image, wall=wall, kernel="full", **wishes))
 
 
 def _write(machine: Machine, path: str, data: bytes, mount: Mount) -> None:
