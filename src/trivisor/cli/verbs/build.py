@@ -101,7 +101,7 @@ def _secrets(_: click.Context, option: click.Parameter, values: Sequence[str]) -
 @click.option("--build-arg", "arguments", multiple=True, metavar="NAME[=VALUE]", callback=_pairs, help="The value of an ARG.")
 @click.option("--target", default="", metavar="STAGE", help="The stage to build; default: the last.")
 @click.option("--wall", default="container", show_default=True, help="vm, gvisor or container: behind which each RUN is carried out.")
-@click.option("--network", default="nat", show_default=True, help="Of RUN: nat, none, or a network of the home.")
+@click.option("--network", default="nat", show_default=True, help="Of RUN: nat, none, a network of the home, or host.")
 @click.option("--memory", default="1G", show_default=True, help="Of each RUN's machine.")
 @click.option("--cpus", type=float, default=1, show_default=True, help="Of each RUN's machine.")
 @click.option("--secret", "secrets", multiple=True, metavar="id=NAME,src=FILE", callback=_secrets, help="For RUN --mount=type=secret.")

@@ -222,7 +222,7 @@ def matches(view: View, pattern: str) -> list[tuple[str, views.Node]]:
         nodes = below
     result = [(name, node) for name, node in nodes if node is not None]
     if not result:
-        raise CopyError(f"nothing fits {pattern}")
+        raise CopyError(f"nothing fits {pattern}", "it may be left out by .dockerignore")
     return result
 
 

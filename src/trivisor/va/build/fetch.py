@@ -113,7 +113,7 @@ class Sources:
         file = folder / "file"
         digest, modified = _download(address, file)
         if step.checksum and step.checksum != f"sha256:{digest}":
-            raise CopyError(f"{address[:80]} is sha256:{digest}, not {step.checksum[:80]}")
+            raise CopyError(f"{address[:80]} is sha256:{digest}, not {step.checksum[:80]}", "see what changed there before you take it")
         file.chmod(0o600)
         os.utime(file, (modified, modified))
         view = FolderView(folder)
@@ -134,7 +134,7 @@ def _download(address: str, target: Path) -> tuple[str, float]:
             target.open("wb") as file,
         ):
             if answer.status != 200:
-                raise CopyError(f"{address[:80]}: {answer.status} {answer.reason}")
+                raise CopyError(f"{address[:80]}: {answer.status} {answer.reason}", "check the address")
             for data in answer.stream(CHUNK):
                 digest.update(data)
                 file.write(data)
@@ -143,7 +143,7 @@ def _download(address: str, target: Path) -> tuple[str, float]:
                     raise CopyError(f"{address[:80]} is larger than {DEFAULT.total} bytes")
             return digest.hexdigest(), _when(answer.headers.get("Last-Modified", ""))
     except urllib3.exceptions.HTTPError as error:
-        raise CopyError(f"{address[:80]} cannot be fetched: {error}") from error
+        raise CopyError(f"{address[:80]} cannot be fetched: {error}", "check the address, and the network of this host") from error
 
 
 def _when(text: str) -> float:

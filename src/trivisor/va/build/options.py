@@ -27,7 +27,7 @@ class Options:
     """The stage to build; "" the last."""
     wall: str = "container"
     network: str = "nat"
-    """Of the machines of RUN steps: "nat", "none", or a named network."""
+    """Of the machines of RUN steps: "nat", "none", a named network, or "host", its own (container)."""
     memory: int | str = "1G"
     cpus: float = 1
     secrets: Mapping[str, Path | str | bytes] = field(default_factory=dict)
