@@ -221,7 +221,7 @@ static bool overwrite(const char *path, const char *text) {
     size_t size = strlen(text);
     int fd = open(path, O_WRONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
     bool good = fd >= 0 && fstat(fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_nlink == 1 &&
-                pwrite(fd, text, size, 0) == (ssize_t)size && (st.st_size == (off_t)size || ftruncate(fd, (off_t)size) == 0);
+                pwrite(fd, text, size, 0) == (ssize_t)size && (st.st_size <= (off_t)size || ftruncate(fd, (off_t)size) == 0);
     if (fd >= 0)
         close(fd);
     return good;
