@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from rootless_home import home_of
 from trivisor import VMM, HostLacks, Machine, StorageError
 from trivisor.core.paths import Home, MachineDir
 from trivisor.launch import jail
+from trivisor.va.build.build import build
+from trivisor.va.build.options import Options
 from trivisor.vmm.engines.vm import runner
 
 USER = rootless_home.NOBODY
@@ -109,8 +112,11 @@ def test_the_whole_life(user_home: Path, tmp_path: Path) -> None:
 
 
 def test_an_image_is_made_without_root(user_home: Path) -> None:
-    """And run."""
+    """And run, and built on: owners that this user could not give are in the layers all the same."""
     mini_root(user_home.parent / "root")
+    context = user_home.parent / "context"
+    context.mkdir(mode=0o755)
+    (context / "Containerfile").write_text("FROM mini\nRUN rm -r /home; echo x > /x; chown 12:34 /x\nRUN mkdir /y; stat -c %u:%g /x > /y/z")
 
     def life() -> None:
         with VMM(user_home) as vmm:
@@ -118,6 +124,11 @@ def test_an_image_is_made_without_root(user_home: Path) -> None:
             with vmm.run("mini", wall="vm", disk="ram") as machine:
                 assert machine.exec(["id", "-u"]).text == "0\n"
                 assert machine.exec("echo $HOME", user="user").text == "/home/user\n"
+            image = build(vmm, context, ["built"], options=Options(wall="vm", network="none", memory="128M"))
+            with tarfile.open(vmm.images.store.path(image.layers[1].digest)) as layer:
+                assert (layer.getmember("x").uid, layer.getmember("x").gid) == (12, 34) and ".wh.home" in layer.getnames()
+            with tarfile.open(vmm.images.store.path(image.layers[2].digest)) as layer, layer.extractfile("y/z") as file:
+                assert file.read() == b"12:34\n"
 
     as_user(life)
 
