@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from machine_home import VmHome
 from missing import lacks
+from rootless_home import NOBODY, account, as_user, home_of
 from test_gvisor import BOUND, binaries
 
 from trivisor import VMM, GuestError, Machine, State
@@ -237,3 +239,28 @@ def test_with_a_network_a_volume_and_a_disk_of_its_own_size(wall_home: VmHome, t
         if network == "nat":
             said = {each.exec(["python3", "-c", ends], check=True).text.strip() for each in (machine, child)}
             assert said == {machine.info()["facts"]["address"], child.info()["facts"]["address"]}
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become somebody else")
+@pytest.mark.parametrize("ids", ["subordinate", "one"])
+def test_for_an_ordinary_user(image_home: Path, ids: str) -> None:
+    """With subordinate ids as for root; with one id runsc restores nothing, and that is said before anything is done."""
+    with ExitStack() as stack:
+        user = stack.enter_context(account()) if ids == "subordinate" else NOBODY
+        home = stack.enter_context(home_of(user, image_home))
+
+        def live() -> None:
+            with machines(home) as (vmm, _):
+                machine = busy(vmm)
+                if ids == "one":
+                    with pytest.raises(HostLacks, match="no ids beside root"):
+                        machine.fork()
+                    assert ask(machine, "x += 1") == "2 X += 1 14 42"
+                    return
+                child = machine.fork()[0]
+                machine.suspend()
+                machine.resume()
+                assert [ask(each, "x += 1") for each in (machine, child)] == ["2 X += 1 14 42"] * 2
+
+        as_user(user, live)
