@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from trivisor.core.errors import EngineError, GuestGone, InvalidState, UnsupportedByWall
+from trivisor.core.units import MIB
 from trivisor.launch import keeper
 from trivisor.vmm.engine import Box, Progress
 from trivisor.vmm.engines.vm import backup, files, frozen, growth, hotplug, pages, pending, ram, runner
@@ -37,6 +38,8 @@ from trivisor.vos.memory.foreign import Foreign
 _STARTED = frozenset({"ports", "root-disk", "upper-disk", "nic", "random", "generation"})
 """The devices with names that a machine is started with, beside spare ports and shared folders (argv.py)."""
 _SYNC = 60.0
+_STOP = 60.0
+"""Seconds: what the guest gave to its disk is written before QEMU stands still."""
 _REST = 20_000
 """Milliseconds, of the guest's own clock, for which nothing may be written."""
 
@@ -77,7 +80,8 @@ def freeze(box: Box, into: Path, *, ends: bool, lasting: bool, quiesce: bool, se
                 pending.Pending(into, facts, lambda filled: _beside(rest, lambda: finish(filled)), first).start()
         except OSError as error:
             raise files.storage(error, "freezing the machine") from error
-    return Frozen(known.needs, stood.seconds)
+    said = {} if not (lasting or ends) else {"own": f"{own.written // MIB} MiB", "shared": f"{own.copied // MIB} MiB"}
+    return Frozen(known.needs, stood.seconds, said)
 
 
 def _take(box: Box, qmp: Qmp, into: Path, shape: Shape, own: Pages, end: Callable[[], object] | None) -> Stood:
@@ -160,7 +164,7 @@ def still(box: Box, qmp: Qmp) -> Iterator[Stood]:
         return
     with qmp.letter(box.dir.qmp, ["cont"]):
         began = time.monotonic()
-        qmp.ask("stop")
+        qmp.ask("stop", timeout=_STOP)
         try:
             yield stood
         finally:
