@@ -21,7 +21,7 @@ from trivisor.core.undo import Undo
 from trivisor.images.catalog import Image
 from trivisor.images.intake import Intake
 from trivisor.images.limits import DEFAULT
-from trivisor.images.model import Platform
+from trivisor.images.model import Platform, is_digest
 from trivisor.launch import keeper
 from trivisor.launch.net import provide
 from trivisor.vmm import budget, limits, locks, network, reconcile, removal
@@ -37,6 +37,8 @@ from trivisor.vmm.records import Row
 _HELLO = 30.0
 _GO = 60.0
 _IMAGE = 1800.0
+_STALL = 300.0
+"""Seconds in which some of the machine must come."""
 KERNELS = ("micro", "full")
 """Those that are no file of a host's."""
 _IDLE: dict[str, Any] = {"operation": "", "operator": None}
@@ -137,6 +139,7 @@ class _Arrival:
         self._context, self._row, self._link, self._progress = context, row, link, progress
         self.began = time.monotonic()
         """When the machine ran on."""
+        self._came = self.began, 0
 
     def disk(self, sock: socket.socket) -> None:
         self._link.open(DISK, sock)
@@ -150,6 +153,11 @@ class _Arrival:
 
     def look(self) -> None:
         self._link.look()
+        now, came = time.monotonic(), self._link.received(MEMORY) + self._link.received(DISK)
+        if came != self._came[1]:
+            self._came = now, came
+        if now - self._came[0] > _STALL:
+            raise MigrationError(f"nothing of the machine came in {_STALL:g} s", hint="see what its source does")
 
     def over(self) -> bool:
         return self._link.ended(MEMORY)
@@ -218,7 +226,9 @@ def _image(context: Context, link: Link, hello: Hello, undo: Undo, progress: Pro
 
 
 def _free(context: Context, hello: Hello) -> str:
-    """Return what the image is to be called: as there, unless something else is called so here."""
+    """Return what the image is to be called: as there, unless something else is called so here; "" if it has no name there either."""
+    if is_digest(hello.image):
+        return ""
     try:
         context.images.get(hello.image)
     except NotFound:
