@@ -22,8 +22,11 @@ from trivisor.vmm.engines.vm import backup, frozen, pages
 from trivisor.vmm.engines.vm.engine import VmEngine
 
 REPL = """\
-import os, socket, threading, time
+import os, random, signal, socket, threading, time
 count, state = 0, {}
+generator = random.Random(7)
+signal.signal(signal.SIGHUP, lambda *_: generator.seed(os.urandom(16)))
+open("/run/pid", "w").write(str(os.getpid()))
 server = socket.create_server(("127.0.0.1", 7))
 def echo():
     peer = server.accept()[0]
@@ -84,7 +87,7 @@ def parent(vmm: VMM) -> Machine:
     machine = vmm.create("debian", wall="vm")
     machine.start()
     machine.exec("mkdir -p /etc/trivisor/after-clone.d", check=True)
-    machine.files.write("/etc/trivisor/after-clone.d/said", b"#!/bin/sh\nhostname >> /root/cloned\n", mode=0o755)
+    machine.files.write("/etc/trivisor/after-clone.d/said", b"#!/bin/sh\nhostname >> /root/cloned; kill -HUP $(cat /run/pid)\n", mode=0o755)
     return begin(machine)
 
 
@@ -127,6 +130,7 @@ def test_what_runs_goes_on_in_the_copies_and_in_the_parent(parent: Machine) -> N
         machine.exec("hostname; cat /etc/machine-id /sys/class/net/eth0/address; hostname -I").text for machine in (*kids, parent)
     ]
     assert len(random) == 3
+    assert len({ask(machine, "generator.random()") for machine in (*kids, parent)}) == 3, "a program's own generator, told by the hook"
     for said in zip(*(text.replace("127.0.1.1", "").split() for text in identities), strict=True):
         assert len(set(said)) == 3, identities
     assert [kid.exec("tail -n 1 /root/cloned").text.strip() for kid in kids] == [kid.name for kid in kids]
