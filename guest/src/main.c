@@ -1,8 +1,9 @@
-/* tvinit: one static binary, five modes.
+/* tvinit: one static binary, six modes.
  *
  *   tvinit [guest] [--fd N | --connect PATH]   PID 1 and agent inside a machine (guest.c); the mode when run as PID 1
  *   tvinit launch FD                           execute the launch plan read from FD (launch.c)
  *   tvinit keep FD                             keep one machine as the plan read from FD says (keep.c)
+ *   tvinit copy FROM TO                        a folder's files into another one, as they are (copy.c)
  *   tvinit relay WORD...                       a machine's published ports and names, on the host (relay.c)
  *   tvinit fence FD OWN... -- PROGRAM ARG...   what may pass from a machine to user-mode NAT (fence.c)
  */
@@ -23,6 +24,8 @@ int main(int argc, char **argv) {
         return launch_main(argc - 2, argv + 2);
     if (!strcmp(mode, "keep"))
         return keep_main(argc - 2, argv + 2);
+    if (!strcmp(mode, "copy"))
+        return copy_main(argc - 2, argv + 2);
     if (!strcmp(mode, "relay"))
         return relay_main(argc - 2, argv + 2);
     if (!strcmp(mode, "fence"))
@@ -32,6 +35,6 @@ int main(int argc, char **argv) {
     /* A kernel hands options that it does not know to init as arguments: as PID 1 they mean nothing. */
     if (getpid() == 1)
         return guest_main(0, argv);
-    fprintf(stderr, "usage: tvinit guest [--fd N | --connect PATH] | launch FD | keep FD | relay WORD... | fence FD|uplink:FD OWN GATEWAY... -- PROGRAM ARG...\n");
+    fprintf(stderr, "usage: tvinit guest [--fd N | --connect PATH] | launch FD | keep FD | copy FROM TO | relay WORD... | fence FD|uplink:FD OWN GATEWAY... -- PROGRAM ARG...\n");
     return 2;
 }

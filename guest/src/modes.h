@@ -7,6 +7,7 @@
 int guest_main(int argc, char **argv);
 int launch_main(int argc, char **argv);
 int keep_main(int argc, char **argv);
+int copy_main(int argc, char **argv);
 int relay_main(int argc, char **argv);
 int fence_main(int argc, char **argv);
 

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import stat
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from frozen_engine import FreezingEngine, disk, mind, think, write
 from machine_home import IMAGE, TestHome
 
 from trivisor import VMM, Machine, State, StorageError
+from trivisor.launch import tvinit
 from trivisor.vmm.snapshots import packing
 from trivisor.vmm.snapshots.packing import Entry, Manifest, Pack
 
@@ -85,6 +87,25 @@ def test_there_and_back(tmp_path: Path) -> None:
     # Nothing is new to who knows it.
     assert packing.pack(source, tmp_path / "none", [(tmp_path / "pack", new)])[0] is None
     assert not (tmp_path / "none").exists()
+
+
+def test_a_copy_is_all_of_it(tmp_path: Path) -> None:
+    """tvinit copy, by which a container's layer is frozen."""
+    source, target = tree(tmp_path / "source"), tmp_path / "target"
+    deep = source
+    for _ in range(200):
+        deep = deep / "d"
+        deep.mkdir()
+    if os.geteuid() == 0:
+        (source / "gone too").hardlink_to(source / "deep/gone")  # as the kernel makes whiteouts
+    target.mkdir()
+    done = subprocess.run([tvinit.path(), "copy", source, target], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert seen(target) == seen(source)
+    assert (target / "holes").stat().st_blocks * 512 < 1 << 20
+    again = subprocess.run([tvinit.path(), "copy", source, target], capture_output=True, text=True)
+    assert again.returncode == 1 and "File exists" in again.stderr
+    assert subprocess.run([tvinit.path(), "copy", source], capture_output=True).returncode == 2
 
 
 def test_each_byte_of_a_pack_counts(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ A frozen layer is never written again, so that machines made from it need no cop
 is empty. `layers/below` in a machine's folder is a link to it, in the very folder that is exchanged as a whole for another, so that a layer
 and what it lies over are never of two minds. A machine that lies over a frozen layer is frozen into one that holds that too, by hard links.
 
-The machine stands still while its layer is copied, by two tar(1) and a pipe: one root of the machine's ids, who reads, the other of the
-ids that are on the disk, who writes. If we die meanwhile, a shell that waits for that lets it go on.
+The machine stands still while its layer is copied (guest/src/copy.c), by a process that is root of the machine's ids alone and sees nothing
+but the two folders, the new one by an idmapped mount where machines have ids of their own. If we die meanwhile, a shell that waits for that
+lets the machine go on.
 """
 
 from __future__ import annotations
@@ -17,18 +18,17 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from trivisor.core import process
 from trivisor.core.errors import EngineError, HostLacks, StorageError, UnsupportedByWall
 from trivisor.core.undo import Undo
-from trivisor.launch import ids, keeper, once
+from trivisor.launch import ids, keeper, once, tvinit
 from trivisor.launch.cgroups import Cgroup
-from trivisor.launch.container import Ids
 from trivisor.launch.ids import Shape
+from trivisor.launch.plan import Op
 from trivisor.vmm import frozen_layers, layers, removal
 from trivisor.vmm.engine import Box
 from trivisor.vmm.freezer import Frozen
@@ -37,9 +37,6 @@ LAYER = "layer"
 _TOP = "top"
 _TIMEOUT = 1800.0
 _OPAQUE = ("user.overlay.opaque", "trusted.overlay.opaque")
-_MARKS = ("--numeric-owner", "--acls", "--xattrs", "--xattrs-include=*")
-_DISK = Ids(((0, 0, ids.SIZE),), ((0, 0, ids.SIZE),))
-"""The ids of what is shown by an idmapped mount, as they lie on the disk."""
 
 
 def freeze(box: Box, into: Path, *, memory: bool, lasting: bool) -> Frozen:
@@ -186,39 +183,16 @@ def _attribute(path: str, name: str) -> bytes:
 
 def _copy(box: Box, shape: Shape, source: Path, target: Path) -> None:
     """Copy what the machine wrote, as it sees it, to the empty folder `target`. Raises EngineError."""
-    own = shape.ids(box.slot)
-    disk = _DISK if os.geteuid() == 0 else own
-    create = ["--create", "--sparse", *_MARKS, "."]
-    extract = ["--extract", "--preserve-permissions", "--same-owner", "--delay-directory-restore", *_MARKS]
-    read, write = os.pipe2(os.O_CLOEXEC)
-    with ThreadPoolExecutor(2) as crew:
-        jobs = [crew.submit(_tar, own, source, create, write, 1), crew.submit(_tar, disk, target, extract, read, 0)]
-        done = [job.result() for job in jobs]
-    for one in done:
-        if one.status:
-            raise EngineError("its files cannot be copied", command=["tar"], status=one.status, output=one.said, machine=box.spec.name)
-
-
-def _tar(own: Ids, folder: Path, words: Sequence[str], stream: int, number: int) -> once.Done:
-    """Run tar in `folder` as root of these ids, with `stream`, which it has alone, as its descriptor `number`."""
-    try:
-        place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            # Nobody but the home's user may walk to the folder: it is entered by its descriptor.
-            command = [process.find("tar", "tar"), "--directory", "/proc/self/fd/3", "--file", "-", *words]
-            plan = (
-                ("namespaces", "user"),
-                *own.plan(),
-                ("env", "PATH=/usr/bin:/bin"),
-                ("fd", str(place), "3"),
-                ("fd", str(stream), str(number)),
-                ("exec", *command),
-            )
-            return once.run(plan, _TIMEOUT, [place, stream])
-        finally:
-            os.close(place)
-    finally:
-        os.close(stream)
+    own, program = shape.ids(box.slot), str(tvinit.path())
+    plan: list[Op] = [("namespaces", "user", "mount"), *own.plan(), ("root", "/"), ("bind", program, program, "ro,exec")]
+    plan += [("bind", str(source), "/from", "ro,alone"), ("bind", str(target), "/to", "rw,alone,idmap" if own.mapped else "rw,alone")]
+    plan += [("pivot",), ("exec", program, "copy", "/from", "/to")]
+    done = once.run(plan, _TIMEOUT)
+    if done.status:
+        said = done.said.strip()
+        if "No space left" in said:
+            raise StorageError(f"{target} cannot be written: {said}", machine=box.spec.name, hint="free space under the home")
+        raise EngineError("its files cannot be copied", command=["tvinit", "copy"], status=done.status, output=said, machine=box.spec.name)
 
 
 @contextmanager
