@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +24,7 @@ from trivisor.core.undo import Undo
 from trivisor.launch import keeper
 from trivisor.vmm import frozen_layers
 from trivisor.vmm.engine import Box
+from trivisor.vmm.engines.gvisor import control, freeze
 from trivisor.vmm.engines.gvisor.engine import GvisorEngine
 from trivisor.vmm.freezer import Freezer, Frozen
 
@@ -168,6 +171,43 @@ def test_where_its_files_find_no_room_it_goes_on(wall_home: VmHome, tmp_path: Pa
             frozen(engine, machine, tmp_path / "frozen", ends=ends)
         machine._context.lines.drop(machine.id)
         assert ask(machine, "x += 1") == "2 X += 1 14 42"
+
+
+@pytest.mark.parametrize("binary", binaries())
+@pytest.mark.parametrize("step", ["away", "checkpoint", "layer"])
+def test_killed_while_it_freezes(wall_home: VmHome, monkeypatch: pytest.MonkeyPatch, binary: str, step: str) -> None:
+    """Before the checkpoint, as it begins, and after it: the machine goes on, or is suspended."""
+
+    def dies(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def begun(pid: int, *_: object, **__: object) -> list[str]:
+        threading.Timer(0.05, dies).start()
+        return real(pid, *_, **__)
+
+    real = control.argv
+    with machines(wall_home.root, binary) as (vmm, _):
+        machine = busy(vmm)
+        if not (pid := os.fork()):
+            if step == "away":
+                monkeypatch.setattr(freeze, "_until", dies)
+            elif step == "layer":
+                monkeypatch.setattr(frozen_layers, "keep", dies)
+            else:
+                monkeypatch.setattr(
+                    control, "argv", lambda pid, command, *verb: (begun if "checkpoint" in verb else real)(pid, command, *verb)
+                )
+            try:
+                machine.snapshot("cut", memory=True)
+            finally:
+                os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        if machine.state is State.SUSPENDED:
+            machine.resume()
+        assert machine.state is State.RUNNING
+        machine._context.lines.drop(machine.id)
+        assert ask(machine, "x += 1") == "2 X += 1 14 42"
+        assert not any(kept.name == "cut" for kept in vmm.snapshots.list())
 
 
 def test_files_alone(wall_home: VmHome, tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ MAKING = ("create", "clone", "receive")
 STARTING = ("start", "resume", "restore")
 STILL = ("commit",)
 """Operations for which a running machine stands still, to run on after them."""
+FREEZING = ("suspend", "snapshot", "fork")
+"""Those in which a machine may end, to go on from there."""
 MOVING = ("migrate", "handover", "arrive")
 """Of a migration: until the machine is given up, until the target said that it runs, and there, since it may run."""
 GIVEN_UP = "it was given up to another home, which did not say that it runs there"
@@ -197,13 +199,15 @@ def _recover(context: Context, row: Row) -> Row | None:
         erase(context, row, "swept", f"{row.operation} was cut short")
         return None
     state, ice = row.state, row.ice
+    if row.operation in FREEZING and row.ice and keeper.alive(folder):
+        standing(context, row)  # what was begun may be about to end it, and answers when it has
     if row.operation in STARTING and row.state not in LIVE:
         # The record of a start is its last step, so whatever runs now was never reported as running.
         end(context, row)
     elif keeper.alive(folder):
         state = _moved(context, row) if row.operation in MOVING else _run_on(context, row, standing(context, row))
         ice = ""
-    elif row.operation == "suspend" and row.ice and row.boot_id == process.boot_id() and keeping.settle(context, row.ice):
+    elif row.operation in FREEZING and row.ice and row.boot_id == process.boot_id() and keeping.settle(context, row.ice):
         # Its end was the last step of its freezing: whoever was to write that down died.
         end(context, row)
         state = State.SUSPENDED

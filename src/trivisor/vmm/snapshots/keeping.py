@@ -110,7 +110,8 @@ def settle(context: Context, frozen: str) -> bool:
             return False
     except OSError:
         return False
-    return table.update(context.records, frozen, durable=True, maker=None) is not None
+    unnamed: dict[str, Any] = {"kind": Kind.SUSPEND, "ref": None} if kept.kind is Kind.SNAPSHOT else {}
+    return table.update(context.records, frozen, durable=True, maker=None, **unnamed) is not None
 
 
 def drop(context: Context, frozen: str, kinds: Sequence[Kind] = tuple(Kind), *, mine: bool = True) -> bool:

@@ -189,9 +189,16 @@ def _freeze(context: Context, row: Row, kept: Kept, *, ends: bool = False, lasti
     """Freeze the machine into the folder of `kept`; return what is known of that."""
     engine = thawing.freezer(context, row.spec.wall, row.name, "freeze machines")
     into, about = keeping.plain(context, kept.id), kept.about
-    frozen = engine.freeze(
-        context.box(row), into, memory=about.memory, ends=ends, lasting=lasting, quiesce=about.quiesced, progress=lambda _: None
-    )
+    halted = about.memory and not ends and getattr(engine, "ends_frozen", False)
+    if halted:  # then it is suspended, if we die before it goes on (reconcile.py)
+        context.records.update(row.id, ice=kept.id)
+    try:
+        frozen = engine.freeze(
+            context.box(row), into, memory=about.memory, ends=ends, lasting=lasting, quiesce=about.quiesced, progress=lambda _: None
+        )
+    finally:
+        if halted:
+            context.records.update(row.id, ice=row.ice)
     return keeping.about(kept, needs=dict(frozen.needs), paused=frozen.paused, facts=dict(frozen.facts))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import msgspec
 
@@ -17,9 +18,10 @@ from trivisor.vmm.engines.gvisor.jailed import NAME
 from trivisor.vos.line import Line
 
 _TIMEOUT = 20.0
-_LAST = ["/bin/sh", "-c", 'at=$1; shift; kill -STOP $at; "$@"; status=$?; kill -CONT $at; exit $status', "sh"]
-"""The machine's runsc, PID 1 in there, waits with its end until the one that we run has ended, which would die with it. By a shell, so
-that it does not wait for ever if we die."""
+_LAST = """at=$1 mv=$2 from=$3 to=$4; shift 4; kill -STOP $at; "$@"; status=$?
+[ $status != 0 ] || $mv -T -- "$from" "$to"; kill -CONT $at; exit $status"""
+"""The machine's runsc, PID 1 in there, waits with its end until the one that we run has ended, which would die with it; and what that
+wrote has its name before. By a shell, so that all of it happens though we die."""
 
 
 class _State(msgspec.Struct):
@@ -50,13 +52,21 @@ def engine(box: Box) -> int:
         line.close()
 
 
-def inside(
-    box: Box, command: Sequence[str], *verb: str, pid: int = 0, fds: Sequence[int] = (), timeout: float = _TIMEOUT, last: bool = False
-) -> bytes:
+def inside(box: Box, command: Sequence[str], *verb: str, pid: int = 0, fds: Sequence[int] = (), timeout: float = _TIMEOUT) -> bytes:
     """Run runsc, with the descriptors `fds`, in the namespaces of the machine's own, whose pid may be known. `command` is its argv
-    up to the verb. With `last` the machine may end by it. Raises EngineError, GuestGone."""
-    target = str(pid or engine(box))
-    enter = [find("nsenter", "util-linux"), "--target", target, "--user", "--mount", "--pid", "--net", "--ipc", "--uts"]
+    up to the verb. Raises EngineError, GuestGone."""
+    return run(argv(pid or engine(box), command, *verb), timeout=timeout, env={"PATH": "/"}, fds=fds)
+
+
+def last(pid: int, command: Sequence[str], *verb: str, wrote: tuple[Path, Path], fds: Sequence[int], timeout: float) -> None:
+    """The same of a verb that ends the machine; what it `wrote` in one place is in the other if it succeeded, before the keeper ends."""
+    names = [str(pid), find("mv", "coreutils"), *map(str, wrote)]
+    run(["/bin/sh", "-c", _LAST, "sh", *names, *argv(pid, command, *verb)], timeout=timeout, env={"PATH": "/"}, fds=fds)
+
+
+def argv(pid: int, command: Sequence[str], *verb: str) -> list[str]:
+    """Return the command that runs runsc in the namespaces of the machine whose runsc is `pid`."""
+    enter = [find("nsenter", "util-linux"), "--target", str(pid), "--user", "--mount", "--pid", "--net", "--ipc", "--uts"]
     # Without root setgroups(2) is denied in there, which nsenter would call.
     enter += ["--preserve-credentials"] if os.geteuid() else []
-    return run([*([*_LAST, target] if last else []), *enter, "--", *command, *verb], timeout=timeout, env={"PATH": "/"}, fds=fds)
+    return [*enter, "--", *command, *verb]

@@ -59,6 +59,11 @@ def unshut(machine: MachineDir) -> None:
         _move(machine, _away(machine), path(machine))
 
 
+def ways(machine: MachineDir) -> tuple[str, str]:
+    """Return what `unshut` renames, and to what."""
+    return str(_away(machine)), str(path(machine))
+
+
 def _away(machine: MachineDir) -> Path:
     return machine.root / "door.away"
 

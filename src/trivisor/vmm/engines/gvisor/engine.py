@@ -105,6 +105,11 @@ class GvisorEngine:
             undo.keep()
         return Frozen(freeze.needs(found, self._chosen(found, layers.shape(box)), command), stood, {"runsc": found.version})
 
+    @property
+    def ends_frozen(self) -> bool:
+        """Whether a machine that is frozen ends, and is started from there: if we die meanwhile it stands still."""
+        return not freeze.goes_on(self._found()[0])
+
     def fits(self, box: Box, needs: Mapping[str, str]) -> None:
         found = self._found()[0]
         freeze.fits(freeze.needs(found, self._chosen(found, layers.shape(box)), self._command(box)), needs, box.spec.name)
@@ -181,6 +186,7 @@ class GvisorEngine:
             control.resume(box, self._command(box))
 
     def paused(self, box: Box) -> bool:
+        freeze.await_cut(box)
         group = _freezer(box)
         return group.frozen if group else control.paused(box, self._command(box))
 
@@ -224,7 +230,7 @@ def _sandbox(
         ids=shape.ids(box.slot),
         namespaces=shape.namespaces,
         config=bundle.config(hostname=spec.name, memory=spec.memory, env=spec.env, volumes=volumes, tmpfs=spec.tmpfs),
-        tvinit=frozen / freeze.TVINIT if frozen else tvinit.path(),
+        tvinit=frozen / freeze.MEMORY / freeze.TVINIT if frozen else tvinit.path(),
         frozen=frozen / freeze.MEMORY if frozen else None,
         log=log,
         memory=spec.memory,

@@ -1,7 +1,7 @@
 """Freeze and clone of a sandbox: `runsc checkpoint` and `runsc restore`, in the machine's jail (vmm/freezer.py).
 
-What is frozen: the Sentry's whole state (memory/), the writable layer of the same instant (frozen_layers.py), and the tvinit that runs in
-it, which a later one cannot stand in for (memory/tvinit).
+What is frozen: the Sentry's whole state (memory/), with the tvinit that runs in it, which a later one cannot stand in for
+(memory/tvinit), and the writable layer of the same instant (frozen_layers.py). What has the name memory/ is whole.
 
 The line has to be down meanwhile, since the Sentry cannot save a socket of the host's. The door is taken away and tvinit told to hang
 up; it calls again until there is a door, which after a restore is the new keeper's. Commands go on; who listened to them is let go.
@@ -12,18 +12,21 @@ with it, and the machine is restored from what was frozen at once, with another 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from trivisor.core import process
 from trivisor.core.errors import EngineError, GuestError, HostLacks, StorageError
-from trivisor.launch import keeper, tvinit
+from trivisor.launch import ids, keeper
 from trivisor.vmm import frozen_layers, layers, watch
 from trivisor.vmm.engine import Box, Engine
-from trivisor.vmm.engines.gvisor import control, door, jailed
+from trivisor.vmm.engines.gvisor import bundle, control, door, jailed
 from trivisor.vmm.engines.gvisor.runsc import Runsc
 from trivisor.vos import guest
 from trivisor.vos.line import Line
@@ -36,6 +39,13 @@ _ENDS = 30.0
 _SAVE = 300.0
 _SYNC = 60.0
 _POLL = 0.001
+_LOOK = 0.02
+_CUT = 5.0
+_LOCK = "checkpoint.lock"
+_PATH = {"PATH": "/usr/bin:/bin"}
+_GUARD = """read word; [ "$word" ] && exit; $1 -T -- "$2" "$3" 2> /dev/null; shift 3
+[ $# = 0 ] || for i in 1 2 3 4 5 6 7 8 9 10; do "$@" > /dev/null 2>&1 && exit; sleep 1; done"""
+"""What is done when the one who holds its standard input has died. A checkpoint may be under way: it is waited for."""
 _GOES_ON = "TESTONLY-autosave-resume"
 """An option of every runsc that `checkpoint --leave-running` leaves running; those before end, and start another."""
 
@@ -63,26 +73,29 @@ def whole(box: Box, found: Runsc, command: Sequence[str], into: Path, go_on: Cal
             machine=box.spec.name,
             hint="have a newer one ($TRIVISOR_RUNSC), or freeze its files alone",
         )
-    state = _begin(into, shape.ids(box.slot).owner)
+    state = _begin(box, engine, shape.ids(box.slot).owner)
+    saved = into / MEMORY
     stays = goes_on(found) and not ends
     words = [*(["--leave-running"] if stays else []), *(["--compression=none"] if goes_on(found) else [])]
     with ExitStack() as stack:
-        stack.enter_context(_hung_up(box, stays))
+        stack.enter_context(_hung_up(box, stays, control.argv(engine, command, "resume", jailed.NAME) if stays else []))
         place = os.open(state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, place)
+        # The folder is entered by its descriptor: it lies in no namespace of the machine's.
+        verb = ["checkpoint", "--image-path", f"/proc/self/fd/{place}", *words, jailed.NAME]
         began = time.monotonic()
         if stays:
             control.pause(box, command)
             stack.callback(control.resume, box, command)
             # Before it is resumed: its guest has been looking for the door since it hung up, and may look but once more.
             stack.callback(door.unshut, box.dir)
-        # The folder is entered by its descriptor: it lies in no namespace of the machine's.
-        saved = f"/proc/self/fd/{place}"
-        control.inside(
-            box, command, "checkpoint", "--image-path", saved, *words, jailed.NAME, pid=engine, fds=[place], timeout=_SAVE, last=not stays
-        )
+            control.inside(box, command, *verb, pid=engine, fds=[place], timeout=_SAVE)
+            state.rename(saved)
+        else:
+            with _told(box) as lock:
+                control.last(engine, command, *verb, wrote=(state, saved), fds=[place, lock], timeout=_SAVE)
         try:
-            _end(into, state, lasting=lasting)
+            _end(saved, lasting=lasting)
             if not stays and not watch.wait_ended(box.dir, _ENDS):
                 raise EngineError("its sandbox did not end with its checkpoint", machine=box.spec.name)
             frozen_layers.keep(box, shape, into, lasting=lasting)
@@ -140,13 +153,49 @@ def _processor() -> str:
     return ""
 
 
-def _begin(into: Path, owner: tuple[int, int]) -> Path:
-    """Make the folder that runsc, who is `owner`, writes in, and keep the tvinit that runs."""
-    state = into / MEMORY
+@contextmanager
+def _told(box: Box) -> Iterator[int]:
+    """Give a descriptor for who carries the checkpoint out: while he has it others can tell, also when we have died (`await_cut`)."""
+    place = box.dir.root / _LOCK
+    lock = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield lock
+        place.unlink(missing_ok=True)
+    finally:
+        os.close(lock)
+
+
+def await_cut(box: Box) -> None:
+    """Return when a machine whose checkpoint goes on without who began it has ended by that, or goes on."""
+    place = box.dir.root / _LOCK
+    try:
+        lock = os.open(place, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        deadline = time.monotonic() + _SAVE
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(_LOOK)  # flock(2) has no wait with a bound
+        watch.wait_ended(box.dir, _CUT)
+        place.unlink(missing_ok=True)
+    finally:
+        os.close(lock)
+
+
+def _begin(box: Box, engine: int, owner: tuple[int, int]) -> Path:
+    """Make the folder that runsc, who is `owner`, writes in, with the tvinit that runs. It has another name when it is whole."""
+    state = box.dir.root / "checkpoint"
+    try:
+        if state.exists():
+            ids.remove_tree(state)
         state.mkdir(mode=0o700)
-        shutil.copyfile(tvinit.path(), into / TVINIT)
-        (into / TVINIT).chmod(0o755)
+        shutil.copyfile(f"/proc/{engine}/root{bundle.GUEST}/{TVINIT}", state / TVINIT)
+        (state / TVINIT).chmod(0o755)
         if owner != (os.geteuid(), os.getegid()):
             os.chown(state, *owner)
     except OSError as error:
@@ -154,14 +203,14 @@ def _begin(into: Path, owner: tuple[int, int]) -> Path:
     return state
 
 
-def _end(into: Path, state: Path, *, lasting: bool) -> None:
+def _end(state: Path, *, lasting: bool) -> None:
     """Have what runsc wrote be ours and changed by nobody."""
     try:
         for file in [*state.iterdir(), state]:
             if os.geteuid() == 0:
                 os.chown(file, 0, 0)
-            file.chmod(0o755 if file is state else 0o444)
-        for file in [*state.iterdir(), state, into / TVINIT, into] if lasting else []:
+            file.chmod(0o755 if file.name in (state.name, TVINIT) else 0o444)
+        for file in [*state.iterdir(), state, state.parent] if lasting else []:
             fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 os.fsync(fd)
@@ -172,26 +221,41 @@ def _end(into: Path, state: Path, *, lasting: bool) -> None:
 
 
 @contextmanager
-def _hung_up(box: Box, stays: bool) -> Iterator[None]:
-    """Have the line down while the `with` lasts, and up again after it if the machine `stays` or the `with` failed."""
-    machine = box.spec.name
-    line = Line.connect(box.dir.line, machine)
+def _hung_up(box: Box, stays: bool, resume: Sequence[str]) -> Iterator[None]:
+    """Have the line down while the `with` lasts, and up again after it if the machine `stays` or the `with` failed.
+
+    If we die in the `with` a shell opens the door, and has the machine go on by the command `resume`.
+    """
+    line = Line.connect(box.dir.line, box.spec.name)
     try:
-        door.shut(box.dir)
-        try:
-            _away(line)
-            _until(line, "0", _HANGS_UP, "its guest does not hang up")
-            yield
-        except BaseException:
+        with _opened_without_us(box, resume):
+            door.shut(box.dir)
+            try:
+                _away(line)
+                _until(line, "0", _HANGS_UP, "its guest does not hang up")
+                yield
+            except BaseException:
+                door.unshut(box.dir)
+                with suppress(GuestError, EngineError):  # what went wrong before says more
+                    _back(box)
+                raise
             door.unshut(box.dir)
-            with suppress(GuestError, EngineError):  # what went wrong before says more
+            if stays:
                 _back(box)
-            raise
-        door.unshut(box.dir)
-        if stays:
-            _back(box)
     finally:
         line.close()
+
+
+@contextmanager
+def _opened_without_us(box: Box, resume: Sequence[str]) -> Iterator[None]:
+    words = [process.find("mv", "coreutils"), *door.ways(box.dir), *resume]
+    with subprocess.Popen(["/bin/sh", "-c", _GUARD, "sh", *words], stdin=subprocess.PIPE, env=_PATH, start_new_session=True) as shell:
+        assert shell.stdin is not None
+        try:
+            yield
+        finally:
+            with suppress(BrokenPipeError):
+                os.write(shell.stdin.fileno(), b"done\n")
 
 
 def _away(line: Line) -> None:
