@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,9 +16,10 @@ from trivisor import VMM
 from trivisor.core.errors import BuildFailed
 from trivisor.va.build import caches
 from trivisor.va.build.caches import Asker
+from trivisor.va.build.halt import Halt, Halted
 from trivisor.va.build.mounts import Mount, Sharing
 
-ASKER = Asker("Containerfile", 3, 0.2)
+ASKER = Asker("Containerfile", 3, 0.2, Halt().check)
 
 
 @pytest.fixture
@@ -48,6 +50,17 @@ def test_locked_is_waited_for(vmm: VMM) -> None:
             hold(vmm, other, mount("locked"))
         one.close()
         hold(vmm, other, mount("locked"))
+
+
+def test_who_waits_ends_with_its_build(vmm: VMM) -> None:
+    halt = Halt()
+    with ExitStack() as one, ExitStack() as other:
+        hold(vmm, one, mount("locked"))
+        soon = threading.Timer(0.1, halt.call)
+        soon.start()
+        with pytest.raises(Halted):
+            caches.hold(vmm, [mount("locked")], Asker("Containerfile", 3, 60, halt.check), other)
+        soon.join()
 
 
 def test_private_takes_another(vmm: VMM) -> None:

@@ -12,7 +12,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,11 +39,12 @@ _STRENGTH: tuple[Sharing, ...] = ("shared", "private", "locked")
 
 @dataclass(frozen=True)
 class Asker:
-    """The step that wants caches: where it is written, and the seconds that it may take."""
+    """The step that wants caches: where it is written, the seconds that it may take, and what raises once its build has ended."""
 
     file: str
     line: int
     timeout: float | None
+    check: Callable[[], None]
 
 
 def hold(vmm: Maker, mounts: Sequence[Mount], asker: Asker, stack: ExitStack) -> dict[str, str]:
@@ -108,6 +109,7 @@ def _take(home: Home, mount: Mount, asker: Asker, stack: ExitStack) -> str:
             continue
         if time.monotonic() > end:
             raise BuildFailed(asker.file, asker.line, f"another build has the cache {mount.id}, and did not let go of it")
+        asker.check()
         time.sleep(_POLL)  # a wait inside flock(2) could neither be bounded nor interrupted
 
 

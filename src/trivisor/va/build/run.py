@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +67,9 @@ def run(
     raise, and Halted.
     """
     with ExitStack() as stack:
-        lent = _lend(vmm, step, options, file, lend, stack)
+        asker = caches.Asker(file, step.line, options.timeout, halt.check)
+        kept = caches.hold(vmm, [mount for mount in step.mounts if mount.kind == "cache"], asker, stack)
+        lent = _lend(kept, step, options, file, lend)
         network = "none" if step.network == "none" else options.network
         wishes: dict[str, Any] = {"network": network, "memory": options.memory, "cpus": options.cpus}
         wishes |= {"volumes": lent.volumes or None, "tmpfs": lent.tmpfs or None, "labels": {PASSING: "build"}}
@@ -129,10 +131,8 @@ def _exec(machine: Machine, step: Run, options: Options, file: str, lent: Lent, 
         raise BuildFailed(file, step.line, f"ended with status {done.exit_code}", exit_code=done.exit_code, output=bytes(tail))
 
 
-def _lend(vmm: Maker, step: Run, options: Options, file: str, lend: Callable[[Mount], Path], stack: ExitStack) -> Lent:
+def _lend(kept: Mapping[str, str], step: Run, options: Options, file: str, lend: Callable[[Mount], Path]) -> Lent:
     lent = Lent()
-    asker = caches.Asker(file, step.line, options.timeout)
-    kept = caches.hold(vmm, [mount for mount in step.mounts if mount.kind == "cache"], asker, stack)
     for mount in step.mounts:
         if mount.kind == "secret":
             _secret(lent, mount, step, options, file)
