@@ -35,6 +35,8 @@ STEPS = "build:"
 """Begins the names of layers that steps of builds made (va/build/cache.py)."""
 _SQUASHFS = "root.squashfs"
 _LOST = "lost"
+_STACKED = "stacked-"
+"""Begins the name of a root for machines that are not kept (stacked.py)."""
 _MERGED = "merged-"
 """Begins the name of all of an image in one folder, where layers cannot be stacked."""
 _EMPTY = digest_of(b"")
@@ -69,7 +71,29 @@ class Derived:
         path = self.rootfs_path(digest)
         documents = self._documents(digest)
         if documents is not None and not path.exists():
-            self._roots.get(self.key(digest), partial(self._make_squashfs, documents, progress))
+            self._roots.get(self.key(digest), partial(self._whole, documents, progress))
+        return path
+
+    def passing_path(self, digest: str) -> tuple[Path, str]:
+        """Return where `passing` puts it, without making it, and what names that. Raises NotFound."""
+        path, key = self.rootfs_path(digest), self.key(digest)
+        if key == digest or path.exists():
+            return path, key
+        return self._roots.path(_STACKED + key) / _SQUASHFS, _STACKED + key
+
+    def passing(self, digest: str, progress: Progress) -> Path:
+        """Return a root that is quickly made, but of which the bytes depend on what there is: for machines that are not kept.
+
+        Raises what `rootfs` raises.
+        """
+        path, name = self.passing_path(digest)
+        documents = self._documents(digest)
+        if documents is None or path.exists():
+            return path
+        try:
+            self._roots.get(name, partial(self._on_top, documents, progress))
+        except stacked.Whole:
+            return self.rootfs(digest, progress)
         return path
 
     def lower_paths(self, digest: str) -> tuple[Path, ...]:
@@ -131,7 +155,7 @@ class Derived:
         """Remove what has one of these names, but for the trees of steps that are remembered."""
         kept = self.steps() if names else ()
         for name in names:
-            self._roots.drop(name)
+            self._drop_root(name)
             if name not in kept:
                 self._trees.drop(name)
 
@@ -139,7 +163,7 @@ class Derived:
         """Remove the squashfs of this image if it is of none of the `others`."""
         key = self.key(digest)
         if key not in self._keys(others):
-            self._roots.drop(key)
+            self._drop_root(key)
 
     def keep(self, needed: Callable[[], Iterable[str]]) -> list[str]:
         """Remove what is derived of other images than those with the digests `needed`, and of steps that are forgotten; say what."""
@@ -162,8 +186,12 @@ class Derived:
         found = set()
         for digest in digests:
             with contextlib.suppress(NotFound):
-                found.add(self.key(digest))
+                found |= {self.key(digest), _STACKED + self.key(digest)}
         return found
+
+    def _drop_root(self, key: str) -> None:
+        self._roots.drop(key)
+        self._roots.drop(_STACKED + key)
 
     def _documents(self, digest: str) -> Documents | None:
         return None if digest.startswith(host.PREFIX) else self._library.read(digest)
@@ -187,59 +215,50 @@ class Derived:
 
     def _make_tree(self, digest: str, progress: Progress, made: Path) -> None:
         squashfs = self.rootfs(digest, progress)
-        documents = self._documents(digest)
-        if documents is not None and stacked.pieces(squashfs):
-            squashfs = made / _SQUASHFS
-            self._whole(documents, progress, squashfs)
         progress("unpacking the image")
         older.unsquash(squashfs, made / ROOT)
-        for name in (_SQUASHFS, stacked.INDEX):
-            (made / name).unlink(missing_ok=True)
         if os.geteuid() != 0:
             (made / _LOST).write_text(LOST + "\n")
 
-    def _make_squashfs(self, documents: Documents, progress: Progress, made: Path) -> None:
-        check_platform(documents)
-        target = made / _SQUASHFS
-        try:
-            self._on_top(documents, progress, made)
-        except stacked.Whole:
-            target.unlink(missing_ok=True)
-            self._whole(documents, progress, target)
-        target.chmod(0o444)  # a jailed engine of another uid gets this one file
-
     def _on_top(self, documents: Documents, progress: Progress, made: Path) -> None:
-        """Make the root out of that of the layers below, if there is one. Raises Whole."""
+        """Make a root out of that of the layers below. Raises Whole if there is none."""
+        check_platform(documents)
         for count in range(len(documents.chain) - 1, 0, -1):
-            below = self._roots.path(documents.chain[count - 1])
-            try:
-                known = stacked.read((below / stacked.INDEX).read_bytes(), DEFAULT, documents.digest)
-                if known is None or len(stacked.pieces(below / _SQUASHFS)) >= stacked.MOST - 1:
-                    continue
-                with ExitStack() as stack:
-                    sources = self._read(documents, count, known.tree, progress, stack)
-                    known.tree.need()
-                    changed = known.changed()
-                    progress("writing what the layers add")
-                    squash.make(changed, sources, made / "added")
-                stacked.join(below / _SQUASHFS, made / "added", made / _SQUASHFS)
-            except FileNotFoundError:
-                (made / _SQUASHFS).unlink(missing_ok=True)
-                continue  # there is none, or none any more
-            finally:
-                (made / "added").unlink(missing_ok=True)
-            (made / stacked.INDEX).write_bytes(stacked.index(known.tree))
-            return
+            for name in (documents.chain[count - 1], _STACKED + documents.chain[count - 1]):
+                try:
+                    if self._over(self._roots.path(name), documents, count, progress, made):
+                        return
+                except FileNotFoundError:
+                    (made / _SQUASHFS).unlink(missing_ok=True)  # there is none, or none any more
         raise stacked.Whole
 
-    def _whole(self, documents: Documents, progress: Progress, target: Path) -> None:
+    def _over(self, below: Path, documents: Documents, count: int, progress: Progress, made: Path) -> bool:
+        """Make a root out of the one in the folder `below`, which has the first `count` layers, if it will do. Raises Whole."""
+        known = stacked.read((below / stacked.INDEX).read_bytes(), DEFAULT, documents.digest)
+        if known is None or len(stacked.pieces(below / _SQUASHFS)) >= stacked.MOST - 1:
+            return False
+        with ExitStack() as stack:
+            sources = self._read(documents, count, known.tree, progress, stack)
+            known.tree.need()
+            changed = known.changed()
+            progress("writing what the layers add")
+            squash.make(changed, sources, made / "added")
+        stacked.join(below / _SQUASHFS, made / "added", made / _SQUASHFS)
+        (made / "added").unlink()
+        (made / stacked.INDEX).write_bytes(stacked.index(known.tree))
+        (made / _SQUASHFS).chmod(0o444)
+        return True
+
+    def _whole(self, documents: Documents, progress: Progress, made: Path) -> None:
+        check_platform(documents)
         tree = Tree(DEFAULT, documents.digest)
         with ExitStack() as stack:
             sources = self._read(documents, 0, tree, progress, stack)
             tree.need()
             progress("writing the root file system")
-            squash.make(tree, sources, target)
-        target.with_name(stacked.INDEX).write_bytes(stacked.index(tree))
+            squash.make(tree, sources, made / _SQUASHFS)
+        (made / stacked.INDEX).write_bytes(stacked.index(tree))
+        (made / _SQUASHFS).chmod(0o444)  # a jailed engine of another uid gets this one file
 
     def _read(self, documents: Documents, first: int, tree: Tree, progress: Progress, stack: ExitStack) -> list[Source]:
         """Apply the layers from number `first` on to `tree`; return where the bytes of files come from, by number of the layer."""

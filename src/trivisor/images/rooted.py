@@ -26,6 +26,17 @@ class Rooted:
         """
         return self._derived.rootfs(digest, progress)
 
+    def passing_rootfs(self, digest: str, progress: Progress = lambda _: None) -> Path:
+        """Return a root that is sooner there: that of the layers below, and what the others change behind it (stacked.py).
+
+        Its bytes depend on what there is, so it is for machines that are not kept. Raises what `rootfs` raises.
+        """
+        return self._derived.passing(digest, progress)
+
+    def root_path(self, digest: str, *, passing: bool = False) -> tuple[Path, str]:
+        """Return where `rootfs`, or `passing_rootfs`, puts it, and what names it, without making it. Raises NotFound."""
+        return self._derived.passing_path(digest) if passing else (self.rootfs_path(digest), self.key(digest))
+
     def rootfs_path(self, digest: str) -> Path:
         """Return where `rootfs` puts it, without making it. Raises NotFound."""
         return self._derived.rootfs_path(digest)
@@ -51,7 +62,7 @@ class Rooted:
         return self._derived.lost(digest)
 
     def forget_rootfs(self, digest: str, owner: str) -> None:
-        """Remove the squashfs that `rootfs` made of an image, unless an image with a name, or somebody else than `owner`, needs it."""
+        """Remove the squashfs that were made of an image, unless one with a name, or somebody else than `owner`, needs them."""
         others = {found for found, holder in self._store.pins() if holder != owner}
         others |= {ref.digest for ref in self._store.refs(PREFIX)}
         self._derived.forget(digest, others)

@@ -1,4 +1,4 @@
-"""A virtual machine's root out of that of the layers below: one file that holds several squashfs, one after another, each of which
+"""The root of a virtual machine that is not kept, out of that of the layers below: one file that holds several squashfs, one after another, each of which
 overlayfs lays over those before it.
 
 Beside a root lies what is in it, without the bytes of files: that is all it takes to tell what further layers change. Those become one

@@ -9,7 +9,7 @@ import msgspec
 
 from trivisor.core.errors import NotFound, UnsupportedByWall
 from trivisor.core.paths import Home, MachineDir
-from trivisor.core.spec import Wall
+from trivisor.core.spec import PASSING, Wall
 from trivisor.images import host
 from trivisor.images.catalog import Images
 from trivisor.images.disks.catalog import Catalog
@@ -83,13 +83,14 @@ class Context:
 
     def box(self, row: Row) -> Box:
         """Return what the engine is told about a machine."""
+        rootfs, key = self.images.root_path(row.digest, passing=PASSING in row.spec.labels)
         return Box(
             id=row.id,
             spec=msgspec.structs.replace(row.spec, volumes=folders(self.home, row.spec.volumes)),
             home=self.home,
             dir=self.folder(row),
-            rootfs=self.images.rootfs_path(row.digest),
-            rootfs_digest=self.images.key(row.digest),
+            rootfs=rootfs,
+            rootfs_digest=key,
             slot=row.slot,
             lowers=self.images.lower_paths(row.digest),
             host_folders=host.folders(hidden=self.home.root) if row.digest.startswith(host.PREFIX) else (),

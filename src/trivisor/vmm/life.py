@@ -18,7 +18,7 @@ from typing import Any
 from trivisor.core import process
 from trivisor.core.errors import AlreadyExists, Busy, HostError, InvalidSpec, NotFound, StorageError, TrivisorError
 from trivisor.core.process import Who
-from trivisor.core.spec import Spec
+from trivisor.core.spec import PASSING, Spec
 from trivisor.core.state import State, check
 from trivisor.core.undo import Undo
 from trivisor.images.catalog import Image
@@ -92,7 +92,8 @@ def launch(context: Context, row: Row, undo: Undo, progress: Progress, event: tu
     `base` is the frozen machine that it is made of from now on, if that changed.
     """
     engine = context.engine(row.spec.wall, row.name)
-    derive = context.images.rootfs if row.spec.wall == "vm" else context.images.lowers
+    squashed = context.images.passing_rootfs if PASSING in row.spec.labels else context.images.rootfs
+    derive = squashed if row.spec.wall == "vm" else context.images.lowers
     derive(row.digest, progress)
     box = context.box(row)
     shares.prepare(context.home, row.spec.volumes)
