@@ -1,5 +1,5 @@
-"""The root of a virtual machine that is not kept, out of that of the layers below: one file that holds several squashfs, one after another, each of which
-overlayfs lays over those before it.
+"""The root of a virtual machine that is not kept, out of that of the layers below: one file that holds several squashfs, one after
+another, each of which overlayfs lays over those before it. The bytes of such a root depend on which roots there were.
 
 Beside a root lies what is in it, without the bytes of files: that is all it takes to tell what further layers change. Those become one
 more squashfs, in which what they removed is a whiteout, behind a copy of the file. A file of several squashfs is read like one of one:
