@@ -153,6 +153,10 @@ def test_what_cannot_be_made_is_said_to_who_takes(vmm: VMM, wall: Wall, monkeypa
             made.take(BOUND)
         assert time.monotonic() - began < 4
         assert made.stats().failed == 1
+        monkeypatch.setattr(pools, "_STALE", 0.0)
+        with pytest.raises(PoolEmpty):
+            made.take(BOUND)
+        assert made.stats().failed == 2
     with vmm.pool("debian", size=1, wall=wall, warmup=["sleep", "60"]) as made:
         with pytest.raises(PoolEmpty, match="no machine yet"):
             made.take(0.5)

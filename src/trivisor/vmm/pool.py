@@ -43,6 +43,8 @@ Ports = dict[int, int] | Literal["exposed"] | None
 MOST = 1000
 _MAKERS = 2
 _BACKOFF, _BACKOFF_MOST = 0.1, 30.0
+_STALE = 1.0
+"""Seconds after which an attempt that failed says nothing of the next."""
 _LOOK = 5.0
 """Seconds between two looks whether those that wait still live."""
 _BREATH = 0.02
@@ -103,7 +105,7 @@ class Pool:
         self._making = self._taken = self._failed = self._died = 0
         self._error: TrivisorError | None = None
         self._backoff = 0.0
-        self._again = 0.0
+        self._again = self._tried_at = 0.0
         self._closing = False
         self._begun: set[Machine] = set()
         self._template: Kept | None = None
@@ -222,8 +224,12 @@ class Pool:
     def _await(self, deadline: float | None, failed: int) -> None:
         """Wait for a change, with the lock held. Raises PoolEmpty if one cannot be made or the time is up."""
         self._open()
-        if self._error is not None and (self._failed > failed or self._again > time.monotonic()):
-            pause = max(0.0, self._again - time.monotonic())
+        now = time.monotonic()
+        if self._failed == failed and self._again > now and now - self._tried_at > _STALE:
+            self._again = 0.0  # whoever waits for one has it tried again
+            self._changed.notify_all()
+        if self._error is not None and (self._failed > failed or self._again > now):
+            pause = max(0.0, self._again - now)
             hint = f"it tries again in {pause:.1f} s" + (f"; {self._error.hint}" if self._error.hint else "")
             raise PoolEmpty(f"the pool has no machine, and none can be made: {self._error}", hint=hint) from self._error
         left = None if deadline is None else deadline - time.monotonic()
@@ -338,7 +344,8 @@ class Pool:
             self._failed += 1
             self._error = error
             self._backoff = min(_BACKOFF_MOST, self._backoff * 2 or _BACKOFF)
-            self._again = time.monotonic() + self._backoff
+            self._tried_at = time.monotonic()
+            self._again = self._tried_at + self._backoff
             self._changed.notify_all()
 
     def _discard(self, machine: Machine) -> None:
