@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Iterator
 
 import pytest
-from machine_home import VmHome
+from machine_home import KILLED, VmHome, in_child
 
 from trivisor import VMM, Machine, State, UnsupportedByWall
+from trivisor.vmm.engines.container import freezing
 
 pytestmark = pytest.mark.walls("container")
 
@@ -112,3 +116,24 @@ def test_a_commit_of_what_was_forked(vmm: VMM, parent: Machine) -> None:
     with vmm.run(image.name, wall="container") as machine:
         assert machine.exec("cat /var/lib/child /etc/apt/new; ls /etc/issue 2>/dev/null").text == "child\nnew\n"
     vmm.images.remove(image.name)
+
+
+def test_who_freezes_dies(vmm: VMM, wall_home: VmHome, parent: Machine) -> None:
+    """Killed while the machine stands still for it: it goes on by itself."""
+
+    def die(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def child() -> None:
+        freezing._copy = die  # type: ignore[assignment]
+        with VMM(wall_home.root) as other:
+            other.get("parent").snapshot("never")
+
+    assert in_child(child) == KILLED
+    deadline = time.monotonic() + 10
+    while parent.state is not State.RUNNING and time.monotonic() < deadline:
+        time.sleep(0.01)  # the shell that lets it go on has noticed, or does now
+    assert parent.exec("echo on", timeout=20).text == "on\n"
+    with VMM(wall_home.root) as other:
+        assert "parent@never" not in [one.ref for one in other.snapshots.list()]
+    assert parent.snapshot("never").ref == "parent@never"

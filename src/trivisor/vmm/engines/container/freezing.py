@@ -52,7 +52,7 @@ def freeze(box: Box, into: Path, *, memory: bool, lasting: bool) -> Frozen:
     with _still(box) as stood:
         below, place = _take(box, shape, into)
     if below is not None:
-        merge(below, place, into / LAYER)
+        merge(below, place, into / LAYER, shape)
     if lasting:
         _settle(into)
     return Frozen({"layer": "files", "ids": "inside" if shape.ids(0).mapped or os.geteuid() == 0 else shape.kind}, stood[0])
@@ -62,7 +62,7 @@ def whole(box: Box, shape: Shape, into: Path) -> None:
     """Make `layer` in the folder `into` of a machine that stands still."""
     below, place = _take(box, shape, into)
     if below is not None:
-        merge(below, place, into / LAYER)
+        merge(below, place, into / LAYER, shape)
 
 
 def _take(box: Box, shape: Shape, into: Path) -> tuple[Path | None, Path]:
@@ -106,13 +106,13 @@ def refill(box: Box, frozen: Path, undo: Undo) -> None:
     removal.remove_tree(aside)
 
 
-def merge(below: Path, top: Path, into: Path) -> None:
+def merge(below: Path, top: Path, into: Path, shape: Shape) -> None:
     """Make `into` of the layer `below` and what lies over it in `top`, which it uses up, as overlayfs would show both.
 
     The two, `into` among them, lie in one file system, and what is not written again is one file in both. Raises StorageError, EngineError.
     """
     try:
-        if os.geteuid() == 0:
+        if os.geteuid() == 0 or shape.kind == "single":
             _merge(below, top, into)
         else:
             ids.run_as_root([sys.executable, "-m", __name__, str(below), str(top), str(into)], _TIMEOUT)
@@ -187,7 +187,7 @@ def _copy(box: Box, shape: Shape, source: Path, target: Path) -> None:
     plan: list[Op] = [("namespaces", "user", "mount"), *own.plan(), ("root", "/"), ("bind", program, program, "ro,exec")]
     plan += [("bind", str(source), "/from", "ro,alone"), ("bind", str(target), "/to", "rw,alone,idmap" if own.mapped else "rw,alone")]
     plan += [("pivot",), ("exec", program, "copy", "/from", "/to")]
-    done = once.run(plan, _TIMEOUT)
+    done = once.run(tuple(plan), _TIMEOUT)
     if done.status:
         said = done.said.strip()
         if "No space left" in said:
