@@ -25,6 +25,7 @@ from trivisor.vmm import changes, life, runconfig
 from trivisor.vmm.changes import Reader
 from trivisor.vmm.context import Context
 from trivisor.vmm.records import Row
+from trivisor.vmm.snapshots import thawing
 from trivisor.vos import guest
 
 _SYNC = 60.0
@@ -79,6 +80,7 @@ def layer(context: Context, machine: str, target: Path, *, without: Sequence[str
 def still(context: Context, machine: str) -> Iterator[Row]:
     """Hold the machine, frozen for as long as the `with` lasts if it runs. Raises InvalidState, Busy, EngineError, GuestError."""
     with life.operation(context, machine, "commit") as row:
+        thawing.begun(row)
         engine, box = context.engine(row.spec.wall, row.name), context.box(row)
         if row.state is State.RUNNING:
             if isinstance(engine, Reader):

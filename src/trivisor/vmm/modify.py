@@ -38,6 +38,7 @@ from trivisor.vmm import budget, life, reconcile, stretch
 from trivisor.vmm.context import Context
 from trivisor.vmm.engine import Box
 from trivisor.vmm.records import Row
+from trivisor.vmm.snapshots import thawing
 from trivisor.vos.files import Files
 from trivisor.vos.memory.stats import available
 
@@ -218,6 +219,7 @@ def _operation(context: Context, machine: str, verb: str) -> Iterator[Row]:
     """What was refused, by us or by a guest, was not cut short: the machine is as its record says."""
     with life.operation(context, machine, verb) as row:
         try:
+            thawing.begun(row)
             yield row
         except (CallerError, GuestError, OverBudget):
             context.records.update(machine, **_IDLE)

@@ -74,6 +74,9 @@ def test_a_machine_from_a_snapshot(vmm: VMM, home: TestHome, web: Machine) -> No
     web.delete(force=True)
     child = vmm.create(snapshot="web@ready", name="child", labels={"a": "b"})
     assert (child.state, child.spec.labels, child.spec.memory) == (State.CREATED, {"a": "b"}, vmm.snapshots.get("web@ready") and 256 << 20)
+    for call in (lambda: child.modify(memory="512M"), lambda: child.snapshot("early"), lambda: child.commit("early")):
+        with pytest.raises(InvalidSpec, match="still to go on"):
+            call()
     child.start()
     assert (mind(home.folder(child)), child.info()["facts"]["other"]) == (b"warm", "True")
     child.stop()

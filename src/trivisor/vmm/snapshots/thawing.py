@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from trivisor.core.errors import NotFound, UnsupportedByWall
+from trivisor.core.errors import InvalidSpec, NotFound, UnsupportedByWall
 from trivisor.core.spec import Wall
 from trivisor.core.undo import Undo
 from trivisor.vmm.context import Context
@@ -38,6 +38,12 @@ def thaw(context: Context, row: Row, box: Box, undo: Undo, progress: Progress) -
     facts = engine.thaw(box, place, other=kept.machine != row.id, undo=undo, progress=progress)
     used(context, kept)
     return facts
+
+
+def begun(row: Row) -> None:
+    """Raise InvalidSpec for a machine that is still to go on from what it was frozen in: what it has is there, and not yet its own."""
+    if row.ice:
+        raise InvalidSpec(f"{row.name} is still to go on from where it was frozen", machine=row.name, hint="start it first")
 
 
 def found(context: Context, frozen: str, row: Row) -> Kept:

@@ -175,7 +175,8 @@ def named(context: Context, key: str, row: Row | None = None) -> Kept:
 
 
 def _with_memory(context: Context, row: Row, wish: bool | None) -> bool:
-    """Decide whether memory is frozen. Raises InvalidState, UnsupportedByWall."""
+    """Decide whether memory is frozen. Raises InvalidState, InvalidSpec, UnsupportedByWall."""
+    thawing.begun(row)
     live = row.state in reconcile.LIVE
     if wish is None:
         wish = live and thawing.with_memory(context.engine(row.spec.wall, row.name))
