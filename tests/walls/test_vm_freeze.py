@@ -50,6 +50,9 @@ while True:
 """
 
 
+SIZES = "open('/proc/meminfo').readline()"
+
+
 def ask(machine: Machine, expression: str) -> str:
     """Have the program that has run in the machine all along evaluate an expression."""
     return machine.exec(["sh", "-c", 'printf %s "$0" > /tmp/ask && cat /tmp/say', expression], timeout=30, check=True).text
@@ -289,18 +292,26 @@ def test_what_no_copy_could_go_on_with_is_refused(vmm: VMM, parent: Machine) -> 
         machine.snapshot("files", memory=False)
 
 
-def test_memory_that_came_while_it_ran_is_refused_until_it_is_started_anew(vmm: VMM) -> None:
-    with vmm.run("debian", wall="vm") as machine:
-        machine.modify(memory=machine.spec.memory + (64 << 20))
-        with pytest.raises(UnsupportedByWall, match="while it ran") as failure:
-            machine.fork()
-        assert "start it" in failure.value.hint
-        machine.stop()
-        machine.start()
-        machine.modify(cpus=2)
+@pytest.mark.parametrize("spec", [pytest.param({}, id="ice"), pytest.param({"ram": "shared"}, id="shared", marks=pytest.mark.soak)])
+def test_what_it_was_given_while_it_ran_goes_along(vmm: VMM, spec: dict[str, str]) -> None:
+    with begin(vmm.run("debian", wall="vm", **spec)) as machine:
+        machine.modify(memory=machine.spec.memory + (128 << 20), cpus=2)
+        # Programs have of what came before they have of what was there.
+        ask(machine, "state.update(much=[bytes([at]) * (1 << 20) for at in range(100)])")
+        before = ask(machine, f"__import__('zlib').crc32(b''.join(state['much'][::7])), {SIZES}")
         child = machine.fork()[0]
-        assert child.exec("nproc").text == "2\n"
+        grandchild = child.fork()[0]
+        for each in (child, grandchild, machine):
+            assert ask(each, f"__import__('zlib').crc32(b''.join(state['much'][::7])), {SIZES}") == before
+            assert each.exec("nproc").text == "2\n"
         child.delete(force=True)
+        ask(grandchild, "state.clear()")
+        grandchild.modify(memory=machine.spec.memory + (128 << 20))
+        assert int(grandchild.exec("grep MemTotal /proc/meminfo").text.split()[1]) > 420_000
+        grandchild.delete(force=True)
+        machine.suspend()
+        machine.resume()
+        assert ask(machine, f"__import__('zlib').crc32(b''.join(state['much'][::7])), {SIZES}") == before
 
 
 def test_what_is_damaged_or_does_not_fit_is_refused_with_the_reason(parent: Machine, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

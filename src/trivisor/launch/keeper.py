@@ -168,7 +168,7 @@ def _run_keeper(stack: contextlib.ExitStack, plan: bytes, fds: Sequence[int]) ->
     return _Starting(command, pid, said)
 
 
-def _await(reports: _Ready, begin: Callable[[], object] | None, wait: float) -> int:
+def _await(reports: _Ready, begin: Callable[[int], object] | None, wait: float) -> int:
     """Wait for `started` and `synced`; return the engine's pid. Raises EngineError with what the keeper says else."""
     engine = 0
     while True:
@@ -179,7 +179,7 @@ def _await(reports: _Ready, begin: Callable[[], object] | None, wait: float) -> 
         if word == "started":
             engine = int(rest)
             if begin is not None:
-                begin()
+                begin(engine)
                 reports.begin(wait)
         elif word == "synced":
             return engine
@@ -227,7 +227,7 @@ def spawn(
     idle: float | None = None,
     grace: float = 10.0,
     wait: float = 60.0,
-    begin: Callable[[], object] | None = None,
+    begin: Callable[[int], object] | None = None,
     answer: int | None = None,
     oom: int | None = None,
 ) -> Kept:
@@ -236,7 +236,7 @@ def spawn(
     `line_fd` is the host's end of the line or, if `dialled`, a bound socket that the guest calls. `logs` maps a log's name
     to the pipe that it is read from, `fds` are all descriptors that the plans name; the caller closes its own copies
     afterwards. `owner` is the pid whose end ends the machine. `ttl`, `idle`, `grace` and `wait` are seconds. `begin` is
-    called when the engine runs, before the guest can have answered: to let it go on from a frozen state; `wait`
+    called with the engine's pid when it runs, before the guest can have answered: to let it go on from a frozen state; `wait`
     begins anew when it returns. `answer` is the
     answerer's end of the pair by which PID 1 hands over what it is to answer (SOCK_SEQPACKET); without it there is none. `oom` is an
     eventfd that tells of the end of the machine's memory, which is then its own. Raises Busy if the machine is alive, StorageError

@@ -24,6 +24,8 @@ SPARE_PORTS = 8
 """PCIe root ports with nothing in them, for devices that come while the machine runs."""
 _UARTS = 4 + SPARE_PORTS
 """Serial ports that the guest has room for: those at the addresses that a PC has, of which one is there, and one in each spare port."""
+GROWTH, GROWTH_BLOCK = "growth", 4 * MIB
+"""The device of memory that comes while the machine runs, and what a guest takes or gives at once: Linux's largest order of pages."""
 DUMMY = 1 << 40
 """Size of the dummy disks that a blank ice is bound to: no real disk may be larger."""
 
@@ -76,6 +78,20 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class More:
+    """Memory that a machine was given while it ran (growth.py), for a copy of it to have. Bytes."""
+
+    physical: int
+    asked: int
+    most: int
+    reach: int
+    """How far into it the guest may have written."""
+    shared: bool
+    """Whether others can map it."""
+    port: str
+
+
+@dataclass(frozen=True)
 class Places:
     """Where QEMU finds its files: by default, inside the jail."""
 
@@ -106,6 +122,7 @@ def command(
     hold: bool = False,
     places: Places = Places(),
     name: str = "ice",
+    more: More | None = None,
 ) -> list[str]:
     """Return QEMU's argv. `boot` starts the kernel, else QEMU waits for a frozen state, and with `hold` stands still when it has it;
     `blank` binds the disks to dummies that a clone's real disks take the place of."""
@@ -134,6 +151,10 @@ def command(
     argv += ["-device", "vmgenid,guid=auto,id=generation"]
     for spare in range(1, SPARE_PORTS + 1):
         argv += ["-device", f"pcie-root-port,id=spare{spare},chassis={spare},slot={spare},addr=0x{15 + spare:x}"]
+    if more is not None:
+        backend = f"memory-backend-memfd,id={GROWTH}-ram,share=on" if more.shared else f"memory-backend-ram,id={GROWTH}-ram"
+        device = f"virtio-mem-pci,id={GROWTH},memdev={GROWTH}-ram,bus={more.port},memaddr={more.physical},requested-size={more.asked}"
+        argv += ["-object", f"{backend},size={more.most}", "-device", f"{device},block-size={GROWTH_BLOCK}"]
     if not boot:
         return [*argv, *(["-S"] if hold else []), "-incoming", "defer"]
     return [*argv, "-kernel", places.kernel, "-initrd", places.initramfs, "-append", append(shape)]

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from trivisor.core.errors import EngineError, InvalidSpec, StorageError, TrivisorError
+from trivisor.core.errors import EngineError, HostLacks, InvalidSpec, StorageError, TrivisorError
 from trivisor.core.paths import Home
 from trivisor.core.spec import PASSING, Spec, Wall
 from trivisor.core.undo import Undo
@@ -223,9 +223,9 @@ class VmEngine:
         if known.shape is None:
             raise StorageError("it was frozen without its memory", machine=box.spec.name, hint="refill a machine with it, and start that")
         self.fits(box, known.needs)
-        frozen.agree(box, known.shape)
+        frozen.agree(box, known.shape, known.more)
         setup, why = self._setup(box.spec, progress, known.shape)
-        return self._bring(box, setup, why, undo, lambda given: thawing.thaw(box, given, whole, other=other))
+        return self._bring(box, setup, why, undo, lambda given: thawing.thaw(box, given, whole, known.more, other=other))
 
     def refill(self, box: Box, place: Path, undo: Undo) -> None:
         """Give `box`, which does not run, the frozen writable layer (vmm/freezer.py)."""
@@ -241,7 +241,10 @@ class VmEngine:
 
     def suits(self, box: Box, hardware: Hardware) -> None:
         """Raise HostLacks, StorageError or MigrationError if such a machine cannot go on here."""
-        self.fits(box, hardware.needs)
+        try:
+            self.fits(box, hardware.needs)
+        except HostLacks as error:
+            raise migrating.worded(error) from error
         migrating.check(box, hardware)
 
     def arrive(self, box: Box, hardware: Hardware, arrival: Arrival, undo: Undo, progress: Progress) -> dict[str, str]:

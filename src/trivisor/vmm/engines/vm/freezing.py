@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -27,7 +27,8 @@ from trivisor.launch import keeper
 from trivisor.vmm.engine import Box, Progress
 from trivisor.vmm.engines.vm import backup, files, frozen, growth, hotplug, pages, pending, ram, runner
 from trivisor.vmm.engines.vm.argv import Shape
-from trivisor.vmm.engines.vm.memory import base
+from trivisor.vmm.engines.vm.frozen import Facts
+from trivisor.vmm.engines.vm.memory import where
 from trivisor.vmm.engines.vm.pages import Pages
 from trivisor.vmm.engines.vm.qmp import Qmp
 from trivisor.vmm.freezer import Frozen
@@ -50,20 +51,20 @@ def freeze(box: Box, into: Path, *, ends: bool, lasting: bool, quiesce: bool, se
     pid = runner.engine(box.dir)
     if pid is None:
         raise GuestGone("its QEMU has ended", machine=box.spec.name)
-    facts = frozen.begin(known.shape, known.needs)
     with ExitStack() as stack:
         try:
             target = stack.enter_context((into / frozen.RAM).open("wb", buffering=0))
             # A copy's QEMU, which may open it before it is whole, has an id of its own.
             os.fchmod(target.fileno(), 0o444)
-            first = ram.sealable(stack, facts.key) if sealed and not (lasting or ends) else None
             with Foreign(pid, box.spec.name) as foreign, Qmp.connect(box.dir.qmp, box.spec.name) as qmp:
                 movable(box, qmp, known.shape)
-                place = target.fileno() if first is None else first
-                own = stack.enter_context(pages.opened(foreign, base(box, qmp), growth.sizes(qmp).base, place))
+                facts = frozen.begin(known.shape, known.needs, growth.more(box, qmp))
+                first = ram.sealable(stack, facts.key) if sealed and not (lasting or ends) else None
+                own = _memory(stack, box, qmp, foreign, facts, into, target.fileno() if first is None else first)
 
                 def finish(filled: Callable[[], None] = lambda: None) -> None:
-                    own.after()
+                    for part in own:
+                        part.after()
                     if first is not None:
                         ram.seal(first)
                         filled()
@@ -80,17 +81,30 @@ def freeze(box: Box, into: Path, *, ends: bool, lasting: bool, quiesce: bool, se
                 pending.Pending(into, facts, lambda filled: _beside(rest, lambda: finish(filled)), first).start()
         except OSError as error:
             raise files.storage(error, "freezing the machine") from error
-    said = {} if not (lasting or ends) else {"own": f"{own.written // MIB} MiB", "shared": f"{own.copied // MIB} MiB"}
+    sizes = {"own": sum(part.written for part in own), "shared": sum(part.copied for part in own)}
+    said = {name: f"{size // MIB} MiB" for name, size in sizes.items()} if lasting or ends else {}
     return Frozen(known.needs, stood.seconds, said)
 
 
-def _take(box: Box, qmp: Qmp, into: Path, shape: Shape, own: Pages, end: Callable[[], object] | None) -> Stood:
+def _memory(stack: ExitStack, box: Box, qmp: Qmp, foreign: Foreign, facts: Facts, into: Path, target: int) -> list[Pages]:
+    """Return what the machine has of memory: that of its start last, which others wait for."""
+    found = []
+    if facts.more is not None and facts.more.reach:
+        file = stack.enter_context((into / frozen.MORE).open("wb", buffering=0))
+        place = where(box, qmp, facts.more.physical)
+        found.append(stack.enter_context(pages.opened(foreign, place, facts.more.reach, file.fileno())))
+    found.append(stack.enter_context(pages.opened(foreign, where(box, qmp), growth.sizes(qmp).base, target)))
+    return found
+
+
+def _take(box: Box, qmp: Qmp, into: Path, shape: Shape, own: Sequence[Pages], end: Callable[[], object] | None) -> Stood:
     """Take all that changes while the machine runs, with it standing still. With `end` it does not go on: `end`, and then it is ended."""
     with ExitStack() as stack:
         # QEMU writes it to memory: of a disk that is full it says no more than that something failed.
         state = stack.enter_context(open(os.memfd_create("state"), "rb"))
         disk = stack.enter_context(backup.opened(box, qmp, into / frozen.DISK, at_once=end is not None)) if shape.upper else None
-        own.before()
+        for part in own:
+            part.before()
         if disk is not None:
             disk.before()
         with still(box, qmp) as stood:
@@ -98,7 +112,8 @@ def _take(box: Box, qmp: Qmp, into: Path, shape: Shape, own: Pages, end: Callabl
                 qmp.state_to(given.fileno())
             if disk is not None:
                 disk.take()
-            own.take()
+            for part in own:
+                part.take()
             if end is not None:
                 _write(state, into / frozen.STATE)
                 end()
@@ -190,8 +205,8 @@ def movable(box: Box, qmp: Qmp, shape: Shape) -> None:
             raise refuse(f"a device that was attached to it, {name.removeprefix(hotplug.PREFIX)}", "detach it, and attach it again after")
         if name == "usb":
             raise refuse("a USB controller", "it came with the first USB device and stays until the machine is stopped")
-        if name in (growth.MEMORY, growth.BALLOON):
-            raise refuse("memory that was given to it, or taken, while it ran", "stop and start it: it has its memory from the start then")
+        if name == growth.BALLOON:
+            raise refuse("memory that was taken while it ran", "stop and start it: it has its memory from the start then")
     blocked = qmp.ask("query-migrate").get("blocked-reasons")
     if blocked:
         raise refuse("something that cannot be moved", str(blocked[0])[:200])

@@ -1,6 +1,7 @@
 """A machine that was frozen, as a folder: what is in it, what a host needs to run it on, whether it is whole.
 
     ram           its RAM, a plain sparse file that every copy maps privately and read-only
+    more          what it was given beyond that while it ran, in the same way; each copy is given its own
     state         its devices, without RAM, as QEMU's migration writes them
     disk.qcow2    its writable layer at that instant; without backing file
     fresh         a mark that no guest has had that layer yet
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,15 +28,15 @@ from trivisor.launch import tvinit
 from trivisor.launch.net import provide
 from trivisor.vmm.engine import Box
 from trivisor.vmm.engines.vm import argv, disks, files, ice, kit, pending, qemu
-from trivisor.vmm.engines.vm.argv import Shape
+from trivisor.vmm.engines.vm.argv import More, Shape
 from trivisor.vmm.engines.vm.ice import Ice
 from trivisor.vmm.engines.vm.runner import Setup
 
 _FORMAT = 1
 _LIFE, _FACTS = "life", "frozen.json"
-RAM, STATE, DISK, FRESH = "ram", "state", "disk.qcow2", "fresh"
+RAM, MORE, STATE, DISK, FRESH = "ram", "more", "state", "disk.qcow2", "fresh"
 _QUICK = 64 * MIB
-_MOST_CPUS, _MOST_ROOM = 255, 1 << 40
+_MOST_CPUS, _MOST_ROOM, _MOST_PHYSICAL = 255, 1 << 40, 1 << 52
 _REMEDY = {
     "qemu": "install that version, or point TRIVISOR_QEMU to it",
     "processor": "run it on such a processor",
@@ -59,6 +61,7 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     key: str
     shape: Shape | None
     """None: without memory."""
+    more: More | None = None
     needs: dict[str, str]
     state_digest: str
     disk_digest: str
@@ -117,9 +120,9 @@ def life(place: MachineDir, name: str) -> Life:
         raise StorageError("what the machine was started as is not known", machine=name, hint=hint) from error
 
 
-def begin(shape: Shape | None, needed: dict[str, str]) -> Facts:
+def begin(shape: Shape | None, needed: dict[str, str], more: More | None = None) -> Facts:
     """Return what is to be known of a machine that is being frozen, without memory if it has no shape."""
-    return Facts(format=_FORMAT, key=os.urandom(16).hex(), shape=shape, needs=needed, state_digest="", disk_digest="")
+    return Facts(format=_FORMAT, key=os.urandom(16).hex(), shape=shape, more=more, needs=needed, state_digest="", disk_digest="")
 
 
 def finish(folder: Path, facts: Facts, *, lasting: bool) -> None:
@@ -141,12 +144,12 @@ def finish(folder: Path, facts: Facts, *, lasting: bool) -> None:
         files.sync(folder)
 
 
-def agree(box: Box, shape: Shape) -> None:
+def agree(box: Box, shape: Shape, more: More | None = None) -> None:
     """Raise StorageError for a shape that no machine of this spec can have had: what was frozen may come from anybody."""
     linked = box.spec.network != "none"
     tap = linked and not provide.possible()
     right = (
-        shape.memory // MIB == box.spec.memory // MIB
+        (shape.memory // MIB == box.spec.memory // MIB if more is None else _bounded(shape.memory, more, box.spec.memory))
         and 1 <= shape.cpus <= shape.cpus + shape.spare_cpus <= _MOST_CPUS
         and 0 <= shape.room <= _MOST_ROOM
         and shape.upper == (box.spec.disk != "ram")
@@ -154,6 +157,15 @@ def agree(box: Box, shape: Shape) -> None:
     )
     if not right:
         raise StorageError("what was frozen is not a machine of this spec", machine=box.spec.name, hint="freeze the machine anew")
+
+
+def _bounded(base: int, more: More, memory: int) -> bool:
+    return (
+        re.fullmatch(r"spare[1-9]", more.port) is not None
+        and base + max(more.asked, 0) < memory + argv.GROWTH_BLOCK
+        and 0 <= more.reach <= more.most <= _MOST_ROOM
+        and 0 < more.physical < _MOST_PHYSICAL
+    )
 
 
 def load(folder: Path, machine: str) -> tuple[Ice, Facts]:

@@ -22,17 +22,17 @@ from typing import Any, TypeVar
 from trivisor.core.errors import EngineError, GuestError, GuestGone, GuestShort, InvalidSpec, StorageError, UnsupportedByWall
 from trivisor.core.units import GIB, MIB
 from trivisor.vmm.engine import Box
-from trivisor.vmm.engines.vm import files, kit, limits, runner
+from trivisor.vmm.engines.vm import argv, files, kit, limits, runner
+from trivisor.vmm.engines.vm.argv import More
 from trivisor.vmm.engines.vm.qmp import Qmp
 from trivisor.vos import guest
 from trivisor.vos.line import Line
 
 T = TypeVar("T")
 
-MEMORY, BALLOON = "growth", "balloon"
+MEMORY, BALLOON = argv.GROWTH, "balloon"
 
-BLOCK = 4 * MIB
-"""What a guest takes or gives at once: Linux's largest order of pages."""
+BLOCK = argv.GROWTH_BLOCK
 ROOM = min(max(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // GIB, 1), 256) * GIB
 """What a machine's addresses leave room for: the host's memory, and no more than the processors with the shortest addresses reach."""
 _MODULES = 30.0
@@ -177,11 +177,8 @@ class Growth:
 
     def _note(self, size: int, before: int) -> None:
         """Write down how far beyond its start the machine's memory may reach (memory.py looks no further)."""
-        try:
-            if not before or size > reach(self._box):
-                (self._box.dir.root / "grown").write_text(f"{size}\n")
-        except OSError as error:
-            raise files.storage(error, "writing the machine's folder") from error
+        if not before or size > reach(self._box):
+            remember(self._box, size)
 
     def _failed(self, what: str) -> GuestError:
         hint = "is it still starting, or its kernel without virtio_mem and ACPI hot-plug? A restart gives it the memory in any case"
@@ -213,6 +210,29 @@ def reach(box: Box) -> int:
         return 0
     except (OSError, ValueError) as error:
         raise StorageError(f"{box.dir.root / 'grown'} cannot be read: {error}", machine=box.spec.name, hint="stop and start it") from error
+
+
+def more(box: Box, qmp: Qmp) -> More | None:
+    """Return what a copy must have of what the machine behind `qmp` was given while it ran. Raises EngineError, StorageError."""
+    if not _there(qmp, MEMORY):
+        return None
+    found = _extent(qmp)
+    shared = bool(qmp.ask("qom-get", {"path": f"/objects/{MEMORY}-ram", "property": "share"}))
+    port = next(
+        str(bridge["qdev_id"])
+        for bus in qmp.ask("query-pci")
+        for bridge in bus["devices"]
+        if any(device["qdev_id"] == MEMORY for device in bridge.get("pci_bridge", {}).get("devices", ()))
+    )
+    return More(found.physical, found.asked, found.most, min(reach(box), found.most), shared, port)
+
+
+def remember(box: Box, size: int) -> None:
+    """Note of a copy how far its memory may reach beyond that of its start. Raises StorageError."""
+    try:
+        (box.dir.root / "grown").write_text(f"{size}\n")
+    except OSError as error:
+        raise files.storage(error, "writing the machine's folder") from error
 
 
 def forget(box: Box) -> None:

@@ -69,13 +69,13 @@ def _found(box: Box, qmp: Qmp) -> Still:
     has = growth.sizes(qmp)
     size = has.base
     low = size if size < _BELOW_HOLE else _LOW
-    begin = base(box, qmp)
+    begin = where(box, qmp)
     ram = [Ram(0, low, begin)]
     if size > low:
         ram.append(Ram(4 * GIB, size - low, begin + low))
     if has.more is not None and has.more.size:
         # It may have holes where the guest gave memory back: nothing but zeros is there.
-        address = _number(r" is (0x[0-9a-f]+)", _monitor(qmp, f"gpa2hva {has.more.physical:#x}"), box)
+        address = where(box, qmp, has.more.physical)
         ram.append(Ram(has.more.physical, min(growth.reach(box), has.more.most), address, private=True))
     said = _monitor(qmp, "info registers")
     levels = 5 if _number(r"\bCR4=([0-9a-f]+)", said, box) & _LA57 else 4
@@ -83,9 +83,9 @@ def _found(box: Box, qmp: Qmp) -> Still:
     return Still(pid, tuple(ram), _number(r"\bCR3=([0-9a-f]+)", said, box), levels, shared)
 
 
-def base(box: Box, qmp: Qmp) -> int:
-    """Return where in QEMU's memory the RAM begins that the machine was started with; it lies there in one piece. Raises EngineError."""
-    return _number(r" is (0x[0-9a-f]+)", _monitor(qmp, "gpa2hva 0"), box)
+def where(box: Box, qmp: Qmp, physical: int = 0) -> int:
+    """Return where in QEMU's memory a run of RAM begins: that which the machine was started with is one piece. Raises EngineError."""
+    return _number(r" is (0x[0-9a-f]+)", _monitor(qmp, f"gpa2hva {physical:#x}"), box)
 
 
 def _monitor(qmp: Qmp, line: str) -> str:

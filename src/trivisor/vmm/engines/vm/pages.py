@@ -184,7 +184,7 @@ def _open(stack: ExitStack, pid: int, inode: int, size: int) -> int:
             seen = path.stat()
         except FileNotFoundError:
             continue
-        if seen.st_ino == inode and seen.st_size == size and path.is_file():
+        if seen.st_ino == inode and seen.st_size >= size and path.is_file():
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             stack.callback(os.close, fd)
             return fd
@@ -218,7 +218,7 @@ def _filled(run: memoryview) -> Iterator[tuple[int, int]]:
         yield begin, len(run)
 
 
-def _segments(file: int, low: int, high: int) -> Iterator[tuple[int, int]]:
+def segments(file: int, low: int, high: int) -> Iterator[tuple[int, int]]:
     """Yield (begin, end) of the data of `file` between two places."""
     while low < high:
         try:
@@ -235,7 +235,7 @@ def _segments(file: int, low: int, high: int) -> Iterator[tuple[int, int]]:
 
 def _data(file: int, size: int) -> bytes:
     found = bytearray(size // _PAGE)
-    for begin, end in _segments(file, 0, size):
+    for begin, end in segments(file, 0, size):
         first, last = begin // _PAGE, -(-end // _PAGE)
         found[first:last] = b"\1" * (last - first)
     return bytes(found)
@@ -243,7 +243,7 @@ def _data(file: int, size: int) -> bytes:
 
 def _copy(source: int, target: int, low: int, high: int) -> int:
     copied = 0
-    for begin, end in _segments(source, low, high):
+    for begin, end in segments(source, low, high):
         files.copy_range(source, target, begin, end)
         copied += end - begin
     return copied

@@ -22,7 +22,7 @@ from trivisor.launch.net import passt
 from trivisor.launch.net.provide import Net, bare
 from trivisor.launch.plan import Op, Plan
 from trivisor.vmm.engines.vm import argv, files, sharing
-from trivisor.vmm.engines.vm.argv import Memory, Places, Shape
+from trivisor.vmm.engines.vm.argv import Memory, More, Places, Shape
 from trivisor.vmm.engines.vm.kit import Kit
 from trivisor.vmm.engines.vm.qemu import Qemu
 from trivisor.vmm.engines.vm.qmp import Qmp
@@ -68,6 +68,9 @@ class Work:
     state: Path | None = None
     incoming: Callable[[], None] | None = None
     """Instead: gives a waiting QEMU its state from elsewhere and lets it run (migrating.py)."""
+    more: More | None = None
+    fill: Callable[[Qmp, int], None] | None = None
+    """With `more`: gives a waiting QEMU, of that pid, what lies in that."""
     root: Path | None = None
     """The image's squashfs; without it both disks are dummies."""
     disk: Path | None = None
@@ -123,13 +126,14 @@ def run(setup: Setup, work: Work) -> keeper.Kept:
             blank=work.root is None,
             places=places,
             name=work.name,
+            more=work.more,
         )
         processes.append(keeper.Process("qemu", _plan(setup, work, places, command, fds, given.binds)))
 
-        def begin() -> None:
+        def begin(engine: int) -> None:
             # From here on QEMU alone listens: if it dies, who connects is refused instead of waiting for a greeting.
             listener.close()
-            _thaw(work)
+            _thaw(work, engine)
 
         kept = keeper.spawn(
             work.place,
@@ -176,7 +180,7 @@ def _note(place: MachineDir, pid: int) -> None:
         raise files.storage(error, "writing the machine's folder") from error
 
 
-def _thaw(work: Work) -> None:
+def _thaw(work: Work, engine: int) -> None:
     """Give a waiting QEMU its state and let it run. Called when it has been started."""
     if work.incoming is not None:
         work.incoming()
@@ -185,6 +189,8 @@ def _thaw(work: Work) -> None:
     if work.ram.finish is not None:
         work.ram.finish()
     with Qmp.connect(work.place.qmp, work.name) as qmp, work.state.open("rb") as state:
+        if work.fill is not None:
+            work.fill(qmp, engine)
         qmp.state_from(state.fileno())
         qmp.ask("cont")
 
