@@ -134,8 +134,9 @@ def stop(context: Context, machine: str, timeout: float) -> Row:
     with operation(context, machine, "stop") as row:
         if row.state is State.SUSPENDED:
             said: dict[str, Any] = {"reason": "its memory was dropped", "status": None, "ended": time.time(), "ice": ""}
+            said["base"] = reconcile.rests(context, row)
             done = context.records.update(row.id, state=State.STOPPED, event=("stopped", said["reason"]), **said, **_IDLE)
-            keeping.release(context, {row.ice} - {*row.base.split()})
+            keeping.release(context, keeping.needed(row) - {*said["base"].split()})
             return done or row
         grace = timeout
         if row.state is State.PAUSED and not grace:

@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from trivisor.core import process
-from trivisor.core.errors import Busy, HostError, StorageError
+from trivisor.core.errors import Busy, HostError, StorageError, TrivisorError
 from trivisor.core.paths import MachineDir
 from trivisor.core.state import State
 from trivisor.launch import keeper
@@ -32,6 +32,7 @@ from trivisor.vmm.records import Row
 from trivisor.vmm.removal import remove_tree
 from trivisor.vmm.snapshots import keeping
 from trivisor.vos.devices import endpoint
+from trivisor.vos.line import Line
 
 LIVE = (State.RUNNING, State.PAUSED)
 MAKING = ("create", "clone", "receive")
@@ -117,10 +118,15 @@ def ended(context: Context, row: Row) -> Row | None:
         operator=None,
         granted=0,
         ice="",
+        base=(base := rests(context, row)),
     )
-    if row.ice:
-        keeping.release(context, {row.ice})
+    keeping.release(context, keeping.needed(row) - {*base.split()})
     return done
+
+
+def rests(context: Context, row: Row) -> str:
+    """Return what frozen machines one needs that runs no more: those over which its own layer lies, if its wall has it so."""
+    return row.base if getattr(context.engines.get(row.spec.wall), "lies_over_frozen", False) else ""
 
 
 def _put_right(context: Context, row: Row, event: tuple[str, str], **changes: Any) -> Row | None:
@@ -194,8 +200,8 @@ def _doubtful(context: Context, row: Row) -> bool:
 def _recover(context: Context, row: Row) -> Row | None:
     """Take back, or finish, the operation whose process died. The machine's lock is held."""
     folder = context.folder(row)
-    if row.operation in (*MAKING, "delete") or (row.operation == "arrive" and not keeper.alive(folder)):
-        # One that arrived was not said to run here, so it is where it came from.
+    if row.operation in (*MAKING, "delete") or (row.operation == "arrive" and not _answered(context, row)):
+        # Nobody was told that it runs here, so it is where it came from.
         erase(context, row, "swept", f"{row.operation} was cut short")
         return None
     state, ice = row.state, row.ice
@@ -227,6 +233,18 @@ def _run_on(context: Context, row: Row, state: State) -> State:
     with contextlib.suppress(HostError):
         context.engine(row.spec.wall, row.name).resume(context.box(row))
     return standing(context, row)
+
+
+def _answered(context: Context, row: Row) -> bool:
+    """Whether a machine's keeper has heard of its guest: before that, it ends it when it is left alone."""
+    folder = context.folder(row)
+    if not keeper.alive(folder):
+        return False
+    try:
+        with contextlib.closing(Line.connect(folder.line, row.name)) as line:
+            return line.keeper_info().get("synced") == "1"
+    except TrivisorError:
+        return False
 
 
 def _moved(context: Context, row: Row) -> State:

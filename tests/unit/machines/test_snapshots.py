@@ -172,6 +172,18 @@ def test_fork(vmm: VMM, home: TestHome, web: Machine) -> None:
     assert frozen(home) == set()
 
 
+def test_who_stopped_runs_from_it_no_more(vmm: VMM, home: TestHome, web: Machine) -> None:
+    one, two = web.fork(2)
+    one.stop()
+    assert len(frozen(home)) == 1
+    two.suspend()
+    assert len(frozen(home)) == 2  # what it ran from, and what it is suspended in
+    two.stop()
+    assert frozen(home) == set()
+    one.start()
+    two.start()
+
+
 def test_a_fork_that_fails_leaves_nothing(vmm: VMM, home: TestHome, engine: FreezingEngine, web: Machine) -> None:
     engine.fail = "thaw"
     with pytest.raises(EngineError):

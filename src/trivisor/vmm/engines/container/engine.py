@@ -42,6 +42,7 @@ class ContainerEngine:
 
     wall: Wall = "container"
     freezes_memory = False
+    lies_over_frozen = True
 
     def __init__(self, home: Home) -> None:
         self._home = home
