@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,11 +11,43 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from host_state import assert_nothing_left
+
 from trivisor import VMM, Machine
 
 DOWNTIME = 30.0
 """What a machine may stand still for here: QEMU 7.2 sends its memory only while it does."""
 SHELL = "i=0; while :; do i=$((i+1)); echo $i >/run/next; mv /run/next /run/count; sleep 0.02; done"
+
+
+class Elsewhere:
+    """Another home, with the kits of `template` and no machines; with its images too if those are wanted."""
+
+    def __init__(self, root: Path, template: Path, *, images: bool) -> None:
+        self.root = root
+        root.mkdir(mode=0o700, parents=True)
+        for part in ("kits", "store") if images else ("kits",):
+            shutil.copytree(
+                template / part, root / part, symlinks=True, ignore=shutil.ignore_patterns("trees", "tmp"), copy_function=_linked
+            )
+
+    def clear(self) -> None:
+        with VMM(self.root) as vmm:
+            for machine in vmm.list():
+                machine.delete(force=True)
+        assert_nothing_left(self.root, set())
+        shutil.rmtree(self.root)
+
+
+def _linked(source: str, target: str) -> None:
+    """Blobs, roots and kits are never written in place."""
+    if Path(source).suffix.startswith(".db") or "-wal" in source or "-shm" in source:
+        shutil.copy2(source, target)
+        return
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 class Receiving:

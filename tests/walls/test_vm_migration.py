@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import runpy
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from machine_home import VmHome
-from migrating import DOWNTIME, count, counts_on, receiving, until
+from migrating import DOWNTIME, Elsewhere, count, counts_on, receiving, until
 
 from trivisor import VMM, State
 from trivisor.cli import main
@@ -36,15 +37,16 @@ while True:
 
 
 @pytest.fixture(scope="module")
-def there(iced_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VmHome]:
-    """Another home: without the image "mini"."""
-    other = VmHome(tmp_path_factory.mktemp("there") / "home", iced_home)
+def there(iced_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
+    other = Elsewhere(tmp_path_factory.mktemp("there") / "home", iced_home, images=True)
     yield other
     other.clear()
 
 
 @pytest.mark.timeout(300)
-def test_it_moves_there_and_back_while_programs_run(wall_home: VmHome, there: VmHome, tmp_path: Path) -> None:
+def test_it_moves_there_and_back_while_programs_run(
+    wall_home: VmHome, there: Elsewhere, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     with VMM(wall_home.root) as vmm:
         machine = vmm.create("debian", wall="vm", name="nomad", disk="1G")
         machine.start()
@@ -66,10 +68,17 @@ def test_it_moves_there_and_back_while_programs_run(wall_home: VmHome, there: Vm
             arrived.exec("md5sum -c /root/sum && [ $(hostname) = nomad ]", check=True)
             assert abs(float(arrived.exec("date +%s.%N", check=True).text) - time.time()) < 5
             arrived.exec("echo after >/root/after; sync", check=True)
-    with receiving(wall_home.root, f"unix:{tmp_path / 'socket'}") as home, VMM(there.root) as away:
+    address, statuses = f"unix:{tmp_path / 'socket'}", list[int]()
+    waiting = threading.Thread(target=lambda: statuses.append(main.run(["--home", str(wall_home.root), "receive", address])))
+    waiting.start()
+    until((tmp_path / "socket").exists)
+    with VMM(there.root) as away, VMM(wall_home.root) as vmm:
         before = count(away.get("nomad"))
-        assert main.run(["--home", str(there.root), "migrate", "--downtime", str(DOWNTIME), "nomad", home.address]) == 0
-        again = home.machine()
+        assert main.run(["--home", str(there.root), "migrate", "--downtime", str(DOWNTIME), "nomad", address]) == 0
+        waiting.join(30)
+        said = capfd.readouterr()
+        assert statuses == [0] and "nomad: moved in" in said.out and "\nnomad\n" in f"\n{said.out}" and f"waiting at {address}" in said.err
+        again = vmm.get("nomad")
         counts_on(again, before)
         assert again.files.read("/root/after") == b"after\n" and not away.list()
         again.stop()
@@ -78,7 +87,7 @@ def test_it_moves_there_and_back_while_programs_run(wall_home: VmHome, there: Vm
         again.delete(force=True)
 
 
-def test_the_example(wall_home: VmHome, there: VmHome, tmp_path: Path) -> None:
+def test_the_example(wall_home: VmHome, there: Elsewhere, tmp_path: Path) -> None:
     move = runpy.run_path(str(Path(__file__).parents[2] / "examples/migrate.py"))["move"]
     with VMM(wall_home.root) as vmm, VMM(there.root) as other:
         machine = vmm.create("mini", wall="vm")

@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
+import msgspec
 import pytest
+from images_for_tests import mini_image
 from machine_home import KILLED, VmHome, in_child
-from migrating import DOWNTIME, SHELL, count, counts_on, receiving, until
+from migrating import DOWNTIME, SHELL, Elsewhere, count, counts_on, receiving, until
 from wall_fixtures import Make
 
-from trivisor import VMM, InvalidSpec, Machine, MigrationError, NotFound, State, UnsupportedByWall
+from trivisor import VMM, InvalidSpec, Machine, MigrationError, State, UnsupportedByWall
 from trivisor.core.devices import Random
+from trivisor.core.paths import Home
 from trivisor.vmm import reconcile
+from trivisor.vmm.engines.vm import migrating
+from trivisor.vmm.engines.vm.engine import VmEngine
 from trivisor.vmm.migration import source, target
 from trivisor.vmm.migration.link import Link
 from trivisor.vmm.migration.messages import Go, Message
@@ -25,11 +29,8 @@ TOKEN = "a token that only this test knows"
 
 
 @pytest.fixture(scope="module")
-def there(iced_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VmHome]:
-    """Another home: without the image "mini"."""
-    other = VmHome(tmp_path_factory.mktemp("there") / "home", iced_home)
-    with VMM(other.root) as vmm, suppress(NotFound):
-        vmm.images.remove("mini")
+def there(iced_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
+    other = Elsewhere(tmp_path_factory.mktemp("there") / "home", iced_home, images=False)
     yield other
     other.clear()
 
@@ -53,15 +54,16 @@ def goes_on(machine: Machine) -> None:
     counts_on(machine, count(machine))
 
 
-def nothing_came(home: VmHome) -> None:
+def nothing_came(home: Elsewhere) -> None:
     with VMM(home.root) as vmm:
         assert not vmm.list()
     assert not list((home.root / "machines").iterdir())
 
 
-def test_a_target_that_refuses_says_why(stayer: Machine, there: VmHome) -> None:
+def test_a_target_that_refuses_says_why(stayer: Machine, there: Elsewhere) -> None:
     with VMM(there.root) as vmm:
-        other = vmm.create("debian", wall="vm", name="stayer")
+        mini_image(Home(there.root), "other")
+        other = vmm.create("other", wall="vm", name="stayer")
         with receiving(there.root, token=TOKEN) as home:
             with pytest.raises(MigrationError, match="there is a machine named stayer") as refused:
                 stayer.migrate(home.address, token=TOKEN, downtime=DOWNTIME)
@@ -72,7 +74,25 @@ def test_a_target_that_refuses_says_why(stayer: Machine, there: VmHome) -> None:
         stayer.migrate(home.address, token=TOKEN, downtime=DOWNTIME)
 
 
-def test_it_is_cancelled_or_takes_too_long(stayer: Machine, wall_home: VmHome, there: VmHome) -> None:
+def test_a_host_that_is_another_says_so(stayer: Machine, there: Elsewhere, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is made there, and before anything is sent."""
+    known = migrating.describe(stayer._context.box(stayer._row()))
+
+    def other(**changes: object) -> str:
+        monkeypatch.setattr(VmEngine, "leaving", lambda _self, _box: msgspec.structs.replace(known, **changes))
+        with receiving(there.root, token=TOKEN) as home, pytest.raises(MigrationError) as refused:
+            stayer.migrate(home.address, token=TOKEN, downtime=DOWNTIME)
+        return str(refused.value)
+
+    assert "it runs with qemu other, and here is" in other(needs={**known.needs, "qemu": "other"})
+    assert "not byte for byte" in other(root="other")
+    assert "other hardware" in other(words="other")
+    monkeypatch.undo()
+    nothing_came(there)
+    goes_on(stayer)
+
+
+def test_it_is_cancelled_or_takes_too_long(stayer: Machine, wall_home: VmHome, there: Elsewhere) -> None:
     with receiving(there.root, token=TOKEN) as home:
         moving = stayer.migrate(home.address, token=TOKEN, downtime=DOWNTIME, rate="1M", wait=False)
         until(lambda: moving.progress.phase == "memory" and moving.progress.done > 1 << 20)
@@ -139,7 +159,7 @@ def dying(home: VmHome, name: str, address: str, phase: str) -> Callable[[], Non
 
 
 @pytest.mark.parametrize("phase", ["disk", "memory", "handover"])
-def test_a_killed_source_s_machine_goes_on(stayer: Machine, wall_home: VmHome, there: VmHome, phase: str) -> None:
+def test_a_killed_source_s_machine_goes_on(stayer: Machine, wall_home: VmHome, there: Elsewhere, phase: str) -> None:
     with receiving(there.root, token=TOKEN) as home:
         assert in_child(dying(wall_home, "stayer", home.address, phase)) == KILLED
         with pytest.raises(MigrationError):
@@ -148,7 +168,7 @@ def test_a_killed_source_s_machine_goes_on(stayer: Machine, wall_home: VmHome, t
     nothing_came(there)
 
 
-def test_one_killed_as_it_gives_up_stands_still(stayer: Machine, wall_home: VmHome, there: VmHome) -> None:
+def test_one_killed_as_it_gives_up_stands_still(stayer: Machine, wall_home: VmHome, there: Elsewhere) -> None:
     with receiving(there.root, token=TOKEN) as home:
         assert in_child(dying(wall_home, "stayer", home.address, "go")) == KILLED
         with pytest.raises(MigrationError):
@@ -160,7 +180,7 @@ def test_one_killed_as_it_gives_up_stands_still(stayer: Machine, wall_home: VmHo
 
 
 @pytest.mark.parametrize("step", ["ready", "loaded", "gone_on", "settled"])
-def test_a_killed_target(stayer: Machine, there: VmHome, tmp_path: Path, step: str) -> None:
+def test_a_killed_target(stayer: Machine, there: Elsewhere, tmp_path: Path, step: str) -> None:
     """Before it took the machine, before it heard of its guest, and after that: the last test here, in which the machine leaves."""
     address = tmp_path / "address"
 

@@ -77,6 +77,15 @@ def shape(hardware: Hardware) -> Shape:
     return found
 
 
+def worded(error: HostLacks) -> HostLacks:
+    """Return what is said of a frozen machine as it is said of one that runs."""
+    said = {"it was frozen with": "it runs with", "that froze it": "that runs it", "where it was frozen": "where it runs"}
+    message, hint = error.message, error.hint
+    for frozen_word, word in said.items():
+        message, hint = message.replace(frozen_word, word), hint.replace(frozen_word, word)
+    return HostLacks(message, machine=error.machine, hint=hint)
+
+
 def check(box: Box, hardware: Hardware) -> None:
     """Raise HostLacks, StorageError or MigrationError if this host cannot go on with such a machine; the image's root is there."""
     if _words(shape(hardware)) != hardware.words:
