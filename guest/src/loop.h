@@ -9,6 +9,7 @@
 struct watch {
     int fd;
     void (*on)(struct watch *w, uint32_t events);
+    uint32_t place; /* the loop's own: where it is in its table */
 };
 
 int loop_open(void);
