@@ -14,7 +14,7 @@ from machine_home import KILLED, VmHome, in_child
 from migrating import DOWNTIME, SHELL, Elsewhere, count, counts_on, receiving, until
 from wall_fixtures import Make
 
-from trivisor import VMM, InvalidSpec, Machine, MigrationError, State, UnsupportedByWall
+from trivisor import VMM, EngineError, InvalidSpec, Machine, MigrationError, State, UnsupportedByWall
 from trivisor.core.devices import Random
 from trivisor.core.paths import Home
 from trivisor.vmm import reconcile
@@ -129,6 +129,21 @@ def test_what_cannot_be_moved_says_why(stayer: Machine, tmp_path: Path) -> None:
 def test_walls_that_cannot(make: Make, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedByWall, match="move machines"):
         make("mini").migrate(f"unix:{tmp_path / 'nobody'}")
+
+
+def test_a_target_that_fails_after_it_took_it_gives_it_back(stayer: Machine, there: Elsewhere, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise EngineError("the last step failed")
+
+    monkeypatch.setattr(target.provide, "settle", fail)
+    with receiving(there.root, token=TOKEN) as home:
+        with pytest.raises(MigrationError, match="the last step failed") as failed:
+            stayer.migrate(home.address, token=TOKEN, downtime=DOWNTIME)
+        with pytest.raises(EngineError):
+            home.machine()
+    assert failed.value.where == "here"
+    goes_on(stayer)
+    nothing_came(there)
 
 
 def die() -> None:

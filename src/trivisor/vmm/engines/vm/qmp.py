@@ -54,7 +54,7 @@ class Qmp:
             deadline = time.monotonic() + timeout
             # What the client before did not wait for may come first.
             while "QMP" not in (said := qmp._message(deadline)):
-                if "return" not in said and "error" not in said:
+                if not said.keys() & {"return", "error", "event"}:
                     raise EngineError("QEMU answered with something that is not QMP", machine=machine)
             qmp.ask("qmp_capabilities", timeout=timeout)
         except BaseException:
