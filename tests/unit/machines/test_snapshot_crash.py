@@ -105,9 +105,16 @@ def alive(home: TestHome, vmm: VMM, verb: str) -> Machine:
     return web
 
 
-@pytest.mark.parametrize(
-    ("verb", "means"), [(verb, means) for verb in VERBS for means in MEANS if means != "undo" or verb not in ("suspend", "remove")]
-)
+# Before one transaction is after the one before it, but for what was not written down between them.
+STEPS = [
+    pytest.param(verb, means, marks=[pytest.mark.soak] if means == "before" else [])
+    for verb in VERBS
+    for means in MEANS
+    if means != "undo" or verb not in ("suspend", "remove")
+]
+
+
+@pytest.mark.parametrize(("verb", "means"), STEPS)
 def test_killed_at_each_step(home: TestHome, verb: str, means: str) -> None:
     prepare(home, verb)
     for number in range(1, MOST):

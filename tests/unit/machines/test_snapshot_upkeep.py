@@ -13,7 +13,7 @@ from frozen_engine import FreezingEngine, disk, mind, think, write
 from machine_home import IMAGE, TestHome
 
 from trivisor import VMM, AlreadyExists, HostLacks, InvalidSpec, Machine, NotFound, StorageError, TrivisorError
-from trivisor.vmm.snapshots import carry
+from trivisor.vmm.snapshots import carry, upkeep
 
 MIB = 1 << 20
 
@@ -101,6 +101,19 @@ def test_pruning(vmm: VMM, home: TestHome, web: Machine) -> None:
     assert web.snapshot("last").name in [one.name for one in vmm.snapshots.list()]
     child.start()
     web.restore("kept")
+    assert disk(home.folder(web)) == random.Random(1).randbytes(MIB)
+
+
+def test_no_more_is_laid_out_than_is_of_use(vmm: VMM, home: TestHome, web: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upkeep, "LAID_OUT", 5 * MIB // 2)
+    for number in range(4):
+        write(home.folder(web), random.Random(number).randbytes(MIB))
+        web.snapshot(f"s{number}")
+        if number == 1:
+            web.restore("s0")
+    there = [use.ref for use in vmm.snapshots.du().snapshots if use.plain]
+    assert there == ["web@s0", "web@s2", "web@s3"]  # the first, since the machine runs from it
+    web.restore("s1")
     assert disk(home.folder(web)) == random.Random(1).randbytes(MIB)
 
 

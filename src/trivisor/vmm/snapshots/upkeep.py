@@ -15,11 +15,14 @@ from pathlib import Path
 import msgspec
 
 from trivisor.core.errors import NotFound, StorageError
+from trivisor.core.units import GIB
 from trivisor.vmm.context import Context
 from trivisor.vmm.snapshots import keeping, packed, packing, table
 from trivisor.vmm.snapshots.model import Kept, Kind
 
 _SETTING = "snapshots-max-bytes"
+LAID_OUT = GIB
+"""Bytes of plain folders that no machine needs and that stay all the same: those last used."""
 
 
 class Use(msgspec.Struct, frozen=True, kw_only=True):
@@ -145,7 +148,13 @@ def set_budget(context: Context, size: int | None) -> None:
 
 
 def hold(context: Context, but: str = "") -> None:
-    """Keep within the budget, after one came that stays in any case."""
+    """Keep within the budget, and of what no machine needs no more laid out than is of use, after one came that stays in any case."""
+    room = LAID_OUT
+    for kept in reversed([*_idle(context)]):
+        if keeping.plain(context, kept.id).exists():
+            room -= kept.about.size
+            if room < 0 and kept.id != but:
+                packed.evict(context, kept)
     if budget(context) is not None:
         prune(context, but=but)
 
