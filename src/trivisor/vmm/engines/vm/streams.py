@@ -78,6 +78,7 @@ class Source:
     def mirror(self, nbd: int) -> None:
         """Begin to copy the disk to the export behind the connected socket `nbd`. Raises EngineError."""
         with self._qmp() as qmp:
+            _clear(qmp)  # what was abandoned by one who had no answer in time
             qmp.ask("getfd", {"fdname": _AWAY}, fd=nbd)
             target = {"driver": "nbd", "node-name": _AWAY, "export": _EXPORT, "discard": "unmap", "detect-zeroes": "unmap"}
             qmp.ask("blockdev-add", {**target, "server": {"type": "fd", "str": _AWAY}}, timeout=_OPEN)
@@ -147,13 +148,7 @@ class Source:
                 deadline = time.monotonic() + _END
                 while _precopy(qmp).status in (*_RUNNING, "cancelling") and time.monotonic() < deadline:
                     time.sleep(0.002)
-            if (job := _job(qmp)) is not None:
-                if job["status"] != "concluded":
-                    qmp.ask("block-job-cancel", {"device": _AWAY, "force": True})
-                    _concluded(qmp, _END)
-                qmp.ask("job-dismiss", {"id": _AWAY})
-            if any(node["node-name"] == _AWAY for node in qmp.ask("query-named-block-nodes", {"flat": True})):
-                qmp.ask("blockdev-del", {"node-name": _AWAY})
+            _clear(qmp)
             with suppress(EngineError):  # a later one sets its own
                 _capabilities(qmp, dict.fromkeys((*_CAPABILITIES, "auto-converge"), False))
             if not qmp.ask("query-status")["running"]:
@@ -219,6 +214,17 @@ def pair() -> tuple[socket.socket, socket.socket]:
 def _capabilities(qmp: Qmp, wanted: dict[str, bool]) -> None:
     states = [{"capability": name, "state": state} for name, state in wanted.items()]
     qmp.ask("migrate-set-capabilities", {"capabilities": states})
+
+
+def _clear(qmp: Qmp) -> None:
+    """Take away what is left of a mirror."""
+    if (job := _job(qmp)) is not None:
+        if job["status"] != "concluded":
+            qmp.ask("block-job-cancel", {"device": _AWAY, "force": True})
+            _concluded(qmp, _END)
+        qmp.ask("job-dismiss", {"id": _AWAY})
+    if any(node["node-name"] == _AWAY for node in qmp.ask("query-named-block-nodes", {"flat": True})):
+        qmp.ask("blockdev-del", {"node-name": _AWAY})
 
 
 def _job(qmp: Qmp) -> dict[str, Any] | None:
