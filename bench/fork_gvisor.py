@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
 import time
@@ -29,7 +30,8 @@ time.sleep(100000)
 _NAME = "trivisor-bench"
 _LONGEST = 120.0
 NOTES = """
-The machine runs Python with 100 MB of random bytes. The peer is the same runsc on the same platform, not jailed and without a writable
+The machine runs Python with 100 MB of random bytes, and may use all processors, as the peer does. The peer is the same runsc on the
+same platform, not jailed and without a writable
 layer, that runs the same program on the same root: `runsc checkpoint` (the machine ends, as with suspend) or with --leave-running (it goes
 on, as with snapshot; with a runsc of 2022 checkpoint and restore), `runsc restore` and an exec of /bin/true. Turn by turn.
 """
@@ -98,7 +100,7 @@ def _plain(root: Path, found: Runsc, platform: str) -> Iterator[Plain]:
 
 
 def _busy(vmm: VMM) -> Machine:
-    vm = vmm.run(IMAGE, wall="gvisor", memory=MEMORY)
+    vm = vmm.run(IMAGE, wall="gvisor", memory=MEMORY, cpus=os.cpu_count())
     program = vm.spawn(["python3", "-c", BUSY], detach=True)
     assert program.stdout.readline() == b"there\n"
     return vm

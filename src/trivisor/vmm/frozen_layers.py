@@ -17,10 +17,10 @@ from typing import BinaryIO
 from trivisor.core import process
 from trivisor.core.errors import EngineError, StorageError, UnsupportedByWall
 from trivisor.core.undo import Undo
-from trivisor.launch import detached, ids, loop, once
+from trivisor.launch import detached, loop, once
 from trivisor.launch.ids import Shape
 from trivisor.launch.plan import Op
-from trivisor.vmm import layers
+from trivisor.vmm import layers, removal
 from trivisor.vmm.engine import Box
 
 TAR = "layer.tar"
@@ -78,12 +78,11 @@ def give(box: Box, shape: Shape, frozen: Path, undo: Undo) -> None:
         disk.rename(layers.disk_file(box))
     else:
         exchange(aside, place)
-    ids.remove_tree(aside)
+    removal.remove_tree(aside)
 
 
 def _clear(folder: Path, disk: Path) -> None:
-    if folder.exists():
-        ids.remove_tree(folder)
+    removal.remove_tree(folder)
     disk.unlink(missing_ok=True)
 
 
