@@ -20,6 +20,7 @@ from trivisor.core.paths import Home
 from trivisor.vmm import reconcile
 from trivisor.vmm.engines.vm import migrating
 from trivisor.vmm.engines.vm.engine import VmEngine
+from trivisor.vmm.migration import link as links
 from trivisor.vmm.migration import source, target
 from trivisor.vmm.migration.link import Link
 from trivisor.vmm.migration.messages import Go, Message
@@ -142,6 +143,43 @@ def test_a_target_that_fails_after_it_took_it_gives_it_back(stayer: Machine, the
         with pytest.raises(EngineError):
             home.machine()
     assert failed.value.where == "here"
+    goes_on(stayer)
+    nothing_came(there)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("phase", ["disk", "memory"])
+def test_a_target_that_hangs_is_given_up(
+    stayer: Machine, there: Elsewhere, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    address = tmp_path / "address"
+
+    def listening(where: str) -> None:
+        address.with_suffix(".new").write_text(where)
+        address.with_suffix(".new").rename(address)
+
+    def work() -> None:
+        with VMM(there.root) as vmm:
+            vmm.receive("127.0.0.1:0", token=TOKEN, timeout=30, listening=listening)
+
+    child = os.fork()
+    if child == 0:
+        os._exit(in_child(work) and 0)
+    until(address.exists)
+    (worker,) = (int(pid) for pid in Path(f"/proc/{child}/task/{child}/children").read_text().split())
+    monkeypatch.setattr(links, "SILENCE", 7.0)
+
+    def stop(progress: MigrationProgress) -> None:
+        if progress.phase == phase:
+            os.kill(worker, signal.SIGSTOP)
+
+    try:
+        with pytest.raises(MigrationError) as given_up:
+            stayer.migrate(address.read_text(), token=TOKEN, downtime=DOWNTIME, progress=stop)
+    finally:
+        os.kill(worker, signal.SIGCONT)
+        os.waitpid(child, 0)
+    assert given_up.value.where == "here"
     goes_on(stayer)
     nothing_came(there)
 

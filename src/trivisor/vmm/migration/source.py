@@ -209,6 +209,8 @@ class Migration:
             link.send(Go())
         except BaseException as error:
             self._stay(row, departure, error)
+            if isinstance(error, EngineError):
+                link.look()  # what broke the link is what broke the QEMU behind it
             raise
         try:
             running = link.receive(Running, _RUN)
