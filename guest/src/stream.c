@@ -59,7 +59,7 @@ static void source_news(struct watch *w, uint32_t events) {
 }
 
 void source_open(struct source *s, struct command *of, int fd, uint8_t channel, bool pty) {
-    *s = (struct source){.watch = {fd, source_news}, .of = of, .channel = channel, .pty = pty, .credit = WINDOW_SIZE, .left = -1};
+    *s = (struct source){.watch = {.fd = fd, .on = source_news}, .of = of, .channel = channel, .pty = pty, .credit = WINDOW_SIZE, .left = -1};
     if (fd >= 0)
         loop_add(&s->watch, EPOLLIN);
 }
@@ -179,7 +179,7 @@ bool source_pump(void) {
 static void sink_news(struct watch *w, uint32_t events);
 
 void sink_open(struct sink *s, struct command *of, int fd, bool pty) {
-    *s = (struct sink){.watch = {fd, sink_news}, .of = of, .pty = pty, .keys = -1, .granted = WINDOW_SIZE};
+    *s = (struct sink){.watch = {.fd = fd, .on = sink_news}, .of = of, .pty = pty, .keys = -1, .granted = WINDOW_SIZE};
 }
 
 void sink_close(struct sink *s) {
