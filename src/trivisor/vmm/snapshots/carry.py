@@ -59,9 +59,9 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
 
 def write(context: Context, kept: Kept, target: Path) -> None:
     """Write a snapshot into the new file `target`; nothing is left there if that ends early. Raises AlreadyExists, StorageError."""
-    plain = packed.ready(context, kept)
+    packed.ready(context, kept)
     with packed.store(context).workspace() as work, translated(work.path):
-        new, entries = packing.pack(plain, work.path / "pack", [])
+        new, entries = packed.pack(context, kept, work, [])
         packs = [msgspec.structs.replace(new, digest=_digest(work.path / "pack"))] if new else []
         listed = packing.encode(Manifest(packing.FORMAT, packs, entries))
         (work.path / "list").write_bytes(listed)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import msgspec
 
-from trivisor.core.errors import NotFound, StorageError
+from trivisor.core.errors import EngineError, NotFound, StorageError
 from trivisor.launch import ids
 from trivisor.store.faults import translated
 from trivisor.store.store import Store
@@ -42,10 +42,10 @@ def store(context: Context) -> Store:
 def keep(context: Context, kept: Kept, about: About) -> About:
     """Pack what was frozen, and return what is known of it with that. Raises StorageError."""
     blobs = store(context)
-    folder, known = keeping.plain(context, kept.id), _known(context, kept, blobs)
+    known = _known(context, kept, blobs)
     while True:
         with blobs.workspace() as work, translated(blobs.root):
-            new, entries = _pack(folder, work, [(blobs.locate(one.digest), one) for one in known])
+            new, entries = pack(context, kept, work, [(blobs.locate(one.digest), one) for one in known])
             if len(worth := _worth(known, entries)) < len(known):
                 known = worth
                 continue
@@ -104,11 +104,11 @@ def ready(context: Context, kept: Kept) -> Path:
         return plain
     with locked(context, kept, "lay out"):
         listed = manifest(context, kept)
-        if packing.same(plain, listed):
+        paths = [store(context).locate(one.digest) for one in listed.packs]
+        if whole(context, kept, listed, paths, read=False):
             return plain
         try:
-            paths = [store(context).locate(one.digest) for one in listed.packs]
-            if plain.is_dir() and packing.equal(plain, listed, paths):
+            if whole(context, kept, listed, paths, read=True):
                 return plain
             _lay(context, kept, listed, paths)
         except StorageError as error:
@@ -163,22 +163,35 @@ def _manifest(entries: Sequence[Entry], mine: Sequence[Pack], others: Sequence[P
     return Manifest(packing.FORMAT, [every[which] for which in needed], files)
 
 
-def _pack(folder: Path, work: Workspace, known: list[tuple[Path, Pack]]) -> tuple[Pack | None, list[Entry]]:
-    target = work.path / "pack"
+def pack(context: Context, kept: Kept, work: Workspace, known: list[tuple[Path, Pack]]) -> tuple[Pack | None, list[Entry]]:
+    """Pack the plain folder into `work`, beside packs that are known; packing.pack says more."""
+    folder, target = keeping.plain(context, kept.id), work.path / "pack"
     try:
-        return packing.pack(folder, target, known)
-    except PermissionError:
-        if os.geteuid() == 0:
-            raise
-    except StorageError:
+        if not _apart(context, kept):
+            return packing.pack(folder, target, known)
+        answer = _as_root(work, Asked("pack", str(folder), str(target), [(str(path), one) for path, one in known]))
+        return msgspec.msgpack.decode(answer, type=tuple[Pack | None, list[Entry]])
+    except (StorageError, EngineError):
         if not known:
             raise
         target.unlink(missing_ok=True)
-        return _pack(folder, work, [])  # a damaged pack is no reason not to make another
-    # Files of ids that only a user namespace has.
-    target.unlink(missing_ok=True)
-    answer = _as_root(work.path / "request", Asked(str(folder), str(target), [(str(path), one) for path, one in known]))
-    return msgspec.msgpack.decode(answer, type=tuple[Pack | None, list[Entry]])
+        return pack(context, kept, work, [])  # a damaged pack is no reason not to make another
+
+
+def whole(context: Context, kept: Kept, listed: Manifest, paths: list[Path], *, read: bool) -> bool:
+    """Say whether the plain folder is what was packed, by its files' sizes and times, or with `read` by their bytes."""
+    plain = keeping.plain(context, kept.id)
+    if not plain.is_dir():
+        return False
+    if not _apart(context, kept):
+        return packing.equal(plain, listed, paths) if read else packing.same(plain, listed)
+    with store(context).workspace() as work, translated(work.path):
+        return _asked(work, "equal" if read else "same", plain, listed, paths) == b"1"
+
+
+def _apart(context: Context, kept: Kept) -> bool:
+    """Whether the files are of ids that only a user namespace of ours has: who works on them is root of one."""
+    return os.geteuid() != 0 and kept.spec.wall != "vm" and ids.probe(context.home.root).kind == "subids"
 
 
 def _lay(context: Context, kept: Kept, listed: Manifest, packs: list[Path]) -> None:
@@ -187,11 +200,9 @@ def _lay(context: Context, kept: Kept, listed: Manifest, packs: list[Path]) -> N
     removal.remove_tree(aside)
     try:
         with translated(folder):
-            if os.geteuid() != 0 and any((one.uid, one.gid) != (os.geteuid(), os.getegid()) for one in listed.entries):
+            if _apart(context, kept):
                 with store(context).workspace() as work:
-                    (work.path / "manifest").write_bytes(packing.encode(listed))
-                    names = [str(path) for path in packs]
-                    _as_root(work.path / "request", Asked(str(aside), "", [], str(work.path / "manifest"), names))
+                    _asked(work, "lay", aside, listed, packs)
             else:
                 packing.lay(aside, listed, packs)
     except BaseException:
@@ -202,9 +213,14 @@ def _lay(context: Context, kept: Kept, listed: Manifest, packs: list[Path]) -> N
         aside.rename(plain)
 
 
-def _as_root(request: Path, asked: Asked) -> bytes:
+def _asked(work: Workspace, what: str, folder: Path, listed: Manifest, packs: list[Path]) -> bytes:
+    (work.path / "manifest").write_bytes(packing.encode(listed))
+    return _as_root(work, Asked(what, str(folder), "", [], str(work.path / "manifest"), [str(path) for path in packs]))
+
+
+def _as_root(work: Workspace, asked: Asked) -> bytes:
+    request = work.path / "request"
     with translated(request):
         request.write_bytes(msgspec.json.encode(asked))
         ids.run_as_root([sys.executable, "-m", "trivisor.vmm.snapshots.packing", str(request)], _WAIT)
-        answer = request.with_suffix(".answer")
-        return answer.read_bytes() if answer.exists() else b""
+        return request.with_suffix(".answer").read_bytes()

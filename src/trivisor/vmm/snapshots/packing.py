@@ -331,24 +331,32 @@ def _dress(place: Path, entry: Entry) -> None:
 
 
 class Asked(msgspec.Struct):
-    """What another process, which is root of a user namespace, is asked for."""
+    """What another process, which is root of a user namespace, is asked for: pack, lay, same or equal."""
 
+    what: str
     folder: str
-    target: str
+    target: str = ""
     known: list[tuple[str, Pack]] = []
     manifest: str = ""
     packs: list[str] = []
 
 
 def main(argv: Sequence[str]) -> None:
-    """Pack or lay as another user: `packing REQUEST`, both sides in files."""
+    """Do what is asked as another user: `packing REQUEST`, both sides in files."""
     request = Path(argv[0])
     asked = msgspec.json.decode(request.read_bytes(), type=Asked)
-    if asked.manifest:
-        lay(Path(asked.folder), decode(Path(asked.manifest).read_bytes(), asked.manifest), [Path(one) for one in asked.packs])
-        return
-    answer = pack(Path(asked.folder), Path(asked.target), [(Path(path), one) for path, one in asked.known])
-    request.with_suffix(".answer").write_bytes(msgspec.msgpack.encode(answer))
+    folder, packs = Path(asked.folder), [Path(one) for one in asked.packs]
+    answer = b""
+    if asked.what == "pack":
+        known = [(Path(path), one) for path, one in asked.known]
+        answer = msgspec.msgpack.encode(pack(folder, Path(asked.target), known))
+    else:
+        listed = decode(Path(asked.manifest).read_bytes(), asked.manifest)
+        if asked.what == "lay":
+            lay(folder, listed, packs)
+        else:
+            answer = b"1" if (same(folder, listed) if asked.what == "same" else equal(folder, listed, packs)) else b"0"
+    request.with_suffix(".answer").write_bytes(answer)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import msgspec
 from trivisor.core.errors import NotFound, StorageError
 from trivisor.core.units import GIB
 from trivisor.vmm.context import Context
-from trivisor.vmm.snapshots import keeping, packed, packing, table
+from trivisor.vmm.snapshots import keeping, packed, table
 from trivisor.vmm.snapshots.model import Kept, Kind
 
 _SETTING = "snapshots-max-bytes"
@@ -104,7 +104,7 @@ def _damage(context: Context, kept: Kept, broken: Mapping[str, str]) -> list[str
         if not plain.exists():
             return []
         with packed.locked(context, kept, "check"):
-            whole = packing.equal(plain, listed, [blobs.locate(one.digest) for one in listed.packs])
+            whole = packed.whole(context, kept, listed, [blobs.locate(one.digest) for one in listed.packs], read=True)
         return [] if whole else [f"{plain} is not what was frozen" + _mended(context, kept)]
     except StorageError as error:
         return [error.message]

@@ -223,4 +223,5 @@ def _form(box: Box) -> str:
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("PATH", "/usr/bin:/bin")  # it is started without any environment
     _merge(*map(Path, sys.argv[1:4]))
