@@ -47,9 +47,12 @@ static int reply(int sock) {
     int fd;
     uint32_t request;
     int32_t error;
-    CHECK(hear(sock, b, sizeof b, &fd) == 9 && b[0] == 'R');
-    memcpy(&request, b + 1, 4);
-    memcpy(&error, b + 5, 4);
+    do {
+        CHECK(hear(sock, b, sizeof b, &fd) == 9 && b[0] == 'R');
+        memcpy(&request, b + 1, 4);
+        memcpy(&error, b + 5, 4);
+        /* What is killed with its program may have replied before. */
+    } while (request < requests && error == EINTR);
     CHECK(request == requests);
     return error ? -error : fd < 0 ? 0 : fd;
 }
