@@ -171,7 +171,10 @@ static void program(uint32_t stream) {
     ask(stream + 1, flags, plain);
     CHECK(get_u32(expect(F_ERROR, stream + 1).payload) == EBUSY);
     start(stream + 2, EXEC_BUILTIN | EXEC_NO_STDIN, (const char *const[]){"program", NULL});
-    struct frame f = expect(F_DATA, stream + 2);
+    struct frame f;
+    do
+        f = expect(F_DATA, stream + 2);
+    while (f.payload[0] != CH_STDOUT); /* the end of the other may be seen first */
     CHECK(f.length > 6 && !memcmp(f.payload + 1, "pid ", 4) && !memchr(f.payload, 'e', f.length));
     synchronise();
     send_frame(F_SHUTDOWN, 0, "\0\x20\x4e\0", 5);
