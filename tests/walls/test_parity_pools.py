@@ -124,6 +124,7 @@ def frozen(vmm: VMM) -> set[str]:
 
 
 def test_closed(vmm: VMM, wall: Wall) -> None:
+    kept = frozen(vmm)
     made = vmm.pool("debian", size=1, wall=wall)
     taken = made.take(BOUND)
     made.close()
@@ -132,6 +133,7 @@ def test_closed(vmm: VMM, wall: Wall) -> None:
         made.take()
     assert taken.exec("echo still").text == "still\n"
     taken.delete(force=True)
+    assert frozen(vmm) <= kept  # what it began in went with it
 
 
 @pytest.mark.walls("container")
