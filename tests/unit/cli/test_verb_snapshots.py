@@ -40,7 +40,7 @@ def test_there_and_back(cli: Cli, home: TestHome, web: Path) -> None:
     made = done.out.strip()
     assert cli("start", "again").status == 0
     assert mind(home.root / "machines" / made) == b"warm"
-    assert cli("create").status == 125 and cli("create", "--snapshot", "web@none").status == 125
+    assert cli("create").status == 2 and cli("create", "--snapshot", "web@none").status == 125
 
 
 def test_what_is_done_with_them(cli: Cli, web: Path, tmp_path: Path) -> None:
