@@ -273,7 +273,7 @@ def test_pause_without_a_freezer(machine: Machine, monkeypatch: pytest.MonkeyPat
 
 def test_runsc_that_cannot_be_asked(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose Sentry is gone is no traceback of a decoder."""
-    monkeypatch.setattr(control, "_inside", lambda *_: b"not JSON")
+    monkeypatch.setattr(control, "inside", lambda *_: b"not JSON")
     box = machine._context.box(machine._context.row(machine.id))
     with pytest.raises(EngineError, match="cannot be read"):
         control.paused(box, [])
