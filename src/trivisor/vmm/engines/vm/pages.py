@@ -36,7 +36,7 @@ _FEW = 16
 _FAULT_IN = 23
 """madvise(2), MADV_POPULATE_WRITE."""
 _HUGE_PAGE = 2 << 20
-_SPARE = 8 << 20
+_SPARE = 16 << 20
 """What a machine may make its own until it stands still, without having to wait for memory then."""
 
 
