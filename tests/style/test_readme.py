@@ -42,6 +42,12 @@ def test_policy_example_runs(image_home: Path) -> None:
     assert "No space left on device" in done.stdout
 
 
+def test_copies_example_runs(image_home: Path) -> None:
+    source = _blocks("python")[2]
+    done = subprocess.run([sys.executable, "-c", source], env=_environment(image_home), capture_output=True, text=True, timeout=170)
+    assert (done.returncode, [line.split()[1] for line in done.stdout.splitlines()]) == (0, ["warm", "warm"]), done.stderr
+
+
 def test_command_line_example_runs(image_home: Path) -> None:
     script = _blocks("sh")[1].splitlines()
     assert script.pop(0) == "trivisor images bootstrap debian"  # the home has it
