@@ -155,6 +155,11 @@ def test_to_another_home(vmm: VMM, home: TestHome, web: Machine, tmp_path: Path,
         other.images.collect()
     with VMM(tmp_path / "empty", engines=[FreezingEngine()]) as empty, pytest.raises(NotFound, match="image"):
         empty.snapshots.import_(file)
+    with there.open(FreezingEngine()) as other:
+        with other.images.rootfs(web.info()["digest"]).open("ab") as root:  # as another squashfs-tools would write it
+            root.write(bytes(4096))
+        with pytest.raises(HostLacks, match="byte for byte"):
+            other.snapshots.import_(file, "web@squashed")
     strange = FreezingEngine()
     strange.here = "two"
     with there.open(strange) as other, pytest.raises(HostLacks, match="one"):

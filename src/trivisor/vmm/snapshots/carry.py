@@ -21,7 +21,7 @@ from typing import BinaryIO
 import msgspec
 
 from trivisor.core import spec as specs
-from trivisor.core.errors import AlreadyExists, InvalidSpec, NotFound, StorageError, TrivisorError
+from trivisor.core.errors import AlreadyExists, HostLacks, InvalidSpec, NotFound, StorageError, TrivisorError
 from trivisor.core.spec import HOST_IMAGE, Spec
 from trivisor.core.state import State
 from trivisor.core.undo import Undo
@@ -51,6 +51,8 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
     digest: str
     spec: Spec
     about: About
+    root: str = ""
+    """SHA-256 of the root's file, which the guest of a virtual machine with memory has mounted: layers may be squashed to other bytes."""
     list: tuple[str, int]
     """Digest and size."""
     pack: tuple[Pack, int] | None
@@ -72,6 +74,7 @@ def write(context: Context, kept: Kept, target: Path) -> None:
             digest=kept.digest,
             spec=kept.spec,
             about=msgspec.structs.replace(kept.about, manifest=""),
+            root=_root(context, kept.digest, kept.spec, kept.about),
             list=(_digest(work.path / "list"), len(listed)),
             pack=(packs[0], (work.path / "pack").stat().st_size) if packs else None,
         )
@@ -168,7 +171,16 @@ def _suits(context: Context, head: Head, ref: str) -> Row:
     engine = thawing.freezer(context, spec.wall, spec.name, "go on from a snapshot", memory=head.about.memory)
     context.engine(spec.wall).check(spec)
     engine.fits(context.box(row), head.about.needs)
+    if head.root != _root(context, head.digest, spec, head.about):
+        raise HostLacks(
+            "the image's root, as it was made here, is not byte for byte what the guest has mounted",
+            hint="use the same squashfs-tools on both hosts, or export a snapshot without memory",
+        )
     return row
+
+
+def _root(context: Context, digest: str, spec: Spec, about: About) -> str:
+    return _digest(context.images.rootfs(digest)) if spec.wall == "vm" and about.memory else ""
 
 
 def _bounded(spec: Spec, name: str) -> Spec:
@@ -208,7 +220,6 @@ def _take(file: BinaryIO, size: int, origin: str) -> bytes:
 
 
 def _digest(path: Path) -> str:
-
     with path.open("rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
