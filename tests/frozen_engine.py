@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fake_engine import DISK, FakeEngine
+from machine_home import IMAGE, TestHome
 
+from trivisor import VMM, Machine
 from trivisor.core.errors import HostLacks, StorageError
 from trivisor.core.undo import Undo
 from trivisor.launch import keeper
@@ -80,3 +82,12 @@ def disk(folder: Path) -> bytes:
 
 def write(folder: Path, data: bytes) -> None:
     (folder / DISK).write_bytes(data)
+
+
+def warm(vmm: VMM, home: TestHome, files: bytes) -> Machine:
+    """Return a machine called web that runs, has `files` on its disk and something in mind."""
+    machine = vmm.create(IMAGE, name="web")
+    machine.start()
+    think(home.folder(machine), b"warm")
+    write(home.folder(machine), files)
+    return machine

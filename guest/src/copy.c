@@ -144,6 +144,15 @@ static bool dress(struct copy *c, int from, int to, const struct stat *st) {
     return fchown(to, st->st_uid, st->st_gid) == 0 && copy_attributes(c, from, to) && fchmod(to, st->st_mode & 07777) == 0 && futimens(to, times) == 0;
 }
 
+/* errno stays. */
+static void close_both(int in, int out) {
+    int saved = errno;
+    if (out >= 0)
+        close(out);
+    close(in);
+    errno = saved;
+}
+
 static bool copy_file(struct copy *c, int from, int to, const char *name, struct stat *st) {
     int in = openat(from, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
     if (in < 0)
@@ -151,11 +160,7 @@ static bool copy_file(struct copy *c, int from, int to, const char *name, struct
     int out = -1;
     bool good = fstat(in, st) == 0 && S_ISREG(st->st_mode) && (out = openat(to, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600)) >= 0 &&
                 copy_data(c, in, out, st) && dress(c, in, out, st);
-    int saved = errno;
-    if (out >= 0)
-        close(out);
-    close(in);
-    errno = saved;
+    close_both(in, out);
     return good;
 }
 
@@ -190,11 +195,7 @@ static bool copy_below(struct copy *c, int from, int to, const char *name, size_
     c->path[used + 1] = 0;
     bool good = mkdirat(to, name, 0700) == 0 && (out = openat(to, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC)) >= 0 && fstat(in, &st) == 0 &&
                 copy_folder(c, in, out, used + 1, depth + 1) && dress(c, in, out, &st);
-    int saved = errno;
-    if (out >= 0)
-        close(out);
-    close(in);
-    errno = saved;
+    close_both(in, out);
     return good;
 }
 

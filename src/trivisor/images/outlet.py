@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from trivisor.core.errors import AlreadyExists, CallerError, ImageError, NotFound, StorageError
+from trivisor.core.paths import sync
 from trivisor.images import model
 from trivisor.images.archive import Saved
 from trivisor.images.documents import Documents
@@ -114,7 +115,7 @@ def to_archive(store: Store, images: Sequence[Leaving], target: Path | BinaryIO,
                 file.flush()
                 os.fsync(file.fileno())
             aside.rename(target)
-            _sync(target.parent)
+            sync(target.parent)
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
@@ -129,9 +130,9 @@ def _new(store: Store, images: Sequence[Leaving], target: Path, report: Report) 
         aside.mkdir()
         _fill(store, images, aside, report)
         _put(aside / "index.json", _index(images))
-        _sync(aside)
+        sync(aside)
         aside.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -147,7 +148,7 @@ def _join(store: Store, images: Sequence[Leaving], target: Path, report: Report)
         _fill(store, images, target, report)
         entries += [msgspec.to_builtins(image.descriptor) for image in images]
         _put(target / "index.json", msgspec.json.encode({**index, "manifests": entries}))
-        _sync(target)
+        sync(target)
 
 
 def _replaced(entry: dict[str, Any], image: Leaving, target: Path) -> bool:
@@ -192,7 +193,7 @@ def _fill(store: Store, images: Sequence[Leaving], folder: Path, report: Report)
             _put(path, data)
     if not (folder / "oci-layout").exists():
         _put(folder / "oci-layout", _VERSION)
-    _sync(blobs)
+    sync(blobs)
 
 
 def _put(path: Path, data: bytes | _Blob) -> None:
@@ -214,14 +215,6 @@ def _put(path: Path, data: bytes | _Blob) -> None:
 def _aside(path: Path) -> Path:
     """Return where a thing is while it is made: beside its place, in whose folder it takes no name that anyone reads."""
     return path.with_name(f".{path.name[:200]}.{secrets.token_hex(6)}.partial")
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 # Archives

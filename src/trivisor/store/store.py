@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from trivisor.core.errors import CallerError, NotFound, StorageError
+from trivisor.core.paths import sync
 from trivisor.store import workspace as workspaces
 from trivisor.store.database import release, transaction
 from trivisor.store.faults import translated
@@ -261,14 +262,14 @@ class Store:
         with translated(self.root):
             # Readable to all: the home is 0700, and a jailed engine of another uid gets this one file.
             aside.chmod(0o444)
-            _sync(aside)
+            sync(aside)
         with self._transaction() as index, translated(self.root):
             index.execute("INSERT OR IGNORE INTO pins VALUES (?, ?)", (digest, owner))
             index.executemany("INSERT OR IGNORE INTO links VALUES (?, ?)", [(digest, link) for link in links])
             # One that is there is the same file, and machines share its pages; but a truncated one is put right.
             if not target.exists() or target.stat().st_size != aside.stat().st_size:
                 aside.rename(target)
-                _sync(self._blobs)
+                sync(self._blobs)
         return digest
 
 
@@ -279,11 +280,3 @@ def _copy(source: Readable, sink: Callable[[bytes], object] | None) -> str:
         if sink is not None:
             sink(data)
     return f"{ALGORITHM}:{sha.hexdigest()}"
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

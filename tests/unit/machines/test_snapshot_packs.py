@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from frozen_engine import FreezingEngine, disk, mind, think, write
-from machine_home import IMAGE, TestHome
+from frozen_engine import FreezingEngine, disk, mind, think, warm, write
+from machine_home import TestHome
 
 from trivisor import VMM, Machine, State, StorageError
 from trivisor.launch import tvinit
@@ -28,11 +28,7 @@ def vmm(home: TestHome) -> Iterator[VMM]:
 
 @pytest.fixture
 def web(vmm: VMM, home: TestHome) -> Machine:
-    machine = vmm.create(IMAGE, name="web")
-    machine.start()
-    think(home.folder(machine), b"warm")
-    write(home.folder(machine), random.Random(1).randbytes(1 << 20))
-    return machine
+    return warm(vmm, home, random.Random(1).randbytes(1 << 20))
 
 
 def tree(place: Path) -> Path:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from frozen_engine import FreezingEngine, disk, mind, think, write
-from machine_home import IMAGE, TestHome
+from frozen_engine import FreezingEngine, disk, mind, warm, write
+from machine_home import TestHome
 
 from trivisor import VMM, AlreadyExists, HostLacks, InvalidSpec, Machine, NotFound, StorageError, TrivisorError
 from trivisor.vmm.snapshots import carry, upkeep
@@ -31,11 +31,7 @@ def vmm(home: TestHome, engine: FreezingEngine) -> Iterator[VMM]:
 
 @pytest.fixture
 def web(vmm: VMM, home: TestHome) -> Machine:
-    machine = vmm.create(IMAGE, name="web")
-    machine.start()
-    think(home.folder(machine), b"warm")
-    write(home.folder(machine), random.Random(1).randbytes(MIB))
-    return machine
+    return warm(vmm, home, random.Random(1).randbytes(MIB))
 
 
 def test_tree(vmm: VMM, web: Machine) -> None:

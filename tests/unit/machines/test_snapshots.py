@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from frozen_engine import FreezingEngine, disk, mind, think, write
+from frozen_engine import FreezingEngine, disk, mind, think, warm, write
 from host_state import assert_nothing_left
 from machine_home import IMAGE, TestHome
 
@@ -27,11 +27,7 @@ def vmm(home: TestHome, engine: FreezingEngine) -> Iterator[VMM]:
 
 @pytest.fixture
 def web(vmm: VMM, home: TestHome) -> Machine:
-    machine = vmm.create(IMAGE, name="web")
-    machine.start()
-    think(home.folder(machine), b"warm")
-    write(home.folder(machine), b"files")
-    return machine
+    return warm(vmm, home, b"files")
 
 
 def frozen(home: TestHome) -> set[str]:

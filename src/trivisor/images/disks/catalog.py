@@ -18,7 +18,7 @@ from typing import Any
 
 from trivisor.core.devices import disk_name
 from trivisor.core.errors import AlreadyExists, NotFound, StorageError
-from trivisor.core.paths import Home
+from trivisor.core.paths import Home, sync
 from trivisor.images.disks import formats, qemuimg
 from trivisor.images.disks.formats import Format
 from trivisor.images.disks.headers import Header
@@ -188,10 +188,6 @@ def aside(target: Path) -> Iterator[Path]:
             os.umask(umask)
             made.chmod(0o666 & ~umask)
             made.rename(target)
-            folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            sync(target.parent)
     finally:
         made.unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trivisor.core.errors import EngineError, ImageError, StorageError
+from trivisor.core.paths import sync
 from trivisor.core.process import find, run
 from trivisor.core.units import GIB, MIB, TIB
 from trivisor.images.disks.formats import DRIVERS, Format
@@ -247,10 +248,6 @@ def _last(said: str, source: Source) -> str:
 
 def _sync(path: Path) -> None:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        sync(path)
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror}") from error

@@ -8,7 +8,6 @@ process that dies anywhere leaves a row whose maker is dead, or a folder that no
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from trivisor.core import paths
 from trivisor.core.errors import AlreadyExists, NotFound, StorageError
 from trivisor.core.process import Who
 from trivisor.images.catalog import Image
@@ -192,10 +192,6 @@ def about(kept: Kept, **changes: Any) -> About:
 def sync(path: Path) -> None:
     """Have the disk hold what a folder lists. Raises StorageError."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        paths.sync(path)
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}") from error

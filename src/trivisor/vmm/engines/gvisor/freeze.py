@@ -23,6 +23,7 @@ from pathlib import Path
 
 from trivisor.core import process
 from trivisor.core.errors import EngineError, GuestError, HostLacks, StorageError
+from trivisor.core.paths import sync
 from trivisor.launch import ids, keeper
 from trivisor.vmm import frozen_layers, layers, watch
 from trivisor.vmm.engine import Box, Engine
@@ -211,11 +212,7 @@ def _end(state: Path, *, lasting: bool) -> None:
                 os.chown(file, 0, 0)
             file.chmod(0o755 if file.name in (state.name, TVINIT) else 0o444)
         for file in [*state.iterdir(), state, state.parent] if lasting else []:
-            fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            sync(file)
     except OSError as error:
         raise StorageError(f"{state} cannot be written: {error.strerror}", hint="free space under the home") from error
 

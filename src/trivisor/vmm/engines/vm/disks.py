@@ -12,7 +12,7 @@ import struct
 from pathlib import Path
 
 from trivisor.core.errors import StorageError
-from trivisor.core.paths import Home
+from trivisor.core.paths import Home, sync
 from trivisor.core.process import find, run
 from trivisor.core.units import MIB
 from trivisor.vmm.engines.vm import files
@@ -42,7 +42,7 @@ def template(home: Home, size: int) -> Path:
             stream.truncate(size)
         run([find("mkfs.ext4", "e2fsprogs"), *_options(size), raw], timeout=120)
         run([find("qemu-img", "qemu-utils"), "convert", "-f", "raw", "-O", "qcow2", raw, made], timeout=120)
-        files.sync(made)
+        sync(made)
         # Whoever else made it made the same.
         made.rename(path)
     return path

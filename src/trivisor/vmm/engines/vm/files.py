@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from trivisor.core.errors import EngineError, StorageError
-from trivisor.core.paths import Home
+from trivisor.core.paths import Home, sync
 from trivisor.core.process import start_time
 
 _COPY = 1 << 20
@@ -99,14 +99,6 @@ def settle(folder: Path, target: Path) -> None:
             sync(path)
     folder.rename(target)
     sync(target.parent)
-
-
-def sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def copy_sparse(source: int, target: int) -> int:

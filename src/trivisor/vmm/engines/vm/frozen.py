@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 
 from trivisor.core.errors import HostLacks, StorageError
-from trivisor.core.paths import MachineDir
+from trivisor.core.paths import MachineDir, sync
 from trivisor.core.units import MIB
 from trivisor.launch import tvinit
 from trivisor.launch.net import provide
@@ -139,9 +139,9 @@ def finish(folder: Path, facts: Facts, *, lasting: bool) -> None:
     for path in folder.iterdir():
         path.chmod(0o444)
         if lasting:
-            files.sync(path)
+            sync(path)
     if lasting:
-        files.sync(folder)
+        sync(folder)
 
 
 def agree(box: Box, shape: Shape, more: More | None = None) -> None:

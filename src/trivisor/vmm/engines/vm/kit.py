@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 
 from trivisor.core.errors import EngineError, HostLacks, InvalidSpec
-from trivisor.core.paths import Home
+from trivisor.core.paths import Home, sync
 from trivisor.core.process import find, run
 from trivisor.vmm.engine import Progress
 from trivisor.vmm.engines.vm import files, initramfs, kernel, modules
@@ -76,7 +76,7 @@ class Kit:
             try:
                 aside.write_bytes(initramfs.build(tvinit.read_bytes(), loaded, more))
                 aside.chmod(0o644)
-                files.sync(aside)
+                sync(aside)
                 aside.rename(path)
             except OSError as error:
                 aside.unlink(missing_ok=True)
