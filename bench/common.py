@@ -73,8 +73,9 @@ def row(
     against: Series | None = None,
     share: float | None = None,
 ) -> Row:
-    """Return the row of a series. With `share`, the bound is that share of the peer's median."""
+    """Return the row of a series. With `share`, the bound is that share of the peer's median. A peer that did not run is not named."""
     peer_value = against.median if against and against.values else None
+    peer = "" if against and peer_value is None else peer
     if share is not None and peer_value is not None:
         bound = share * peer_value
     return Row(what, series.median, unit, peer, peer_value, bound, series.spread)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ TRUE = ["/bin/true"]
 BUSY = """\
 import os, time
 one = os.urandom(1 << 20)
-held = [bytes([number]) + one for number in range(100)]
+held = [one[number:] + one[:number] for number in range(100)]
 print("there", flush=True)
 time.sleep(100000)
 """
@@ -134,19 +135,18 @@ def _rounds(vmm: VMM, vm: Machine, peer: Plain, rounds: int) -> dict[str, Series
     return found
 
 
-def rows(quick: bool) -> list[Row]:
+def measure(vmm: VMM, rounds: int) -> list[Row]:
     """Measure both, turn by turn."""
-    with VMM() as vmm:
-        report = next(report for report in vmm.walls() if report.wall == "gvisor")
-        if not report.available:
-            print(f"no gVisor: {report.why}", flush=True)
-            return []
-        with vmm.run(IMAGE, wall="gvisor"):
-            pass  # unpacks the image's root
-        tree = vmm.images.lowers(vmm.images.get(IMAGE).digest)[0]
-        binary = runsc.inspect(runsc.locate(), Home(vmm.home))
-        with _busy(vmm) as vm, _plain(tree, binary, report.details["platform"].split()[0]) as peer:
-            found = _rounds(vmm, vm, peer, 3 if quick else 10)
+    report = next(report for report in vmm.walls() if report.wall == "gvisor")
+    if not report.available:
+        print(f"no gVisor: {report.why}", file=sys.stderr, flush=True)
+        return []
+    with vmm.run(IMAGE, wall="gvisor"):
+        pass  # unpacks the image's root
+    tree = vmm.images.lowers(vmm.images.get(IMAGE).digest)[0]
+    binary = runsc.inspect(runsc.locate(), Home(vmm.home))
+    with _busy(vmm) as vm, _plain(tree, binary, report.details["platform"].split()[0]) as peer:
+        found = _rounds(vmm, vm, peer, rounds)
     checkpoint, restore, leave = "runsc checkpoint", "runsc restore + exec", "runsc checkpoint --leave-running"
     return [
         row("gVisor: suspend", found["suspend"], "ms", peer=checkpoint, against=found["checkpoint"], share=1.2),
@@ -155,6 +155,12 @@ def rows(quick: bool) -> list[Row]:
         row("gVisor: it stands still for", found["paused"], "ms"),
         row("gVisor: create from a snapshot to first exec", found["created"], "ms", peer=restore, against=found["restore"], share=1.2),
     ]
+
+
+def rows(quick: bool) -> list[Row]:
+    """Measure on the home of the benches."""
+    with VMM() as vmm:
+        return measure(vmm, 3 if quick else 10)
 
 
 if __name__ == "__main__":

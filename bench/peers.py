@@ -33,7 +33,12 @@ class Peer:
         if shutil.which(self.argv[0]) is None:
             return "not installed"
         done = subprocess.run(self.argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=_LONGEST, check=False)
-        return done.stderr.decode(errors="replace").strip().splitlines()[-1:][0][:120] if done.returncode and done.stderr else ""
+        if not done.returncode:
+            return ""
+        said = [
+            line for line in done.stderr.decode(errors="replace").splitlines() if line.strip() and not line.startswith(("Run ", "See "))
+        ]
+        return said[-1].strip()[:120] if said else f"exit status {done.returncode}"
 
     def measure(self) -> None:
         """Run it once more."""

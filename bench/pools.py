@@ -17,20 +17,21 @@ one machine. The peer is create + start + exec without a pool.
 """
 
 
-def _wall(vmm: VMM, wall: Wall, rounds: int) -> list[Row]:
-    taken, filled, without = Series(), Series(), Series()
+def taken(vmm: VMM, wall: Wall, rounds: int, **peer: Series) -> list[Row]:
+    """Measure one wall. Of `peer`, other programs' times, each has a row of its own beside ours."""
+    took, filled, without = Series(), Series(), Series()
     with vmm.pool(IMAGE, wall=wall, size=2, memory="256M", warmup=TRUE) as pool:
         for number in range(rounds + 1):
             pool.wait(120)
             time.sleep(0.05)  # what was made a moment ago has its last threads end
-            with taken.timed():
+            with took.timed():
                 vm = pool.take()
                 vm.exec(TRUE, check=True)
             with filled.timed():
                 pool.wait(120)
             vm.delete(force=True)
             if not number:  # modules are imported, files read
-                taken.values.clear()
+                took.values.clear()
     for _ in range(max(2, rounds // 3)):
         with without.timed():
             vm = vmm.run(IMAGE, wall=wall, memory="256M")
@@ -38,8 +39,9 @@ def _wall(vmm: VMM, wall: Wall, rounds: int) -> list[Row]:
         vm.delete(force=True)
     name = {"vm": "vm", "gvisor": "gVisor", "container": "container"}[wall]
     return [
-        row(f"{name}: take + exec", taken, "ms", bound=BOUNDS[wall], peer="create + start + exec", against=without),
-        row(f"{name}: refilled after", filled, "ms"),
+        row(f"{name}, from a warm pool: take + exec", took, "ms", bound=BOUNDS[wall], peer="create + start + exec", against=without),
+        *(row(f"{name}, from a warm pool: take + exec", took, "ms", peer=other, against=series) for other, series in peer.items()),
+        row(f"{name}, a pool: refilled after", filled, "ms"),
     ]
 
 
@@ -47,7 +49,7 @@ def rows(quick: bool) -> list[Row]:
     """Measure the walls that this host offers."""
     with VMM() as vmm:
         able = {report.wall for report in vmm.walls() if report.available}
-        return [line for wall in WALLS if wall in able for line in _wall(vmm, wall, 5 if quick else 20)]
+        return [line for wall in WALLS if wall in able for line in taken(vmm, wall, 5 if quick else 20)]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,21 @@ from typing import Any
 from bench.common import table
 
 ROOT = Path(__file__).parents[1]
-HELPERS = ("__init__", "common", "devices", "merging", "network", "peer", "peers", "plugging", "sandlocked")
+# Those that are part of another bench among them.
+HELPERS = (
+    "__init__",
+    "common",
+    "devices",
+    "fork_gvisor",
+    "fork_peers",
+    "merging",
+    "network",
+    "peer",
+    "peers",
+    "plugging",
+    "pools",
+    "sandlocked",
+)
 
 
 def benches() -> list[Any]:
