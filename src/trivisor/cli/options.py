@@ -244,10 +244,12 @@ def spec_options(function: Callable[..., object]) -> Callable[..., object]:
     return function
 
 
-def wishes(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the keyword arguments of VMM.create for the values of `spec_options`."""
+def wishes(options: dict[str, Any], snapshot: str | None = None) -> dict[str, Any]:
+    """Return the keyword arguments of VMM.create for the values of `spec_options`; with `snapshot`, of a machine that is made from it."""
     published: dict[int, int] | str = ports(options.pop("publish"))
     if options.pop("publish_all"):
+        if snapshot is not None:
+            raise click.UsageError("-P goes with an image: a snapshot's ports are published as they are", click.get_current_context())
         if published:
             raise click.UsageError("-P goes without -p", click.get_current_context(silent=True))
         published = "exposed"
@@ -262,9 +264,14 @@ def wishes(options: dict[str, Any]) -> dict[str, Any]:
         "shape": shape_words(options.pop("shape")) or None,
         "egress": egress_words(given) if (given := options.pop("egress")) else None,
     }
-    if (published or made["egress"] is not None or made["shape"]) and options["network"] is None:
+    if (published or made["egress"] is not None or made["shape"]) and options["network"] is None and snapshot is None:
         options["network"] = "nat"
     return {key: value for key, value in {**options, **made}.items() if value is not None}
+
+
+snapshot_option = click.option(
+    "--snapshot", type=SNAPSHOT, metavar="MACHINE@NAME", help="Instead of an image: it begins where that stands."
+)
 
 
 def each(machines: Sequence[str], do: Callable[[Machine], object]) -> None:

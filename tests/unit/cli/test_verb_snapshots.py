@@ -43,6 +43,35 @@ def test_there_and_back(cli: Cli, home: TestHome, web: Path) -> None:
     assert cli("create").status == 2 and cli("create", "--snapshot", "web@none").status == 125
 
 
+def test_run_from_one(cli: Cli, home: TestHome, web: Path) -> None:
+    """The command runs where the snapshot stands, as it is given; the machine is deleted when it has ended."""
+    assert cli("snapshot", "web", "ready").status == 0
+    think(web, b"cold")
+    done = cli("run", "--snapshot", "web@ready", "--name", "kid", "-e", "A=b", "--", "sh", "-c", "echo $A; exit 7")
+    assert (done.status, done.out, done.err) == (7, "b\n", "")
+    assert cli("run", "--snapshot", "web@ready", "true").status == 0
+    made = cli("run", "-d", "--snapshot", "web@ready").out.strip()
+    assert mind(home.root / "machines" / made) == b"warm"
+    assert cli("run", "-d", "--snapshot", "web@ready", "--", "sleep", "99").status == 0
+    assert cli("ps", "-q").out.count("\n") == 3
+    for words in (["run"], ["run", "--snapshot", "web@ready", IMAGE, "--", "true"], ["run", "-P", "--snapshot", "web@ready", "true"]):
+        assert cli(*words).status == 2
+    assert cli("run", "--snapshot", "web@none", "true").status == 125
+    refused = cli("run", "--memory", "1G", "--snapshot", "web@ready", "true")
+    assert refused.status == 125 and "memory is as the snapshot web@ready has it" in refused.err
+
+
+def test_ports_of_one_from_one(cli: Cli, web: Path) -> None:
+    """Those of the snapshot on free ones of the host, or those that are asked for; its network is the snapshot's."""
+    assert cli("create", "--name", "net", "-p", "8080:80", IMAGE).status == 0
+    assert cli("start", "net").err == "" and cli("snapshot", "net", "ready").err == ""
+    assert cli("create", "--snapshot", "net@ready", "--name", "kid", "-p", "8081:80").err == ""
+    assert cli("create", "--snapshot", "net@ready", "--name", "other").err == ""
+    told = {one["name"]: one["spec"] for one in cli("inspect", "kid", "other").json}
+    assert (told["kid"]["ports"], told["kid"]["network"]) == ({"8081": 80}, "nat")
+    assert list(told["other"]["ports"].values()) == [80] and "8080" not in told["other"]["ports"]
+
+
 def test_what_is_done_with_them(cli: Cli, web: Path, tmp_path: Path) -> None:
     assert cli("snapshots").out.split() == ["SNAPSHOT", "WALL", "HAS", "SIZE", "TAKEN", "TAGS", "NOTE"]
     for name in ("one", "two"):

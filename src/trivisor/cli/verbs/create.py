@@ -6,12 +6,12 @@ from typing import Any
 
 import click
 
-from trivisor.cli.options import IMAGE, SNAPSHOT, open_vmm, spec_options, verb, wishes
+from trivisor.cli.options import IMAGE, open_vmm, snapshot_option, spec_options, verb, wishes
 
 
 @verb("create")
 @spec_options
-@click.option("--snapshot", type=SNAPSHOT, metavar="MACHINE@NAME", help="Instead of an image: it begins where that stands.")
+@snapshot_option
 @click.argument("image", type=IMAGE, required=False, default="")
 def command(image: str, snapshot: str | None, **options: Any) -> None:
     """Make a machine, without starting it.
@@ -20,5 +20,5 @@ def command(image: str, snapshot: str | None, **options: Any) -> None:
     """
     if bool(image) == bool(snapshot):
         raise click.UsageError("one of IMAGE and --snapshot is given", click.get_current_context())
-    machine = open_vmm().create(image, snapshot=snapshot, **wishes(options))
+    machine = open_vmm().create(image, snapshot=snapshot, **wishes(options, snapshot))
     click.echo(machine.id)

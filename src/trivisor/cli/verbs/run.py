@@ -10,7 +10,7 @@ import click
 
 from trivisor.cli import render
 from trivisor.cli.attach import Joined, run_joined
-from trivisor.cli.options import IMAGE, open_vmm, spec_options, verb, wishes
+from trivisor.cli.options import IMAGE, open_vmm, snapshot_option, spec_options, verb, wishes
 from trivisor.core.errors import InvalidSpec
 from trivisor.core.spec import HOST_IMAGE
 from trivisor.vmm.machine import Machine
@@ -30,8 +30,10 @@ def _share_folder(options: dict[str, Any], home: Path) -> str:
     return str(here)
 
 
-def _argv(machine: Machine, words: Sequence[str], entrypoint: str | None) -> list[str]:
+def _argv(machine: Machine, words: Sequence[str], entrypoint: str | None, snapshot: str | None) -> list[str]:
     """Return what is to be run; nothing if neither the image nor the command line says it."""
+    if snapshot is not None and entrypoint is None:  # in it the image's program has its place, or had none
+        return list(words)
     try:
         return machine.command(words or None, entrypoint)
     except InvalidSpec:
@@ -40,8 +42,20 @@ def _argv(machine: Machine, words: Sequence[str], entrypoint: str | None) -> lis
         return []
 
 
+def _named(image: str, argv: tuple[str, ...], snapshot: str | None) -> tuple[str, tuple[str, ...]]:
+    """Return the image, "" if there is a snapshot in its place, and the command's words. The first of both is given as `image`."""
+    if snapshot is not None and argv[:1] != ("--",):
+        return "", (image, *argv) if image else ()
+    if bool(image) == (snapshot is not None):
+        raise click.UsageError("one of IMAGE and --snapshot is given", click.get_current_context())
+    if argv and argv[0].startswith("-") and argv[0] != "--":
+        raise click.UsageError(f"{argv[0]} stands behind the image, where the command begins", click.get_current_context())
+    return image, argv[1:] if argv[:1] == ("--",) else argv
+
+
 @verb("run", context_settings={"allow_interspersed_args": False})
 @spec_options
+@snapshot_option
 @click.option("-d", "--detach", is_flag=True, help="Leave the machine running, print its id.")
 @click.option("--rm", is_flag=True, help="Delete the machine at the end: so it is without -d anyway.")
 @click.option("-i", "--interactive", is_flag=True, help="Give our standard input to the command.")
@@ -49,11 +63,12 @@ def _argv(machine: Machine, words: Sequence[str], entrypoint: str | None) -> lis
 @click.option("-w", "--workdir", default="", metavar="FOLDER", help="Where the command runs.")
 @click.option("-u", "--user", default="", metavar="USER[:GROUP]", help="Whom the command runs as.  [default: the image's, else root]")
 @click.option("--entrypoint", metavar="PROGRAM", help="Instead of the image's; an empty one: none. The image's cmd is left out.")
-@click.argument("image", type=IMAGE)
+@click.argument("image", type=IMAGE, required=False, default="")
 @click.argument("argv", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND...]")
 def command(
     image: str,
     argv: tuple[str, ...],
+    snapshot: str | None,
     detach: bool,
     rm: bool,
     interactive: bool,
@@ -69,24 +84,25 @@ def command(
     is deleted when the command has ended, and our exit status is the command's (128 + n if signal n killed it). With -d the machine stays,
     the command is its program and writes to its log. The image "host" is this host's own programs (container, gvisor), with the folder you
     are in, read-only.
+
+    With --snapshot there is no image: what ran then goes on, and COMMAND is run as it stands; without one a shell is, with -d nothing.
     """
     if detach and (interactive or tty or rm):
         raise click.UsageError(
             "-d goes with none of -i, -t and --rm: nobody waits for the end (--ttl bounds its life)", click.get_current_context()
         )
-    if argv and argv[0].startswith("-") and argv[0] != "--":
-        raise click.UsageError(f"{argv[0]} stands behind the image, where the command begins", click.get_current_context())
-    words = argv[1:] if argv[:1] == ("--",) else argv
+    image, words = _named(image, argv, snapshot)
     vmm = open_vmm()
     if image == HOST_IMAGE and not workdir:
         workdir = _share_folder(options, vmm.home)
+    wanted = wishes(options, snapshot)
     how = Joined(interactive=interactive, tty=tty, cwd=workdir, user=user)
     if detach:
         with render.Steps() as steps:
-            machine = vmm.create(image, **wishes(options))
+            machine = vmm.create(image, snapshot=snapshot, **wanted)
             try:
                 machine.start(progress=steps)
-                if whole := _argv(machine, words, entrypoint):
+                if whole := _argv(machine, words, entrypoint, snapshot):
                     machine.launch(whole, "", cwd=workdir, user=user)
             except BaseException:
                 machine.delete(force=True)
@@ -94,6 +110,6 @@ def command(
         click.echo(machine.id)
         return 0
     with render.Steps() as steps:
-        running = vmm.run(image, progress=steps, **wishes(options))
+        running = vmm.run(image, snapshot=snapshot, progress=steps, **wanted)
     with running as machine:
-        return run_joined(machine, _argv(machine, words, entrypoint) or ["/bin/sh"], how)
+        return run_joined(machine, _argv(machine, words, entrypoint, snapshot) or ["/bin/sh"], how)

@@ -50,11 +50,12 @@ def _spec(kept: Kept, name: str, wishes: Mapping[str, Any]) -> Spec:
     able = ALWAYS if kept.about.memory else (*ALWAYS, *WITHOUT_MEMORY)
     if fixed := sorted(given.keys() - {*able}):
         raise InvalidSpec(f"{', '.join(fixed)} is as the snapshot {kept.ref} has it", hint=f"what can be changed is {', '.join(able)}")
-    asked = Spec.make(image=kept.spec.image, name=name, wall=kept.spec.wall, **given)
+    # Ports can be asked for alone: the network that they need is the snapshot's.
+    asked = Spec.make(image=kept.spec.image, name=name, wall=kept.spec.wall, **{"network": kept.spec.network, **given})
     changes = {key: getattr(asked, key) for key in given}
     if "env" in changes:
         changes["env"] = {**kept.spec.env, **asked.env}
     if "ports" not in changes:
         changes["ports"] = dict(verbs.free_ports(list(kept.spec.ports.values())))
-    changes["asked"] = tuple(dict.fromkeys((*kept.spec.asked, *asked.asked)))
+    changes["asked"] = tuple(dict.fromkeys((*kept.spec.asked, *(key for key in asked.asked if key in given))))
     return specs.checked(msgspec.structs.replace(kept.spec, name=name, **changes))
