@@ -42,6 +42,28 @@ while not os.path.exists("/run/over"):
     open("/run/ruled.new", "w").write(str(ask()))
     os.rename("/run/ruled.new", "/run/ruled")
 """
+_RECORD = 16384
+_WRITES = """
+import os, threading
+def hammer():
+    block, file, at = os.urandom(1 << 18), os.open("/root/hammer", os.O_CREAT | os.O_WRONLY), 0
+    while True:
+        os.pwrite(file, block, (at % 8) << 18)
+        os.fsync(file)
+        at += 1
+threading.Thread(target=hammer, daemon=True).start()
+records, number = os.open("/root/records", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 0
+while True:
+    number += 1
+    os.write(records, number.to_bytes(8, "little") * 2048)
+    os.fsync(records)
+    with open("/root/state.new", "w") as state:
+        state.write(str(number))
+        state.flush()
+        os.fsync(state.fileno())
+    os.rename("/root/state.new", "/root/state")
+    print(number, flush=True)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -224,3 +246,23 @@ def test_volumes_are_refused_with_what_can_be_done(vmm: VMM, tmp_path: Path) -> 
         assert (shared / "on").read_text() == "on\n"
         assert machine.snapshot("files", memory=False).memory is False
         assert os.listdir(vmm.home / "tmp") == []
+
+
+@pytest.mark.walls("vm", "gvisor", "container")
+def test_a_snapshot_amid_heavy_writes(vmm: VMM, parent: Machine, wall: str) -> None:
+    """The files alone are a prefix of what was written, with all that had been synced; at rest, nothing is half there either."""
+    with parent.spawn(["python3", "-c", _WRITES]) as writing:
+        while int(acked := writing.stdout.readline()) < 10:
+            pass
+        taken = {quiesce: parent.snapshot(f"amid-{quiesce}", memory=False, quiesce=quiesce) for quiesce in (False, True)}
+        writing.kill()
+    for quiesce, kept in taken.items():
+        with vmm.run(snapshot=kept.ref) as copy:
+            data, state, whole = copy.files.read("/root/records"), int(copy.files.read_text("/root/state")), 0
+            while data[whole * _RECORD : (whole + 1) * _RECORD] == (whole + 1).to_bytes(8, "little") * 2048:
+                whole += 1
+            assert whole >= state >= int(acked)
+            torn = len(data) - whole * _RECORD
+            assert torn == 0 if quiesce else torn <= _RECORD
+            if wall == "vm":
+                assert "EXT4-fs error" not in copy.exec("dmesg").text
