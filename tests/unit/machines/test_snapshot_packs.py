@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 import shutil
@@ -83,6 +84,14 @@ def test_there_and_back(tmp_path: Path) -> None:
     # Nothing is new to who knows it.
     assert packing.pack(source, tmp_path / "none", [(tmp_path / "pack", new)])[0] is None
     assert not (tmp_path / "none").exists()
+
+
+def test_a_pack_knows_its_own_digest(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/much").write_bytes(random.Random(2).randbytes(9 << 20))  # more frames than may wait
+    new, _ = packing.pack(tmp_path / "source", tmp_path / "pack", [])
+    assert new is not None
+    assert new.digest == f"sha256:{hashlib.sha256((tmp_path / 'pack').read_bytes()).hexdigest()}"
 
 
 def test_a_copy_is_all_of_it(tmp_path: Path) -> None:

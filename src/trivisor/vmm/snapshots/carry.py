@@ -64,7 +64,7 @@ def write(context: Context, kept: Kept, target: Path) -> None:
     packed.ready(context, kept)
     with packed.store(context).workspace() as work, translated(work.path):
         new, entries = packed.pack(context, kept, work, [])
-        packs = [msgspec.structs.replace(new, digest=_digest(work.path / "pack"))] if new else []
+        packs = [new] if new else []
         listed = packing.encode(Manifest(packing.FORMAT, packs, entries))
         (work.path / "list").write_bytes(listed)
         head = Head(

@@ -49,7 +49,9 @@ def keep(context: Context, kept: Kept, about: About) -> About:
             if len(worth := _worth(known, entries)) < len(known):
                 known = worth
                 continue
-            mine = [msgspec.structs.replace(new, digest=blobs.adopt(work.path / "pack", work.owner))] if new else []
+            mine = [new] if new else []
+            for one in mine:
+                blobs.adopt(work.path / "pack", work.owner, known=one.digest)
             manifest = _manifest(entries, mine, known)
             digest = put(blobs, work, manifest, kept.id)
         # Until it was pinned, who needed a known pack may have been removed with it.

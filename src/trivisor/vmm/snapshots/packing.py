@@ -68,8 +68,8 @@ class Manifest(msgspec.Struct, frozen=True):
 def pack(folder: Path, target: Path, known: Sequence[tuple[Path, Pack]]) -> tuple[Pack | None, list[Entry]]:
     """Write what is new of `folder` into the pack `target`, beside packs that are known.
 
-    Return the new pack, without its digest (None: there is nothing new, and no pack), and the files, to which it is number 0, and the known
-    packs are 1 and so on. Raises OSError, StorageError.
+    Return the new pack (None: there is nothing new, and no pack), and the files, to which it is number 0, and the known packs are 1 and
+    so on. Raises OSError, StorageError.
     """
     with ExitStack() as stack:
         places: dict[bytes, tuple[int, int]] = {}
@@ -80,7 +80,7 @@ def pack(folder: Path, target: Path, known: Sequence[tuple[Path, Pack]]) -> tupl
         writer = stack.enter_context(Writer(target))
         entries = list(_entries(folder, _Cutter(writer, places)))
         index = writer.close()
-        new = Pack("", index, len(writer)) if len(writer) else None
+        new = Pack(writer.whole, index, len(writer)) if len(writer) else None
     if new is None:
         target.unlink()
     return new, entries

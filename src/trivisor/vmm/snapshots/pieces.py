@@ -50,8 +50,12 @@ class Writer:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = path.open("xb")
-        self._file.write(_MAGIC)
         self._crew = ThreadPoolExecutor(_AT_ONCE)
+        # By one thread, one after the other: who adopts the pack into a store need not read all of it again.
+        self._adder = ThreadPoolExecutor(1)
+        self._sum = hashlib.sha256()
+        self._adding: deque[Future[None]] = deque()
+        self._put(_MAGIC)
         self._jobs: deque[tuple[int, int, Future[bytes]]] = deque()
         self._waiting: list[bytes] = []
         self._bytes = 0
@@ -79,15 +83,23 @@ class Writer:
             self._write()
         index = _index(self._frames, bytes(self._digests), self._sizes)
         at = self._file.tell()
-        self._file.write(index)
-        self._file.write(_TRAILER.pack(at, len(index), _MAGIC))
+        self._put(index)
+        self._put(_TRAILER.pack(at, len(index), _MAGIC))
         return digest(index).hex()
+
+    @property
+    def whole(self) -> str:
+        """The digest of the file, as a store names it, once it is closed."""
+        while self._adding:
+            self._adding.popleft().result()
+        return f"sha256:{self._sum.hexdigest()}"
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._crew.shutdown(cancel_futures=True)
+        self._adder.shutdown(cancel_futures=True)
         self._file.close()
 
     def _flush(self) -> None:
@@ -106,7 +118,13 @@ class Writer:
         first, count, job = self._jobs.popleft()
         packed = job.result()
         self._frames.append((self._file.tell(), len(packed), first, count))
-        self._file.write(packed)
+        self._put(packed)
+
+    def _put(self, data: bytes) -> None:
+        self._file.write(data)
+        self._adding.append(self._adder.submit(self._sum.update, data))
+        if len(self._adding) > _QUEUED:
+            self._adding.popleft().result()
 
 
 class Reader:
