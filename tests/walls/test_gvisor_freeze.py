@@ -108,8 +108,9 @@ def available(wall_home: VmHome) -> None:
 
 
 @pytest.mark.parametrize("binary", binaries())
-def test_what_runs_goes_on_in_it_and_in_another(wall_home: VmHome, tmp_path: Path, binary: str) -> None:
+def test_what_runs_goes_on_in_it_and_in_another(wall_home: VmHome, tmp_path: Path, binary: str, monkeypatch: pytest.MonkeyPatch) -> None:
     into = tmp_path / "frozen"
+    synced: dict[str, bool] = {}
     with machines(wall_home.root, binary) as (vmm, engine):
         parent = busy(vmm, name="parent")
         for _ in range(12):
@@ -119,7 +120,13 @@ def test_what_runs_goes_on_in_it_and_in_another(wall_home: VmHome, tmp_path: Pat
             "/etc/trivisor/after-clone.d/1; chmod +x /etc/trivisor/after-clone.d/1",
             check=True,
         )
+        where, sync = box(parent), freeze.sync
+        ran = {True: lambda: not engine.paused(where), False: lambda: False}[freeze.goes_on(engine._found()[0])]
+        monkeypatch.setattr(freeze, "sync", lambda path: (sync(path), synced.update({path.name: ran()})))
         said = frozen(engine, parent, into)
+        monkeypatch.undo()
+        assert {frozen_layers.TAR, freeze.MEMORY, freeze.TVINIT, into.name} < synced.keys()
+        assert set(synced.values()) == {freeze.goes_on(engine._found()[0])}  # nobody waits for the disk who need not
         assert isinstance(engine, Freezer) and 0 < said.paused < BOUND
         assert ask(parent, "x += 1") == "2 X += 1 14 42"
         child = vmm.create("debian", wall="gvisor", name="child")

@@ -96,15 +96,20 @@ def whole(box: Box, found: Runsc, command: Sequence[str], into: Path, go_on: Cal
             with _told(box) as lock:
                 control.last(engine, command, *verb, wrote=(state, saved), fds=[place, lock], timeout=_SAVE)
         try:
-            _end(saved, lasting=lasting)
+            _end(saved)
             if not stays and not watch.wait_ended(box.dir, _ENDS):
                 raise EngineError("its sandbox did not end with its checkpoint", machine=box.spec.name)
-            frozen_layers.keep(box, shape, into, lasting=lasting)
+            frozen_layers.keep(box, shape, into, lasting=False)
+            if lasting and not stays:
+                _settle(into)
         except BaseException:
             if not stays and not keeper.alive(box.dir):
                 go_on()
             raise
-    return time.monotonic() - began
+    stood = time.monotonic() - began
+    if lasting and stays:  # the disk is waited for while it runs
+        _settle(into)
+    return stood
 
 
 def layer(engine: Engine, box: Box, into: Path, *, lasting: bool) -> float:
@@ -204,17 +209,25 @@ def _begin(box: Box, engine: int, owner: tuple[int, int]) -> Path:
     return state
 
 
-def _end(state: Path, *, lasting: bool) -> None:
+def _end(state: Path) -> None:
     """Have what runsc wrote be ours and changed by nobody."""
     try:
         for file in [*state.iterdir(), state]:
             if os.geteuid() == 0:
                 os.chown(file, 0, 0)
             file.chmod(0o755 if file.name in (state.name, TVINIT) else 0o444)
-        for file in [*state.iterdir(), state, state.parent] if lasting else []:
-            sync(file)
     except OSError as error:
         raise StorageError(f"{state} cannot be written: {error.strerror}", hint="free space under the home") from error
+
+
+def _settle(into: Path) -> None:
+    """Bring what was frozen to the disk."""
+    state = into / MEMORY
+    try:
+        for file in [*state.iterdir(), state, into / frozen_layers.TAR, into]:
+            sync(file)
+    except OSError as error:
+        raise StorageError(f"{into} cannot be written: {error.strerror}", hint="free space under the home") from error
 
 
 @contextmanager
