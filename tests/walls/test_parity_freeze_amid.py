@@ -13,6 +13,7 @@ import pytest
 from machine_home import VmHome
 
 from trivisor import VMM, GuestGone, HostLacks, Machine, UnsupportedByWall
+from trivisor.vos.devices import BlockDevice, CharDevice, Serial
 from trivisor.vos.process import Process
 from trivisor.vos.syscalls.call import Call
 from trivisor.vos.syscalls.policy import Policy
@@ -246,6 +247,28 @@ def test_volumes_are_refused_with_what_can_be_done(vmm: VMM, tmp_path: Path) -> 
         assert (shared / "on").read_text() == "on\n"
         assert machine.snapshot("files", memory=False).memory is False
         assert os.listdir(vmm.home / "tmp") == []
+
+
+class Zeros(BlockDevice):
+    """A disk of zeros, by a Python function."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        return bytes(length)
+
+
+@pytest.mark.walls("vm")
+def test_devices_that_this_process_answers_for_are_refused_by_name(parent: Machine) -> None:
+    """And once they are detached they are in nobody's way."""
+    for name, device in {"zeros": Zeros(1 << 20), "shout": CharDevice(), "com": Serial()}.items():
+        parent.devices.attach(device, name)
+        for verb in (parent.fork, parent.suspend, lambda: parent.snapshot("all", memory=True)):
+            with pytest.raises(UnsupportedByWall, match=f"attached to it, {name}") as refused:
+                verb()
+            assert "detach it" in refused.value.hint
+        parent.devices.detach(name)
+    child = parent.fork()[0]
+    assert child.exec(["true"], timeout=_BOUND).ok and child.devices.list() == []
+    child.delete(force=True)
 
 
 @pytest.mark.walls("vm", "gvisor", "container")
