@@ -34,7 +34,8 @@ NOTES = """
 The machine runs Python with 100 MB of random bytes, and may use all processors, as the peer does. The peer is the same runsc on the
 same platform, not jailed and without a writable
 layer, that runs the same program on the same root: `runsc checkpoint` (the machine ends, as with suspend) or with --leave-running (it goes
-on, as with snapshot; with a runsc of 2022 checkpoint and restore), `runsc restore` and an exec of /bin/true. Turn by turn.
+on, as with snapshot; with a runsc of 2022 checkpoint and restore; what it wrote is neither packed
+nor brought to the disk, as ours is), `runsc restore` and an exec of /bin/true. Turn by turn.
 """
 
 
@@ -152,7 +153,7 @@ def measure(vmm: VMM, rounds: int) -> list[Row]:
         row("gVisor: suspend", found["suspend"], "ms", peer=checkpoint, against=found["checkpoint"], share=1.2),
         row("gVisor: resume to first exec", found["resume"], "ms", peer=restore, against=found["restore"], share=1.2),
         row("gVisor: snapshot, it goes on", found["snapshot"], "ms", peer=leave, against=found["leave"], share=1.2),
-        row("gVisor: it stands still for", found["paused"], "ms"),
+        row("gVisor: it stands still for", found["paused"], "ms", peer=leave, against=found["leave"]),
         row("gVisor: create from a snapshot to first exec", found["created"], "ms", peer=restore, against=found["restore"], share=1.2),
     ]
 
