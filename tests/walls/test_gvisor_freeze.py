@@ -18,7 +18,7 @@ from rootless_home import NOBODY, account, as_user, home_of
 from test_gvisor import BOUND, binaries
 
 from trivisor import VMM, GuestError, Machine, State
-from trivisor.core.errors import HostLacks, StorageError, UnsupportedByWall
+from trivisor.core.errors import EngineError, HostLacks, StorageError, UnsupportedByWall
 from trivisor.core.paths import Home
 from trivisor.core.undo import Undo
 from trivisor.launch import keeper
@@ -261,6 +261,9 @@ def test_refused(wall_home: VmHome, tmp_path: Path) -> None:
             frozen(engine, machine, tmp_path / "again")
         held.kill()
         assert ask(machine, "x += 1") == "2 X += 1 14 42"
+        with pytest.raises(GuestError, match="at this instant") as refused, freeze._savable(box(machine)):
+            raise EngineError("runsc failed", output="pkg/state.(*encodeState).Save(0xc00018e380)")
+        assert "end the trace" in refused.value.hint
         with pytest.raises(HostLacks, match="runsc other"):
             engine.fits(box(machine), {"runsc": "other"})
         with pytest.raises(HostLacks, match="processor warp"):

@@ -43,6 +43,8 @@ while not os.path.exists("/run/over"):
     open("/run/ruled.new", "w").write(str(ask()))
     os.rename("/run/ruled.new", "/run/ruled")
 """
+_TRACED = "i=0; while [ ! -e /run/enough ]; do i=$((i+1)); echo $i > /run/turn; done"
+_TURNS = "until read a < /run/turn; do :; done; until read b < /run/turn && [ $b -ge $((a+20)) ]; do sleep 0.02; done"
 _RECORD = 16384
 _WRITES = """
 import os, threading
@@ -247,6 +249,29 @@ def test_volumes_are_refused_with_what_can_be_done(vmm: VMM, tmp_path: Path) -> 
         assert (shared / "on").read_text() == "on\n"
         assert machine.snapshot("files", memory=False).memory is False
         assert os.listdir(vmm.home / "tmp") == []
+
+
+@pytest.mark.walls("vm")
+def test_a_command_that_is_traced(parent: Machine) -> None:
+    """It goes on in both. In the parent its calls go on coming; in the child nobody takes them, and it does not wait for that."""
+    ended: list[object] = []
+
+    def listen() -> None:
+        ended.append(sum(1 for _ in trace) > 100)
+
+    with parent.syscalls.trace(["sh", "-c", _TRACED], ["openat", "write", "read", "close", "fstat"], timeout=_BOUND) as trace:
+        listening = threading.Thread(target=listen)
+        listening.start()
+        parent.exec("until test -s /run/turn; do sleep 0.02; done; " + _TURNS, timeout=_BOUND, check=True)
+        child = parent.fork()[0]
+        try:
+            for machine in (child, parent):
+                machine.exec(_TURNS, timeout=_BOUND, check=True)
+        finally:
+            child.delete(force=True)
+            parent.exec("touch /run/enough")
+            listening.join(_BOUND)
+    assert ended == [True] and not listening.is_alive()
 
 
 class Zeros(BlockDevice):

@@ -51,6 +51,8 @@ _GOES_ON = "TESTONLY-autosave-resume"
 """An option of every runsc that `checkpoint --leave-running` leaves running; those before end, and start another."""
 
 
+_UNSAVED = "state.(*encodeState).Save"
+"""What is in the last words of a Sentry that met something which it has no way to save, such as runSyscallAfterPtraceEventSeccomp."""
 _BREAKS = "net-disconnect-ok"
 """An option of those that break connections that leave the machine (jailed.py). Those before fail, and the machine ends, if there is
 one or was in the last minute: who closes first remembers it for so long."""
@@ -90,10 +92,11 @@ def whole(box: Box, found: Runsc, command: Sequence[str], into: Path, go_on: Cal
             stack.callback(control.resume, box, command)
             # Before it is resumed: its guest has been looking for the door since it hung up, and may look but once more.
             stack.callback(door.unshut, box.dir)
-            control.inside(box, command, *verb, pid=engine, fds=[place], timeout=_SAVE)
+            with _savable(box):
+                control.inside(box, command, *verb, pid=engine, fds=[place], timeout=_SAVE)
             state.rename(saved)
         else:
-            with _told(box) as lock:
+            with _told(box) as lock, _savable(box):
                 control.last(engine, command, *verb, wrote=(state, saved), fds=[place, lock], timeout=_SAVE)
         try:
             _end(saved)
@@ -110,6 +113,19 @@ def whole(box: Box, found: Runsc, command: Sequence[str], into: Path, go_on: Cal
     if lasting and stays:  # the disk is waited for while it runs
         _settle(into)
     return stood
+
+
+@contextmanager
+def _savable(box: Box) -> Iterator[None]:
+    """Raise GuestError where runsc says that the Sentry cannot save something: a thread that a tracer has just stopped at a system call."""
+    try:
+        yield
+    except EngineError as error:
+        if _UNSAVED not in error.output:
+            raise
+        what = "runsc cannot freeze what it does at this instant"
+        hint = "a program that is traced is such a case: end the trace first, or freeze its files alone; start it if it has ended by this"
+        raise GuestError(what, machine=box.spec.name, hint=hint) from error
 
 
 def layer(engine: Engine, box: Box, into: Path, *, lasting: bool) -> float:
