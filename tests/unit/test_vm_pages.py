@@ -66,13 +66,24 @@ def memory(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[mmap.mmap
 @pytest.mark.parametrize("room", [64 << 20, 3 * PAGE], ids=["at once", "bit by bit"])
 def test_all_that_is_there_is_taken(memory: mmap.mmap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     monkeypatch.setattr(pages, "_BUFFER", room)
-    monkeypatch.setattr(pages, "_HUGE_PAGE", PAGE)
     with taken(memory, tmp_path / "ram") as taking:
         memory[5 * PAGE : 6 * PAGE] = b"changed " * (PAGE // 8)
         taking.take()
         then = memory[:]
         memory[7 * PAGE : 8 * PAGE] = b"too late" * (PAGE // 8)
     assert (tmp_path / "ram").read_bytes() == then
+
+
+def test_what_is_to_be_taken_has_its_memory_ready_in_small_pages(tmp_path: Path) -> None:
+    memory = mmap.mmap(-1, SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.write(b"x" * SIZE)
+    with taken(memory, tmp_path / "taken") as taking:
+        assert taking._buffer is not None
+        rules = Path("/proc/self/smaps").read_text().partition(f"\n{address_of(taking._buffer):x}-")[2].partition("VmFlags:")
+        found = {words[0]: words[1] for line in rules[0].splitlines()[1:] if len(words := line.split()) > 1}
+        assert int(found["Rss:"]) << 10 >= SIZE and found["AnonHugePages:"] == "0"
+        assert "nh" in rules[2].splitlines()[0].split()
+        taking.take()
 
 
 def test_zeros_become_holes(tmp_path: Path) -> None:

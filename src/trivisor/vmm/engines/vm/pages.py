@@ -35,7 +35,6 @@ _FEW = 16
 """Pages; fewer than that between two runs are taken along with them, and zeros are left out in blocks of so many: each run costs a call."""
 _FAULT_IN = 23
 """madvise(2), MADV_POPULATE_WRITE."""
-_HUGE_PAGE = 2 << 20
 _SPARE = 16 << 20
 """What a machine may make its own until it stands still, without having to wait for memory then."""
 
@@ -66,8 +65,10 @@ class Pages:
         """While it runs: have memory ready for what is its own. Raises OSError."""
         os.ftruncate(self._target, self._size)
         wanted = min(self._find().count(1) * _PAGE + _SPARE, _BUFFER, self._size)
-        self._buffer = mmap.mmap(-1, -(-wanted // _HUGE_PAGE) * _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        for advice in (mmap.MADV_HUGEPAGE, _FAULT_IN):
+        self._buffer = mmap.mmap(-1, wanted, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # In a host that is a virtual machine itself huge pages are what its own host has taken back (free page reporting), and
+        # 126 MB of them took 270 to 500 ms to have again; small ones take 40 to 50 anywhere, and huge ones at best 17.
+        for advice in (mmap.MADV_NOHUGEPAGE, _FAULT_IN):
             with suppress(OSError):  # a kernel that does not know it: it takes longer then
                 self._buffer.madvise(advice)
 
