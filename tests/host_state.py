@@ -126,7 +126,7 @@ def _holds(process: Path, home: str) -> bool:
             return True
         # A jailed engine sees none of these paths; its mounts tell where they come from.
         jailed = os.readlink(process / "ns/mnt") != os.readlink("/proc/self/ns/mnt")
-        return jailed and f" {_within(home)}/" in (process / "mountinfo").read_text()
+        return jailed and f" {_within(home)}/" in (process / "mountinfo").read_text(errors="replace")
     except OSError:  # it has ended, ends now, or is nobody's business of ours
         return False
 

@@ -211,7 +211,9 @@ def dying(home: VmHome, name: str, address: str, phase: str) -> Callable[[], Non
     return work
 
 
-@pytest.mark.parametrize("phase", ["disk", "memory", "handover"])
+@pytest.mark.parametrize(
+    "phase", ["disk", pytest.param("memory", marks=pytest.mark.soak), pytest.param("handover", marks=pytest.mark.soak)]
+)
 def test_a_killed_source_s_machine_goes_on(stayer: Machine, wall_home: VmHome, there: Elsewhere, phase: str) -> None:
     with receiving(there.root, token=TOKEN) as home:
         assert in_child(dying(wall_home, "stayer", home.address, phase)) == KILLED
@@ -221,6 +223,7 @@ def test_a_killed_source_s_machine_goes_on(stayer: Machine, wall_home: VmHome, t
     nothing_came(there)
 
 
+@pytest.mark.soak
 def test_one_killed_as_it_gives_up_is_here_alone(stayer: Machine, wall_home: VmHome, there: Elsewhere) -> None:
     with receiving(there.root, token=TOKEN) as home:
         assert in_child(dying(wall_home, "stayer", home.address, "go")) == KILLED
@@ -233,7 +236,9 @@ def test_one_killed_as_it_gives_up_is_here_alone(stayer: Machine, wall_home: VmH
     goes_on(stayer)
 
 
-@pytest.mark.parametrize("step", ["ready", "loaded", "gone_on", "settled"])
+@pytest.mark.parametrize(
+    "step", [pytest.param("ready", marks=pytest.mark.soak), "loaded", pytest.param("gone_on", marks=pytest.mark.soak), "settled"]
+)
 def test_a_killed_target(stayer: Machine, there: Elsewhere, tmp_path: Path, step: str) -> None:
     """Before it took the machine, before it heard of its guest, and after that: the last test here, in which the machine leaves."""
     address = tmp_path / "address"

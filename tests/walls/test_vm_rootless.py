@@ -50,7 +50,10 @@ def as_user(work: Callable[[], object]) -> None:
 
 def copied_while_it_runs(machine: Machine) -> None:
     """What runs in it goes on in a copy, in a copy of that, and after it was nothing but files."""
-    machine.exec("mkdir -p /run/kept && (while :; do date +%N > /run/kept/now; sleep 0.1; done) > /dev/null 2>&1 &", check=True)
+    machine.exec(
+        "mkdir -p /run/kept && (while :; do date +%N > /run/kept/new; mv /run/kept/new /run/kept/now; sleep 0.1; done) > /dev/null 2>&1 &",
+        check=True,
+    )
     child = machine.fork()[0]
     grandchild = child.fork()[0]
     machine.suspend()

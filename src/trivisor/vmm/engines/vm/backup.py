@@ -116,8 +116,9 @@ def opened(box: Box, qmp: Qmp, target: Path, *, at_once: bool = False) -> Iterat
 def tidy(qmp: Qmp) -> None:
     """Have QEMU let go of a copy that it makes, or made, for somebody who has died."""
     if any(job["device"] == _NAME for job in qmp.ask("query-block-jobs")):
-        qmp.ask("block-job-cancel", {"device": _NAME, "force": True})
-        qmp.wait_event("BLOCK_JOB_CANCELLED", lambda data: data.get("device") == _NAME, 10.0)
+        with suppress(EngineError):  # it may end by itself just now
+            qmp.ask("block-job-cancel", {"device": _NAME, "force": True})
+            qmp.wait_event("BLOCK_JOB_CANCELLED", lambda data: data.get("device") == _NAME, 10.0)
     if any(node["node-name"] == _NAME for node in qmp.ask("query-named-block-nodes", {"flat": True})):
         qmp.ask("blockdev-del", {"node-name": _NAME})
 
