@@ -49,6 +49,16 @@ def emit(value: Any, *, line: bool = False) -> None:
     click.echo(json.dumps(value, indent=indent, default=_plain, ensure_ascii=False))
 
 
+def faults(found: Sequence[str], as_json: bool) -> int:
+    """Print what a check found, a line each, and return the exit status: 1 if there is anything."""
+    if as_json:
+        emit(found)
+    else:
+        for line in found:
+            click.echo(safe(line))
+    return 1 if found else 0
+
+
 def _plain(value: Any) -> Any:
     import msgspec
 

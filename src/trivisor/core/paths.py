@@ -159,12 +159,3 @@ class MachineDir:
 def _machine_dir(home: Path, machine_id: str) -> MachineDir:
     """One object for a machine: an operation asks for its paths some fifty times."""
     return MachineDir(home / "machines" / machine_id)
-
-
-def sync(path: Path) -> None:
-    """Bring a file, or what a folder lists, to the disk (fsync(2)). Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from trivisor.core.errors import AlreadyExists, CallerError, ImageError, NotFound, StorageError
-from trivisor.core.paths import sync
+from trivisor.core.files import sync
 from trivisor.images import model
 from trivisor.images.archive import Saved
 from trivisor.images.documents import Documents

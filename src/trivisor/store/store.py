@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from trivisor.core.errors import CallerError, NotFound, StorageError
-from trivisor.core.paths import sync
+from trivisor.core.files import sync
 from trivisor.store import workspace as workspaces
 from trivisor.store.database import release, transaction
 from trivisor.store.faults import translated

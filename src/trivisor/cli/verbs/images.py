@@ -212,12 +212,7 @@ def check(as_json: bool) -> int:
     with render.Steps() as steps:
         steps("reading every blob")
         damaged = late.opened().images.check()
-    if as_json:
-        render.emit(damaged)
-    else:
-        for line in damaged:
-            click.echo(render.safe(line))
-    return 1 if damaged else 0
+    return render.faults(damaged, as_json)
 
 
 _FILES = (archives.import_, archives.export, archives.save, archives.load)

@@ -175,13 +175,7 @@ def budget(size: str | None, as_json: bool) -> None:
 @json_option
 def check(as_json: bool) -> int:
     """Read every byte that is kept. The exit status is 1 if something is damaged."""
-    found = open_vmm().snapshots.check()
-    if as_json:
-        render.emit(found)
-    else:
-        for line in found:
-            click.echo(render.safe(line))
-    return 1 if found else 0
+    return render.faults(open_vmm().snapshots.check(), as_json)
 
 
 @verb("export")

@@ -18,7 +18,8 @@ from typing import Any
 
 from trivisor.core.devices import disk_name
 from trivisor.core.errors import AlreadyExists, NotFound, StorageError
-from trivisor.core.paths import Home, sync
+from trivisor.core.files import sync
+from trivisor.core.paths import Home
 from trivisor.images.disks import formats, qemuimg
 from trivisor.images.disks.formats import Format
 from trivisor.images.disks.headers import Header

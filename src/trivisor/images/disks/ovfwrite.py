@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from trivisor.core.errors import InvalidSpec
+from trivisor.core.files import sha256
 from trivisor.core.units import MIB
 from trivisor.images.disks import ovf
 from trivisor.images.disks.catalog import aside
@@ -104,8 +105,8 @@ def _copy(source: IO[bytes], out: IO[bytes]) -> None:
 
 
 def _digest(path: Path) -> str:
-    with translated(path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with translated(path):
+        return sha256(path)
 
 
 def render(machine: Machine, files: dict[str, tuple[int, int]]) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trivisor.core.errors import EngineError, ImageError, StorageError
-from trivisor.core.paths import sync
+from trivisor.core.files import sync
 from trivisor.core.process import find, run
 from trivisor.core.units import GIB, MIB, TIB
 from trivisor.images.disks.formats import DRIVERS, Format

@@ -10,7 +10,6 @@ host is left out: folders, host addresses, networks of the home.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 import struct
@@ -22,6 +21,7 @@ import msgspec
 
 from trivisor.core import spec as specs
 from trivisor.core.errors import AlreadyExists, HostLacks, InvalidSpec, NotFound, StorageError, TrivisorError
+from trivisor.core.files import sha256
 from trivisor.core.spec import HOST_IMAGE, Spec
 from trivisor.core.state import State
 from trivisor.core.undo import Undo
@@ -220,8 +220,7 @@ def _take(file: BinaryIO, size: int, origin: str) -> bytes:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    return f"sha256:{sha256(path)}"
 
 
 def _bad(source: Path) -> TrivisorError:

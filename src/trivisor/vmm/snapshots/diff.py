@@ -18,6 +18,7 @@ import msgspec
 
 from trivisor.core import process
 from trivisor.core.errors import InvalidSpec, UnsupportedByWall
+from trivisor.core.files import sha256
 from trivisor.core.paths import MachineDir
 from trivisor.core.state import State
 from trivisor.images.tree import OPAQUE, WHITEOUT
@@ -174,8 +175,7 @@ def _same(one: _State | None, two: _State | None) -> bool:
 def _content(state: _State) -> str:
     if isinstance(state.content, str):
         return state.content
-    with state.content.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(state.content)
 
 
 def _hash(archive: tarfile.TarFile, member: tarfile.TarInfo) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from trivisor.core import paths
+from trivisor.core import files
 from trivisor.core.errors import AlreadyExists, NotFound, StorageError
 from trivisor.core.process import Who
 from trivisor.images.catalog import Image
@@ -192,6 +192,6 @@ def about(kept: Kept, **changes: Any) -> About:
 def sync(path: Path) -> None:
     """Have the disk hold what a folder lists. Raises StorageError."""
     try:
-        paths.sync(path)
+        files.sync(path)
     except OSError as error:
         raise StorageError(f"{path}: {error.strerror}") from error

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from trivisor.core import process
 from trivisor.core.errors import EngineError, GuestError, HostLacks, StorageError
-from trivisor.core.paths import sync
+from trivisor.core.files import sync
 from trivisor.launch import ids, keeper
 from trivisor.vmm import frozen_layers, layers, watch
 from trivisor.vmm.engine import Box, Engine

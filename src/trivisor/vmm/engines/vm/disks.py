@@ -12,7 +12,8 @@ import struct
 from pathlib import Path
 
 from trivisor.core.errors import StorageError
-from trivisor.core.paths import Home, sync
+from trivisor.core.files import sync
+from trivisor.core.paths import Home
 from trivisor.core.process import find, run
 from trivisor.core.units import MIB
 from trivisor.vmm.engines.vm import files

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from trivisor.core.errors import EngineError, StorageError
-from trivisor.core.paths import Home, sync
+from trivisor.core.files import sync
+from trivisor.core.paths import Home
 from trivisor.core.process import start_time
 
 _COPY = 1 << 20

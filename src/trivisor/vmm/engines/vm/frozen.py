@@ -22,7 +22,8 @@ from pathlib import Path
 import msgspec
 
 from trivisor.core.errors import HostLacks, StorageError
-from trivisor.core.paths import MachineDir, sync
+from trivisor.core.files import sha256, sync
+from trivisor.core.paths import MachineDir
 from trivisor.core.units import MIB
 from trivisor.launch import tvinit
 from trivisor.launch.net import provide
@@ -130,9 +131,9 @@ def finish(folder: Path, facts: Facts, *, lasting: bool) -> None:
     state, disk = folder / STATE, folder / DISK
     whole = msgspec.structs.replace(
         facts,
-        state_digest=digest(state) if facts.shape is not None else "",
+        state_digest=sha256(state) if facts.shape is not None else "",
         # A large disk is another matter: whoever keeps it knows each of its files by a digest.
-        disk_digest=digest(disk) if disk.exists() and disk.stat().st_size <= _QUICK else "",
+        disk_digest=sha256(disk) if disk.exists() and disk.stat().st_size <= _QUICK else "",
     )
     text = msgspec.json.encode(whole)
     (folder / _FACTS).write_bytes(text + b"\n" + hashlib.sha256(text).hexdigest().encode() + b"\n")
@@ -184,22 +185,17 @@ def load(folder: Path, machine: str) -> tuple[Ice, Facts]:
     found = _found(folder, facts)
     try:
         if facts.state_digest:
-            if digest(found.state) != facts.state_digest:
+            if sha256(found.state) != facts.state_digest:
                 raise _damaged(folder, machine, "state")
             if found.ram.stat().st_size != found.facts.memory:
                 raise _damaged(folder, machine, "ram")
-        if facts.disk_digest and digest(found.disk) != facts.disk_digest:
+        if facts.disk_digest and sha256(found.disk) != facts.disk_digest:
             raise _damaged(folder, machine, DISK)
         if found.disk.exists() and not disks.alone(found.disk):
             raise StorageError(f"{found.disk} leads to another file", machine=machine, hint="nothing that was frozen here does: delete it")
     except OSError as error:
         raise _damaged(folder, machine, str(error.filename)) from error
     return found, facts
-
-
-def digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _found(folder: Path, facts: Facts) -> Ice:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import msgspec
 
+from trivisor.core.files import sha256
 from trivisor.core.paths import Home
 from trivisor.vmm.engine import Progress
 from trivisor.vmm.engines.vm import files
@@ -78,7 +79,7 @@ def find(home: Home, name: str) -> Ice | None:
     try:
         facts = msgspec.json.decode((folder / "ice.json").read_bytes(), type=Facts)
         found = Ice(folder, facts)
-        whole = facts.format == _FORMAT and found.ram.stat().st_size == facts.memory and _digest(found.state) == facts.state_digest
+        whole = facts.format == _FORMAT and found.ram.stat().st_size == facts.memory and sha256(found.state) == facts.state_digest
     except (FileNotFoundError, NotADirectoryError):
         return None
     except msgspec.DecodeError:
@@ -149,8 +150,8 @@ def freeze(
             argv=list(argv),
             needs=needs,
             memory=frozen.ram.stat().st_size,
-            state_digest=_digest(frozen.state),
-            disk_digest=_digest(frozen.disk) if disk is not None else "",
+            state_digest=sha256(frozen.state),
+            disk_digest=sha256(frozen.disk) if disk is not None else "",
             made=time.time(),
         )
         (folder / "ice.json").write_bytes(msgspec.json.encode(facts))
@@ -218,14 +219,9 @@ def identity(path: Path) -> str:
 def disk_whole(ice: Ice) -> bool:
     """Tell whether the frozen disk, if there is one, is what was frozen. Apart from `find`, since not every clone needs it."""
     try:
-        return not ice.facts.disk_digest or _digest(ice.disk) == ice.facts.disk_digest
+        return not ice.facts.disk_digest or sha256(ice.disk) == ice.facts.disk_digest
     except FileNotFoundError:
         return False
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _lock(home: Home, name: str) -> Path:

@@ -22,7 +22,8 @@ from pathlib import Path
 import msgspec
 
 from trivisor.core.errors import EngineError, HostLacks, InvalidSpec
-from trivisor.core.paths import Home, sync
+from trivisor.core.files import sync
+from trivisor.core.paths import Home
 from trivisor.core.process import find, run
 from trivisor.vmm.engine import Progress
 from trivisor.vmm.engines.vm import files, initramfs, kernel, modules

@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 
 from trivisor.core.errors import EngineError, HostLacks, MigrationError, StorageError, UnsupportedByWall
+from trivisor.core.files import sha256
 from trivisor.core.paths import MachineDir
 from trivisor.core.process import find, run
 from trivisor.core.units import MIB, format_size
@@ -196,7 +197,6 @@ def _words(shape: Shape) -> str:
 
 def _digest(path: Path) -> str:
     try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
         raise files.storage(error, "reading the machine's root") from error
