@@ -334,7 +334,7 @@ def test_what_is_damaged_or_does_not_fit_is_refused_with_the_reason(parent: Mach
     leads = bytearray(disk.read_bytes())
     leads[8:16] = (4096).to_bytes(8, "big")
     disk.write_bytes(leads)
-    monkeypatch.setattr(frozen, "digest", lambda path: facts.disk_digest if path.name == last else facts.state_digest)
+    monkeypatch.setattr(frozen, "sha256", lambda path: facts.disk_digest if path.name == last else facts.state_digest)
     with pytest.raises(StorageError, match="leads to another file"):
         frozen.load(folder, "")
     disk.write_bytes(whole)
