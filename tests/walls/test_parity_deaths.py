@@ -20,6 +20,7 @@ from trivisor.core.paths import MachineDir
 from trivisor.core.spec import Wall
 from trivisor.vmm.engines.vm import proc
 from trivisor.vmm.engines.vm.qmp import Qmp
+from trivisor.vmm.procs import tree
 from trivisor.vos.line import Line
 
 BOUND = 60.0
@@ -40,11 +41,9 @@ def engine(machine: Machine) -> int:
 
 def sentry(machine: Machine) -> int:
     """What the guest's programs run on: with gVisor a child of what the keeper keeps."""
-    pid = engine(machine)
     if machine.wall != "gvisor":
-        return pid
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return next(int(child) for child in children if Path(f"/proc/{child}/cmdline").read_bytes().startswith(b"runsc-sandbox"))
+        return engine(machine)
+    return next(int(pid) for pid in tree(place(machine)) if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"runsc-sandbox"))
 
 
 def keeper(machine: Machine) -> int:

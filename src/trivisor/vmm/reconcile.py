@@ -53,15 +53,22 @@ _TAIL = 64 << 10
 
 def settle(context: Context, row: Row) -> Row | None:
     """Return the record put right, or as it stands while a live process operates; None if the machine is gone."""
+    return settled(context, row)[1]
+
+
+def settled(context: Context, row: Row) -> tuple[Row | None, Row | None]:
+    """The same, after the record as it stood before: between a caller's reading and here an operation may have ended."""
     if not _doubtful(context, row):
-        return row
+        return row, row
     try:
         with locks.hold(context.folder(row).lock, locks.SETTLE, row.name, make=False):
-            return settle_held(context, row.id)
+            return context.records.row(row.id), settle_held(context, row.id)
     except Busy:
-        return context.records.row(row.id)
+        fresh = context.records.row(row.id)
+        return fresh, fresh
     except locks.FolderGone:
-        return _settle_without_folder(context, row)
+        fresh = context.records.row(row.id)
+        return fresh, fresh and _settle_without_folder(context, fresh)
 
 
 def settle_held(context: Context, machine: str) -> Row | None:
@@ -267,10 +274,9 @@ def end(context: Context, row: Row) -> None:
     _leave(context, row)
 
 
-def _settle_without_folder(context: Context, row: Row) -> Row | None:
+def _settle_without_folder(context: Context, fresh: Row) -> Row | None:
     """There is nothing to lock: the row is before its folder (create), after it (delete), or something was taken away."""
-    fresh = context.records.row(row.id)
-    if fresh is None or (fresh.operator is not None and fresh.operator.alive()):
+    if fresh.operator is not None and fresh.operator.alive():
         return fresh
     orphan = fresh.owner is not None and not fresh.owner.alive()
     if orphan or fresh.operation in ("create", "delete"):

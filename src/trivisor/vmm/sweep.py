@@ -77,13 +77,15 @@ def _try(said: list[str], what: str, work: Callable[[], list[str]]) -> None:
 
 
 def _row(context: Context, row: Row, *, deep: bool) -> list[str]:
-    settled = reconcile.settle(context, row)
+    before, settled = reconcile.settled(context, row)
+    if before is None:
+        return []
     if settled is None:
-        return [f"machine {row.name}: removed, {row.operation or 'the process that it belonged to'} was cut short"]
-    if settled.state is not row.state:
-        return [f"machine {row.name}: {row.state} is {settled.state}" + (f", {settled.reason}" if settled.reason else "")]
-    if row.operation and not settled.operation:
-        return [f"machine {row.name}: {row.operation} was cut short, it is {settled.state}"]
+        return [f"machine {row.name}: removed, {before.operation or 'the process that it belonged to'} was cut short"]
+    if settled.state is not before.state:
+        return [f"machine {row.name}: {before.state} is {settled.state}" + (f", {settled.reason}" if settled.reason else "")]
+    if before.operation and not settled.operation:
+        return [f"machine {row.name}: {before.operation} was cut short, it is {settled.state}"]
     if deep and settled.state in reconcile.LIVE and not settled.operation:
         return _ask(context, settled)
     return []

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from fake_engine import FakeEngine, keeper_pid
 from host_state import assert_nothing_left
@@ -21,6 +22,7 @@ from machine_home import IMAGE, KILLED, TestHome, die_at_undo, in_child
 
 from trivisor import VMM, Machine, NotFound, State
 from trivisor.core.process import Who
+from trivisor.vmm import sweep
 from trivisor.vmm.records import Records
 
 NAME = "web"
@@ -221,6 +223,16 @@ def test_a_live_operation_is_not_disturbed(home: TestHome) -> None:
         assert os.waitpid(pid, 0)[1] == 0
         assert machine.state is State.RUNNING
         assert machine.exec(["true"]).exit_code == 0
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_an_operation_that_ended_in_the_meantime_was_not_cut_short(home: TestHome, running: Machine, gone: bool) -> None:
+    """A sweep that read the record while it went on says nothing of what it came to."""
+    context = running._context
+    read = msgspec.structs.replace(context.row(running.id), state=State.CREATED, operation="start", operator=Who.me())
+    if gone:
+        running.delete(force=True)
+    assert sweep._row(context, read, deep=False) == []
 
 
 def test_the_host_rebooted(home: TestHome, running: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
