@@ -80,17 +80,33 @@ static bool process_removed(const char *pid, char *path) {
     return open_removed(pid, path) || mapped_removed(pid, path);
 }
 
-int held_removed(char *text, size_t size) {
+/* Stopped at a system call by its tracer, a thread is in a state that the Sentry has no way to save, and dies of. */
+static bool traced(const char *pid) {
+    char at[64 + NAME_MAX], line[256];
+    snprintf(at, sizeof at, "/proc/%s/status", pid);
+    FILE *status = fopen(at, "re");
+    int tracer = 0;
+    while (!tracer && status && fgets(line, sizeof line, status))
+        if (sscanf(line, "TracerPid: %d", &tracer) == 1)
+            break;
+    if (status)
+        fclose(status);
+    return tracer > 0;
+}
+
+int held_unsavable(char *text, size_t size) {
     char path[PATH_MAX];
     DIR *processes = opendir("/proc");
-    int error = 0;
-    for (struct dirent *e; !error && processes && (e = readdir(processes));) {
-        if (e->d_name[0] < '1' || e->d_name[0] > '9' || !process_removed(e->d_name, path))
+    *text = 0;
+    for (struct dirent *e; !*text && processes && (e = readdir(processes));) {
+        if (e->d_name[0] < '1' || e->d_name[0] > '9')
             continue;
-        snprintf(text, size, "process %s holds %.200s, which was removed", e->d_name, path);
-        error = EBUSY;
+        if (traced(e->d_name))
+            snprintf(text, size, "process %s is traced", e->d_name);
+        else if (process_removed(e->d_name, path))
+            snprintf(text, size, "process %s holds %.200s, which was removed", e->d_name, path);
     }
     if (processes)
         closedir(processes);
-    return error;
+    return *text ? EBUSY : 0;
 }

@@ -234,7 +234,7 @@ static int do_rested(char **w) {
 static int do_away(char **w) {
     static char held[512];
     (void)w;
-    if (getpid() == 1 && held_removed(held, sizeof held)) {
+    if (getpid() == 1 && held_unsavable(held, sizeof held)) {
         about = held;
         return EBUSY;
     }

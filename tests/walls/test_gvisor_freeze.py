@@ -260,6 +260,11 @@ def test_refused(wall_home: VmHome, tmp_path: Path) -> None:
         with pytest.raises(GuestError, match="holds /root/held, which was removed"):
             frozen(engine, machine, tmp_path / "again")
         held.kill()
+        with machine.syscalls.trace("echo; cat /dev/zero", ["write"], timeout=60) as trace:
+            next(iter(trace))
+            with pytest.raises(GuestError, match="is traced") as refused:
+                frozen(engine, machine, tmp_path / "traced")
+            assert "end what traces them" in refused.value.hint
         assert ask(machine, "x += 1") == "2 X += 1 14 42"
         with pytest.raises(GuestError, match="at this instant") as refused, freeze._savable(box(machine)):
             raise EngineError("runsc failed", output="pkg/state.(*encodeState).Save(0xc00018e380)")

@@ -289,7 +289,7 @@ def _away(line: Line) -> None:
     try:
         guest.configure(line, [("away",)], _HANGS_UP)
     except GuestError as error:
-        error.hint = error.hint or "have its programs close what they removed, or freeze its files alone"
+        error.hint = error.hint or "have its programs close what they removed, end what traces them, or freeze its files alone"
         raise
 
 
