@@ -146,7 +146,7 @@ def du(as_json: bool) -> None:
 @verb("prune")
 @click.option("--max", "most", metavar="SIZE", help="Until all take this or less.  [default: the budget, if there is one]")
 @click.option("-a", "--all", "everything", is_flag=True, help="All that no machine needs and that is not kept.")
-@click.option("--dry-run", is_flag=True, help="Say it, and do nothing.")
+@click.option("-n", "--dry-run", is_flag=True, help="Say it, and do nothing.")
 @json_option
 def prune(most: str | None, everything: bool, dry_run: bool, as_json: bool) -> None:
     """Remove what no machine needs, the least lately used first."""
