@@ -77,11 +77,12 @@ class Child:
     listener: DirectListener
     attachments: list[Attachment] = field(default_factory=list)
 
-    def result(self, timeout: float = 10.0) -> str:
+    def result(self, timeout: float = 30.0) -> str:
         """Wait until its function has returned, and return what, as repr."""
         deadline = time.monotonic() + timeout
         while not self.shared[_DONE]:
-            if time.monotonic() > deadline or os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            over = time.monotonic() > deadline or os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if over and not self.shared[_DONE]:  # it ends as soon as it is done, maybe since we looked
                 raise TimeoutError("the child has not finished")
             time.sleep(0.001)
         return self.shared[_TEXT:].split(b"\0", 1)[0].decode()
@@ -116,7 +117,7 @@ def trapped(calls: Iterable[str], function: Callable[[], object]) -> Iterator[Ch
             _run(shared, calls, function)
         os.kill(os.getpid(), signal.SIGKILL)
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while not shared[_FD]:
             assert time.monotonic() < deadline
             time.sleep(0.0005)

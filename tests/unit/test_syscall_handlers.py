@@ -223,18 +223,25 @@ def test_two_descriptors_of_a_pipe() -> None:
 
 
 def test_delay_holds_one_call_and_no_other() -> None:
-    began = time.monotonic()
-
     def slow(call: Call) -> None:
         call.delay(0.3)
         call.returns(1)
 
     def program() -> object:
-        thread = threading.Thread(target=libc.getppid)
-        thread.start()
-        early = [call("getpgid", 0) for _ in range(20)], time.monotonic()
-        thread.join()
-        return early[1] - began < 0.28, time.monotonic() - early[1] > 0.1
+        """A host that stands still for a moment may have the delay over before the others are done: then once more."""
+        others = False
+        for _ in range(20):
+            began = time.monotonic()
+            thread = threading.Thread(target=libc.getppid)
+            thread.start()
+            for _ in range(20):
+                call("getpgid", 0)
+            others = thread.is_alive()
+            thread.join()
+            held = time.monotonic() - began >= 0.29
+            if others or not held:
+                break
+        return others, held
 
     assert outcome(program, On(("getppid",), slow), On(("getpgid",), lambda call: call.returns(3))) == "(True, True)"
 
