@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -281,6 +282,18 @@ def test_a_forked_child_does_not_hold_the_lock(tmp_path: Path) -> None:
     for end in (hold, ready, running):
         os.close(end)
     os.waitpid(pid, 0)
+
+
+def test_who_only_looks_is_waited_for_however_long_it_takes(tmp_path: Path) -> None:
+    machine = MachineDir(tmp_path)
+    with open_alive(machine, os.O_RDWR | os.O_CREAT) as looking, open_alive(machine, os.O_RDWR) as fd:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        late = threading.Timer(0.2, fcntl.flock, (looking, fcntl.LOCK_UN))
+        late.start()
+        lock_alive(machine, fd)
+        late.join()
+        with open_alive(machine, os.O_RDWR) as other, pytest.raises(Busy):
+            lock_alive(machine, other)
 
 
 def test_a_damaged_record_is_said(tmp_path: Path) -> None:

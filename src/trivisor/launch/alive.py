@@ -16,7 +16,9 @@ from trivisor.core.errors import Busy
 from trivisor.core.paths import MachineDir
 
 LOOK = 0.05
-"""Seconds for which another process may hold the lock just to look at it."""
+"""Seconds for which another process mostly holds the lock just to look at it."""
+_LOOKS = 5.0
+"""The most: one that looks may not get a processor for a while."""
 
 _guarded: set[int] = set()
 """Open alive files: a child that is forked meanwhile must not keep the lock, which goes with the open file."""
@@ -47,14 +49,24 @@ def open_alive(machine: MachineDir, flags: int) -> Iterator[int]:
 
 def lock_alive(machine: MachineDir, fd: int) -> None:
     """Lock the alive file. Raises Busy if a keeper holds it."""
-    deadline = time.monotonic() + LOOK
+    deadline = time.monotonic() + _LOOKS
     while True:
         try:
             return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or not _shared(fd):
                 raise Busy(machine.root.name, "its keeper runs") from None
         time.sleep(LOOK / 10)  # flock(2) has no timeout, and `alive` holds the lock for a moment
+
+
+def _shared(fd: int) -> bool:
+    """Whether those who hold the lock only look, which is what a shared one is for; leaves it unlocked."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    return True
 
 
 def alive(machine: MachineDir) -> bool:

@@ -20,6 +20,8 @@ SETTLE = "settle"
 """Holds a machine for the few milliseconds in which a record is put right."""
 _SETTLE_WAIT = 10.0
 _POLL = 0.01
+_NAMELESS = 2.0
+"""Seconds that a holder may take to say its name, or to let go once it has taken it back: it may not get a processor for a while."""
 
 _held: set[int] = set()
 _hooked = False
@@ -92,7 +94,7 @@ def _acquire(fd: int, operation: str, machine: str, wait: float) -> None:
         # flock(2) has no timeout, hence the poll. A nameless holder has just taken the lock, or is letting go.
         patience = max(wait, _SETTLE_WAIT) if operation != SETTLE and holder.startswith(SETTLE) else wait
         if holder == "an operation":
-            patience = max(patience, 0.1)
+            patience = max(patience, _NAMELESS)
         if time.monotonic() - began >= patience:
             raise Busy(machine, _words(holder))
         time.sleep(_POLL)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -95,6 +97,17 @@ def test_a_machine_that_is_put_right_is_waited_for(tmp_path: Path) -> None:
     with locks.hold(path, "stop", "web"):
         pass
     child.join()
+
+
+def test_a_holder_that_says_its_name_late_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    late = threading.Timer(0.3, os.close, (fd,))
+    late.start()
+    with locks.hold(path, "stop", "web"):
+        pass
+    late.join()
 
 
 def _settle(path: Path, pipe: Connection) -> None:
