@@ -5,15 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import select
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from vos_support import TVINIT, within
+from vos_support import TVINIT, Gate, within
 
 from trivisor.core.errors import GuestError, GuestGone
 from trivisor.core.paths import MachineDir
@@ -76,7 +76,7 @@ def processes(line: Line) -> Processes:
 def test_commands_and_requests(line: Line, processes: Processes) -> None:
     assert processes.exec("echo $((6*7))").text == "42\n"
     assert processes.exec(["no-such"]).exit_code == 127
-    assert guest_verbs.ping(line) < 1
+    assert 0 < guest_verbs.ping(line) < 5
     guest_verbs.configure(line, [["sync"]])
     info = line.keeper_info()
     assert int(info["keeper"]) > 1
@@ -125,15 +125,16 @@ def test_many_clients(machine: MachineDir) -> None:
 def test_who_leaves_takes_its_commands_along(machine: MachineDir, tmp_path: Path) -> None:
     line = Line.connect(machine.line, "m")
     processes = Processes(lambda: line, "m")
-    processes.spawn(f"sleep 0.6; touch {tmp_path}/killed")
-    processes.spawn(f"sleep 0.6; touch {tmp_path}/detached", detach=True, stdin=False)
+    gates = Gate(tmp_path / "killed"), Gate(tmp_path / "detached")
+    killed = processes.spawn(gates[0].script).pid
+    processes.spawn(gates[1].script, detach=True, stdin=False)
+    ended = os.pidfd_open(killed)
     line.close()
-    deadline = time.monotonic() + 10
-    while not (tmp_path / "detached").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    time.sleep(0.2)
-    assert not (tmp_path / "killed").exists()
+    assert select.select([ended], [], [], 30)[0]
+    os.close(ended)
+    for gate in gates:
+        gate.open()
+    assert gates[1].passed(30) and not gates[0].passed(0.2)
 
 
 def test_a_forked_child_uses_a_line_of_its_own(machine: MachineDir, line: Line, processes: Processes) -> None:
@@ -152,8 +153,8 @@ def test_a_forked_child_uses_a_line_of_its_own(machine: MachineDir, line: Line, 
     results = context.Queue()
     process = context.Process(target=child, args=(results,))
     process.start()
-    assert results.get(timeout=10) == "from the child\n"
-    process.join(10)
+    assert results.get(timeout=60) == "from the child\n"
+    process.join(30)
     assert processes.exec("echo still here").text == "still here\n"
 
 
@@ -173,7 +174,7 @@ def test_a_client_that_speaks_nonsense_harms_no_other(machine: MachineDir, proce
     for kind in (Type.SYNC, Type.GONE, Type.OK, 0x7F):
         line = Line.connect(machine.line, "m")
         line.post(wire.frame(kind, 0, chance.randbytes(20)))
-        assert line.wait_closed(5)
+        assert line.wait_closed(30)
     assert processes.exec("echo fine").text == "fine\n"
 
 
@@ -181,7 +182,7 @@ def test_power_off_ends_the_line(tmp_path: Path) -> None:
     with kept(tmp_path / "m") as machine:
         line = Line.connect(machine.line, "m")
         guest_verbs.shutdown(line)
-        assert line.wait_closed(10)
+        assert line.wait_closed(30)
         with pytest.raises(GuestGone):
             Processes(lambda: line, "m").exec("true")
 
@@ -189,9 +190,11 @@ def test_power_off_ends_the_line(tmp_path: Path) -> None:
 def test_a_killed_keeper_ends_the_line(tmp_path: Path) -> None:
     with kept(tmp_path / "m") as machine:
         line = Line.connect(machine.line, "m")
-        threading.Timer(0.2, keeper.kill, (machine,)).start()
-        with within(5), pytest.raises(GuestGone):
+        killer = threading.Timer(0.2, keeper.kill, (machine,))
+        killer.start()
+        with within(30), pytest.raises(GuestGone):
             Processes(lambda: line, "m").exec("sleep 60")
+        killer.join()  # of its sockets the kernel may close the client's before the one that listens
         with pytest.raises(GuestGone):
             Line.connect(machine.line, "m")
 

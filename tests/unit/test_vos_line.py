@@ -105,8 +105,9 @@ def test_nothing_is_left_of_a_closed_line() -> None:
     for _ in range(20):
         with scripted(answer_pings) as peer:
             guest_verbs.ping(peer.line)
-    assert threading.active_count() <= threads  # one of an earlier test may have been on its way out
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    # Some of an earlier test may have been on their way out.
+    assert threading.active_count() <= threads
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
 
 
 def test_a_forked_child_leaves_its_parents_line_alone() -> None:
@@ -213,9 +214,9 @@ def test_many_threads_at_once() -> None:
 def test_a_paused_peer_is_waited_for() -> None:
     """A peer that reads nothing for a while, as a paused machine does, loses nothing."""
     with real_guest() as guest, within(20):
-        os.kill(guest.process.pid, 19)
-        threading.Timer(0.5, lambda: os.kill(guest.process.pid, 18)).start()
         data = os.urandom(1000) * 4000
+        os.kill(guest.process.pid, 19)
         began = time.monotonic()
+        threading.Timer(0.5, lambda: os.kill(guest.process.pid, 18)).start()
         assert guest.processes.exec(["cat"], stdin=data).stdout == data
         assert time.monotonic() - began > 0.4

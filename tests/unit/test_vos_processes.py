@@ -10,9 +10,10 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
-from vos_support import RealGuest, real_guest, within
+from vos_support import Gate, RealGuest, real_guest, within
 
 from trivisor.core.errors import ExecFailed, ExecTimeout, GuestError, GuestGone, InvalidSpec
 from trivisor.vos import guest as guest_verbs
@@ -92,7 +93,7 @@ def test_64_mb_in_and_out_at_once(guest: RealGuest) -> None:
 
 
 def test_64_mb_in_that_nobody_reads(guest: RealGuest) -> None:
-    with within(10):
+    with within(30):
         assert guest.processes.exec(["true"], stdin=bytes(64 * MIB)).exit_code == 0
         assert guest.processes.exec("exec <&-; sleep 0.1", stdin=bytes(64 * MIB), timeout=20).exit_code == 0
 
@@ -118,48 +119,54 @@ def test_a_stdin_that_fails_kills_the_command_and_goes_through(guest: RealGuest)
         yield b"x"
         raise LookupError("mine")
 
-    with within(5), pytest.raises(LookupError, match="mine"):
+    with within(30), pytest.raises(LookupError, match="mine"):
         guest.processes.exec(["sleep", "60"], stdin=broken())
-    with within(5), pytest.raises(TypeError, match="binary mode"):
+    with within(30), pytest.raises(TypeError, match="binary mode"):
         guest.processes.exec(["sleep", "60"], stdin=["text"])  # type: ignore[list-item]
 
 
 def test_a_stdin_that_blocks_does_not_hold_the_result(guest: RealGuest) -> None:
     reader, writer = os.pipe()
     try:
-        with within(5), open(reader, "rb") as pipe:
+        with within(30), open(reader, "rb") as pipe:
             assert guest.processes.exec("echo done", stdin=pipe).text == "done\n"
             os.close(writer)
             writer = -1
-            time.sleep(0.05)  # lets the feeder leave the pipe before it is closed under it
+            for thread in threading.enumerate():
+                if thread.name == "stdin of a command":
+                    thread.join(30)  # it leaves the pipe before that is closed under it
     finally:
         if writer >= 0:
             os.close(writer)
 
 
-def test_output_comes_as_it_is_written(guest: RealGuest) -> None:
-    seen: list[tuple[float, bytes]] = []
-    began = time.monotonic()
-    result = guest.processes.exec(
-        "echo one; sleep 0.5; echo two; echo three >&2", on_stdout=lambda b: seen.append((time.monotonic() - began, b))
-    )
-    assert b"".join(part for _, part in seen) == result.stdout == b"one\ntwo\n"
-    assert seen[0][0] < 0.4 < seen[-1][0]
+def test_output_comes_as_it_is_written(guest: RealGuest, tmp_path: Path) -> None:
+    gate, seen = Gate(tmp_path), list[bytes]()
+
+    def take(part: bytes) -> None:
+        seen.append(part)
+        gate.open()  # the command goes on once its first words have come
+
+    result = guest.processes.exec(f"echo one; {gate.script}; echo two; echo three >&2", on_stdout=take, timeout=60)
+    assert b"".join(seen) == result.stdout == b"one\ntwo\n"
+    assert seen[0] == b"one\n"
     assert result.stderr == b"three\n"
 
 
-def test_a_callback_that_fails_kills_the_command(guest: RealGuest, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_callback_that_fails_kills_the_command(guest: RealGuest, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+
     def failing(part: bytes) -> None:
         raise ZeroDivisionError
 
-    with within(5), pytest.raises(ZeroDivisionError):
-        guest.processes.exec(f"echo x; sleep 0.3; touch {tmp_path}/late; sleep 60", on_stdout=failing)
-    time.sleep(0.4)
-    assert not (tmp_path / "late").exists()
+    with within(30), pytest.raises(ZeroDivisionError):
+        guest.processes.exec(f"echo x; {gate.script}; sleep 60", on_stdout=failing)
+    gate.open()
+    assert not gate.passed(0.3)
 
 
 def test_too_much_output_is_an_error_unless_streamed(guest: RealGuest) -> None:
-    with within(10), pytest.raises(GuestError, match="more than 1M") as caught:
+    with within(30), pytest.raises(GuestError, match="more than 1M") as caught:
         guest.processes.exec("yes", max_output=MIB)
     assert "max_output" in caught.value.hint
     total = 0
@@ -172,33 +179,37 @@ def test_too_much_output_is_an_error_unless_streamed(guest: RealGuest) -> None:
     assert (total, result.truncated, len(result.stdout) <= MIB) == (3_000_000, True, True)
 
 
-def test_timeout_kills_the_group_and_keeps_what_was_written(guest: RealGuest, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    script = f"echo before; (sleep 1; touch {tmp_path}/late) & sleep 60"
-    with within(3), pytest.raises(ExecTimeout) as caught:
-        guest.processes.exec(script, timeout=0.3)
+def test_timeout_kills_the_group_and_keeps_what_was_written(guest: RealGuest, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    for timeout in (0.3, 3, 10):  # a busy host may not have started the shell so soon
+        with within(30), pytest.raises(ExecTimeout) as caught:
+            guest.processes.exec(f"echo before; ({gate.script}) & sleep 60", timeout=timeout)
+        if caught.value.stdout:
+            break
     assert caught.value.stdout == b"before\n"
-    time.sleep(1)
-    assert not (tmp_path / "late").exists()
+    gate.open()
+    assert not gate.passed(0.3)
     assert guest.processes.exec("echo alive").text == "alive\n"
 
 
 @pytest.mark.parametrize("script", ["yes", "yes >&2", "cat /dev/zero", "trap '' TERM; while :; do :; done"])
 def test_timeout_of_a_command_that_never_rests(guest: RealGuest, script: str) -> None:
-    with within(8), pytest.raises(ExecTimeout):
+    with within(30), pytest.raises(ExecTimeout):
         guest.processes.exec(script, timeout=0.3, max_output=MIB, on_stdout=lambda b: None, on_stderr=lambda b: None)
 
 
 def test_timeout_while_stdin_is_not_read(guest: RealGuest) -> None:
-    with within(5), pytest.raises(ExecTimeout):
+    with within(30), pytest.raises(ExecTimeout):
         guest.processes.exec("sleep 60", stdin=bytes(8 * MIB), timeout=0.3)
 
 
-def test_ctrl_c_kills_the_command(guest: RealGuest, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
-    with within(3), pytest.raises(KeyboardInterrupt):
-        guest.processes.exec(f"sleep 1; touch {tmp_path}/late")
-    time.sleep(1)
-    assert not (tmp_path / "late").exists()
+def test_ctrl_c_kills_the_command(guest: RealGuest, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    with within(30), pytest.raises(KeyboardInterrupt):
+        threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        guest.processes.exec(gate.script)
+    gate.open()
+    assert not gate.passed(0.3)
 
 
 def test_many_at_once(guest: RealGuest) -> None:
@@ -211,7 +222,7 @@ def test_many_at_once(guest: RealGuest) -> None:
 
 
 def test_a_slow_reader_holds_up_no_other(guest: RealGuest) -> None:
-    with guest.processes.spawn("yes") as slow, within(10):
+    with guest.processes.spawn("yes") as slow, within(30):
         assert slow.stdout.read(2) == b"y\n"
         for _ in range(20):
             assert guest.processes.exec("head -c 1000000 /dev/zero | wc -c").text.strip() == "1000000"
@@ -221,11 +232,11 @@ def test_spawn_pipes(guest: RealGuest) -> None:
     with guest.processes.spawn(["sh"]) as process:
         assert process.pid > 1
         process.stdin.write(b"echo out; echo err >&2\n")
-        assert process.stdout.readline(timeout=5) == b"out\n"
-        assert process.stderr.readline(timeout=5) == b"err\n"
+        assert process.stdout.readline(timeout=30) == b"out\n"
+        assert process.stderr.readline(timeout=30) == b"err\n"
         assert process.poll() is None
         process.stdin.write(b"exit 5\n")
-        assert process.wait(5) == 5
+        assert process.wait(30) == 5
         assert process.poll() == 5
         assert process.stdout.read() == b""
         with pytest.raises(BrokenPipeError):
@@ -251,7 +262,7 @@ def test_spawn_wait_and_read_are_bounded(guest: RealGuest) -> None:
         with pytest.raises(TimeoutError):
             process.stdin.write(bytes(MIB), timeout=0.05)
         process.kill(signal.SIGTERM)
-        assert process.wait(5) == 143
+        assert process.wait(30) == 143
         assert process.signal == 15
 
 
@@ -272,57 +283,58 @@ def test_spawn_64_mb_through_in_bounded_memory(guest: RealGuest) -> None:
             size += len(part)
         writer.join()
         assert size == pieces * MIB
-        assert process.wait(5) == 0
+        assert process.wait(30) == 0
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 * 1024
 
 
-def test_leaving_the_block_kills(guest: RealGuest, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    with guest.processes.spawn(f"sleep 0.5; touch {tmp_path}/late"):
+def test_leaving_the_block_kills(guest: RealGuest, tmp_path: Path) -> None:
+    gate = Gate(tmp_path)
+    with guest.processes.spawn(gate.script):
         pass
-    time.sleep(0.7)
-    assert not (tmp_path / "late").exists()
+    gate.open()
+    assert not gate.passed(0.3)
 
 
 def test_pty(guest: RealGuest) -> None:
     with guest.processes.spawn("stty size; tty; read x; stty size; echo got $x; exit 6", pty=True, size=(33, 101)) as process:
-        assert process.stdout.readline(timeout=5) == b"33 101\r\n"
-        assert process.stdout.readline(timeout=5).startswith(b"/dev/")
+        assert process.stdout.readline(timeout=30) == b"33 101\r\n"
+        assert process.stdout.readline(timeout=30).startswith(b"/dev/")
         process.resize(40, 120)
         process.stdin.write(b"word\n")
-        rest = process.stdout.read(timeout=5)
+        rest = process.stdout.read(timeout=30)
         assert b"40 120\r\n" in rest
         assert b"got word\r\n" in rest
-        assert process.wait(5) == 6
+        assert process.wait(30) == 6
         assert process.stderr.read() == b""
 
 
 def test_pty_ctrl_c_and_end_of_file(guest: RealGuest) -> None:
     with guest.processes.spawn(["cat"], pty=True) as process:
         process.stdin.write(b"\x03")
-        assert process.wait(5) == 130
+        assert process.wait(30) == 130
     with guest.processes.spawn(["cat"], pty=True) as process:
         process.stdin.write(b"x\n")
         process.stdin.close()
-        assert process.wait(5) == 0
+        assert process.wait(30) == 0
 
 
 def test_detached_commands_outlive_their_process_object(guest: RealGuest, tmp_path) -> None:  # type: ignore[no-untyped-def]
     guest.processes.spawn(f"sleep 0.3; touch {tmp_path}/done", detach=True, stdin=False)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while not (tmp_path / "done").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
 def test_ping_and_stats(guest: RealGuest) -> None:
-    assert guest_verbs.ping(guest.line) < 1
+    assert 0 < guest_verbs.ping(guest.line) < 5
     figures = guest_verbs.stats(guest.processes)
     assert figures["memory_total"] > figures["memory_free"] > 0
     assert figures["cpus"] >= 1
 
 
 def test_steps_are_answered(guest: RealGuest) -> None:
-    guest_verbs.configure(guest.line, [["env", "FROM_STEP=1"], ["sync"]], timeout=20)
+    guest_verbs.configure(guest.line, [["env", "FROM_STEP=1"], ["sync"]])  # of the whole host: it may take long
     assert guest.processes.exec("echo $FROM_STEP").text == "1\n"
     with pytest.raises(GuestError, match="no-such-step"):
         guest_verbs.configure(guest.line, [["sync"], ["no-such-step"]])
@@ -346,7 +358,7 @@ def test_a_guest_that_dies_ends_everything() -> None:
         waiting.join(5)
         assert failures
         with pytest.raises(GuestGone):
-            process.wait(5)
+            process.wait(30)
         with pytest.raises(GuestGone):
             process.stdout.read()
         with pytest.raises(GuestGone):

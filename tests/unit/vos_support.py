@@ -142,6 +142,26 @@ def scripted(script: Script) -> Iterator[Scripted]:
         peer.close()
 
 
+class Gate:
+    """A file that a command waits for before it does what it may not live to do: tests need no time that is long enough."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self._open, self._passed = folder / "open", folder / "passed"
+        self.script = f"until [ -e {self._open} ]; do sleep 0.02; done; touch {self._passed}"
+        """For a shell: wait, then leave a mark."""
+
+    def open(self) -> None:
+        self._open.touch()
+
+    def passed(self, seconds: float) -> bool:
+        """Whether anybody comes through in that time."""
+        end = time.monotonic() + seconds
+        while not self._passed.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        return self._passed.exists()
+
+
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
     """The block must end within `seconds`."""
