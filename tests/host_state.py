@@ -14,12 +14,19 @@ def processes(home: Path) -> dict[int, str]:
     found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid() and _holds(entry, str(home)):
-            found[int(entry.name)] = _command(entry)
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
+                found[int(entry.name)] = _command(entry)
     return found
 
 
 def sockets(home: Path) -> list[Path]:
-    return [path for path in (home / "machines").rglob("*") if stat.S_ISSOCK(path.lstat().st_mode)]
+    found = []
+    for place, _, names in os.walk(home / "machines"):  # which, unlike glob, bears that a folder goes meanwhile
+        for path in (Path(place, name) for name in names):
+            with contextlib.suppress(FileNotFoundError):
+                if stat.S_ISSOCK(path.lstat().st_mode):
+                    found.append(path)
+    return found
 
 
 def mounts(home: Path) -> list[str]:
