@@ -231,8 +231,11 @@ class Migration:
         if ends.disk is not None:
             with ends.disk:
                 departure.mirror(ends.disk.fileno())
-            while not (seen := departure.mirrored())[2]:
-                self._say(self._rated("disk", seen[0], max(seen[1], ends.taken)))
+            while True:
+                copied, size, equal = departure.mirrored()
+                self._say(self._rated("disk", copied, max(size, ends.taken)))  # of a small one too, which is sent before the first look
+                if equal:
+                    break
                 self._check(link, deadline, f"its disk was not sent in {self._timeout:g} s")
                 time.sleep(_LOOK)
         live = departure.live()
