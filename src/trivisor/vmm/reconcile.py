@@ -194,8 +194,9 @@ def standing(context: Context, row: Row) -> State:
     try:
         return State.PAUSED if context.engine(row.spec.wall, row.name).paused(context.box(row)) else State.RUNNING
     except HostError:
-        # An engine that does not answer is about to be found dead, or hangs: either way as it was before.
-        return row.state
+        # An engine that does not answer is about to be found dead, or hangs: either way as it was before. One that was given up stood
+        # still, whatever its record says: who takes it to run would not look for it where it may run.
+        return State.PAUSED if row.operation == "handover" else row.state
 
 
 def _doubtful(context: Context, row: Row) -> bool:

@@ -20,9 +20,10 @@ from fake_engine import FakeEngine, keeper_pid
 from host_state import assert_nothing_left
 from machine_home import IMAGE, KILLED, TestHome, die_at_undo, in_child
 
-from trivisor import VMM, Machine, NotFound, State
+from trivisor import VMM, EngineError, Machine, NotFound, State
 from trivisor.core.process import Who
-from trivisor.vmm import sweep
+from trivisor.vmm import reconcile, sweep
+from trivisor.vmm.engine import Box
 from trivisor.vmm.records import Records
 
 NAME = "web"
@@ -268,6 +269,20 @@ def test_a_pause_that_nobody_wrote_down(home: TestHome, running: Machine) -> Non
         assert running.state is State.PAUSED
         running.resume()
         assert vmm.sweep() == []
+
+
+def test_one_that_was_given_up_stands_still_though_its_engine_does_not_say_so(
+    home: TestHome, vmm: VMM, running: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it went it may run: it is not taken to run here, because it was when its source died."""
+
+    def silent(engine: FakeEngine, box: Box) -> bool:
+        raise EngineError("QEMU does not answer")
+
+    monkeypatch.setattr(FakeEngine, "paused", silent)
+    for operation, state, reason in (("pause", State.RUNNING, ""), ("handover", State.PAUSED, reconcile.GIVEN_UP)):
+        running._context.records.update(running.id, operation=operation, operator=Who(1, 1))
+        assert (running.state, running.info()["reason"], running.info()["operation"]) == (state, reason, "")
 
 
 def test_a_commit_that_was_killed(home: TestHome, running: Machine) -> None:
