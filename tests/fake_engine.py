@@ -68,7 +68,7 @@ class FakeEngine:
             undo.add("keeper spawned", lambda: keeper.kill(box.dir))
             kept = self._spawn(box, host, guest, stack)
             self._step("keeper spawned")
-            (box.dir.root / PID).write_text(str(Who(kept.engine_pid, start_time(kept.engine_pid) or 0)))
+            _write_pid(box.dir.root, Who(kept.engine_pid, start_time(kept.engine_pid) or 0))
             undo.add("guest answered", lambda: None)
             time.sleep(self.delay)
             self._step("guest answered")
@@ -152,8 +152,15 @@ def _engine(box: Box) -> Who:
 def _stat(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return "gone"
+
+
+def _write_pid(folder: Path, who: Who) -> None:
+    """Aside: a test that waits for the file reads it at once."""
+    aside = folder / f"{PID}.new"
+    aside.write_text(str(who))
+    aside.rename(folder / PID)
 
 
 def _bind(sock: socket.socket, path: Path) -> None:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -171,7 +172,8 @@ class Lives(RuleBasedStateMachine):
         finally:
             self.vmm.close()
             for pid in processes(self.home.root):
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it ends by itself
+                    os.kill(pid, signal.SIGKILL)
             shutil.rmtree(self.place)
 
     def get(self, machine: str) -> Machine:
