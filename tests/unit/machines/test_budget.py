@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
@@ -107,7 +108,7 @@ def test_a_start_that_fails_holds_nothing(home: TestHome) -> None:
 
 def _start(path: Path, name: str, barrier: object, result: object, delay: float) -> None:
     with VMM(path, engines=[FakeEngine(delay=delay)]) as vmm:
-        barrier.wait(20)  # type: ignore[attr-defined]
+        barrier.wait(60)  # type: ignore[attr-defined]
         try:
             vmm.get(name).start()
             result.put("started")  # type: ignore[attr-defined]
@@ -132,20 +133,19 @@ def test_of_processes_that_start_machines_at_once_as_many_succeed_as_fit(home: T
         process = context.Process(target=_start, args=(home.root, name, barrier, result, 0.3))
         process.start()
         processes.append(process)
-    said = sorted(result.get(timeout=30) for _ in names)
+    said = sorted(result.get(timeout=90) for _ in names)
     assert said == ["refused", "refused", "started", "started"]
 
 
 def test_a_start_killed_in_the_middle_gives_its_memory_back(home: TestHome, tight: VMM, processes: list[object]) -> None:
     machine, other = (tight.create(IMAGE, memory="384M") for _ in range(2))
     context = get_context("fork")
-    process = context.Process(target=_start, args=(home.root, machine.name, context.Barrier(1), context.Queue(), 60.0))
+    process = context.Process(target=_start, args=(home.root, machine.name, context.Barrier(1), context.Queue(), 90.0))
     process.start()
     processes.append(process)
-    for _ in range(500):
-        if tight._context.records.row(machine.id).granted:  # type: ignore[union-attr]
-            break
-        process.join(0.01)
+    deadline = time.monotonic() + 60
+    while not tight._context.records.row(machine.id).granted and time.monotonic() < deadline:  # type: ignore[union-attr]
+        time.sleep(0.01)
     with pytest.raises(OverBudget, match=machine.name):
         other.start()
     assert process.pid
