@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from wall_fixtures import Make
 
-from trivisor import VMM, EngineError, InvalidSpec, InvalidState, Machine, State, WaitTimeout
+from trivisor import VMM, EngineError, InvalidSpec, InvalidState, Machine, State, TrivisorError, WaitTimeout
 from trivisor.launch import keeper
 
 BOUND = 60.0
@@ -163,30 +165,49 @@ def test_the_disk_is_as_large_as_asked_for(make: Make) -> None:
     assert caught.value.errno == errno.ENOSPC
 
 
+def in_time(scene: Callable[[float], None], *times: float) -> None:
+    """Play a scene that has so many seconds; where a busy host needed them for its beginning, one that has more."""
+    for seconds in times[:-1]:
+        with suppress(TrivisorError):
+            scene(seconds)
+            return
+    scene(times[-1])
+
+
 def test_ttl(make: Make) -> None:
-    machine = make(ttl=1.5)
-    assert machine.wait(BOUND) == 0
-    assert (machine.state, machine.info()["reason"]) == (State.STOPPED, "ttl")
-    machine.start()
-    assert machine.exec(["true"]).ok
+    def scene(ttl: float) -> None:
+        machine = make(ttl=ttl)
+        assert machine.wait(BOUND) == 0
+        assert (machine.state, machine.info()["reason"]) == (State.STOPPED, "ttl")
+        machine.start()
+        machine.exec(["true"], check=True)
+
+    in_time(scene, 1.5, 6, 20)
 
 
 @pytest.mark.walls("container")  # the keeper's own clock
 def test_ttl_of_a_paused_machine(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A frozen guest cannot power itself off: it is switched off when its grace is over, not before its time and not never."""
     monkeypatch.setitem(keeper.spawn.__kwdefaults__, "grace", 1.5)
-    machine = make(ttl=1)
-    machine.pause()
-    machine.wait(BOUND)
-    assert (machine.state, machine.info()["reason"]) == (State.STOPPED, "ttl")
+
+    def scene(ttl: float) -> None:
+        machine = make(ttl=ttl)
+        machine.pause()
+        machine.wait(BOUND)
+        assert (machine.state, machine.info()["reason"]) == (State.STOPPED, "ttl")
+
+    in_time(scene, 1, 6, 20)
 
 
 def test_idle(make: Make) -> None:
-    machine = make(idle=1.5)
-    for _ in range(6):  # traffic puts it off
-        assert machine.exec("sleep 0.5; echo on").text == "on\n"
-    assert machine.wait(BOUND) == 0
-    assert (machine.state, machine.info()["reason"]) == (State.STOPPED, "idle")
+    def scene(idle: float) -> None:
+        machine = make(idle=idle)
+        for _ in range(int(4 * idle)):  # traffic puts it off
+            assert machine.exec("sleep 0.5; echo on", check=True).text == "on\n"
+        assert machine.wait(BOUND) == 0
+        assert (machine.state, machine.info()["reason"]) == (State.STOPPED, "idle")
+
+    in_time(scene, 1.5, 6)
 
 
 def test_the_wait_has_a_bound(running: Machine) -> None:
