@@ -122,7 +122,7 @@ def test_connect(line: RawLine) -> None:
 
 
 def test_connect_refused(line: RawLine) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    r = line.run(["connect", "127.0.0.1", str(port)], flags=BUILTIN)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens there, nor can anybody else meanwhile
+        r = line.run(["connect", "127.0.0.1", str(taken.getsockname()[1])], flags=BUILTIN)
     assert (r.how, r.value) == ("exit", errno.ECONNREFUSED)

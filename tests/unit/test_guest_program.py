@@ -39,7 +39,12 @@ def alive(pid: int) -> bool:
         return False
 
 
-def gone_soon(pid: int, seconds: float = 10.0) -> bool:
+def used(pid: int) -> list[str]:
+    """The processor's time that it has had, in ticks: of its own, and of the kernel's."""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
+
+
+def gone_soon(pid: int, seconds: float = 30.0) -> bool:
     end = time.monotonic() + seconds
     while alive(pid) and time.monotonic() < end:
         time.sleep(0.01)
@@ -243,8 +248,10 @@ def test_sync_detaches_and_kills_nothing(line: RawLine) -> None:
     line.sync()
     line.send(raw.PING, 5, b"quiet?")
     assert line.receive() == (raw.PONG, 5, b"quiet?")
-    used = [Path(f"/proc/{talker}/stat").read_text().split()[13] for _ in range(2) if not time.sleep(0.3)]
-    assert used[0] != used[1], "a detached command stands still"
+    before, end = used(talker), time.monotonic() + 30
+    while used(talker) == before:
+        assert time.monotonic() < end, "a detached command stands still"
+        time.sleep(0.02)
     assert alive(silent) and gone_soon(served)
     os.kill(talker, signal.SIGKILL)
 
@@ -308,12 +315,12 @@ def test_shutdown(guest: Guest, line: RawLine) -> None:
     while not frames or frames[-1][0] != raw.BYE:
         frames.append(line.receive())
     assert (raw.DATA, polite, b"\x01bye\n") in frames
-    assert guest.process.wait(10) == 0
-    assert not alive(stubborn)
+    assert guest.process.wait(30) == 0
+    assert gone_soon(stubborn)
 
 
 def test_end_of_the_line_ends_everything(guest: Guest, line: RawLine) -> None:
     pid = started(line, line.start(exec_request(["sleep", "100"])))
     line.sock.close()
-    assert guest.process.wait(10) == 0
-    assert not alive(pid)
+    assert guest.process.wait(30) == 0
+    assert gone_soon(pid)

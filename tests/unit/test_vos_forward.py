@@ -58,7 +58,7 @@ def receive(client: socket.socket) -> bytes:
 
 
 def test_bytes_both_ways_and_half_closes(guest: RealGuest, echo: int) -> None:
-    with forward(guest.processes, echo) as port, within(20), socket.create_connection(("127.0.0.1", port.port), 10) as client:
+    with forward(guest.processes, echo) as port, within(60), socket.create_connection(("127.0.0.1", port.port), 10) as client:
         data = os.urandom(MIB) * 8
         sender = threading.Thread(target=lambda: (client.sendall(data), client.shutdown(socket.SHUT_WR)))
         sender.start()
@@ -67,8 +67,8 @@ def test_bytes_both_ways_and_half_closes(guest: RealGuest, echo: int) -> None:
 
 
 def test_many_connections(guest: RealGuest, echo: int) -> None:
-    with forward(guest.processes, echo) as port, within(30):
-        clients = [socket.create_connection(("127.0.0.1", port.port), 10) for _ in range(40)]
+    with forward(guest.processes, echo) as port, within(60):
+        clients = [socket.create_connection(("127.0.0.1", port.port), 30) for _ in range(40)]
         for number, client in enumerate(clients):
             client.sendall(b"%d" % number)
         for number, client in enumerate(clients):
@@ -77,11 +77,10 @@ def test_many_connections(guest: RealGuest, echo: int) -> None:
 
 
 def test_nobody_listens_there(guest: RealGuest) -> None:
-    free = socket.create_server(("127.0.0.1", 0))
-    dead = free.getsockname()[1]
-    free.close()
-    with forward(guest.processes, dead) as port, within(5):
-        client = socket.create_connection(("127.0.0.1", port.port), 5)
+    taken = socket.socket()
+    taken.bind(("127.0.0.1", 0))  # nor can anybody else listen there meanwhile
+    with taken, forward(guest.processes, taken.getsockname()[1]) as port, within(30):
+        client = socket.create_connection(("127.0.0.1", port.port), 30)
         with client, pytest.raises(ConnectionResetError):
             client.recv(1)
 
@@ -89,7 +88,7 @@ def test_nobody_listens_there(guest: RealGuest) -> None:
 def test_close_ends_everything(guest: RealGuest, echo: int) -> None:
     threads = threading.active_count()
     port = forward(guest.processes, echo)
-    with within(10), socket.create_connection(("127.0.0.1", port.port), 5) as client:
+    with within(30), socket.create_connection(("127.0.0.1", port.port), 5) as client:
         client.sendall(b"x")
         assert client.recv(1) == b"x"
         port.close()
