@@ -118,7 +118,7 @@ def test_killed_and_nothing_is_left(guest: RealGuest) -> None:
         trace.kill()
         children |= {event.child for event in trace if isinstance(event, NewEvent)}
     assert trace.exit_code == 128 + 9
-    with within(10):
+    with within(60):
         while any(_lives(pid) for pid in children):
             time.sleep(0.01)
         while any(
@@ -148,9 +148,12 @@ def _field(pid: int, name: str) -> str:
 
 
 def test_a_timeout(guest: RealGuest) -> None:
-    trace = traced(guest, "echo before; sleep 1000", "openat", timeout=1)
-    with pytest.raises(ExecTimeout) as late, within(10):
-        list(trace)
+    for timeout in (1, 10):  # a busy host may not have started the shell so soon
+        trace = traced(guest, "echo before; sleep 1000", "openat", timeout=timeout)
+        with pytest.raises(ExecTimeout) as late, within(30):
+            list(trace)
+        if late.value.stdout:
+            break
     assert late.value.stdout == b"before\n"
     assert list(trace) == []
 
@@ -159,7 +162,7 @@ def test_a_reader_that_stands_still_does_not_hold_up_others(guest: RealGuest) ->
     """The command waits; another runs; and when it is read again nothing is missing."""
     trace = traced(guest, "i=0; while [ $i -lt 20000 ]; do echo x >/dev/null; i=$((i+1)); done", "write")
     next(trace)
-    assert guest.processes.exec(["echo", "hi"], timeout=10).stdout == b"hi\n"
+    assert guest.processes.exec(["echo", "hi"], timeout=30).stdout == b"hi\n"
     time.sleep(0.5)
     assert trace.exit_code is None
     assert len(of(list(trace), "write")) == 20000

@@ -55,7 +55,7 @@ def test_a_frame_that_is_not_allowed_loses_the_line(kind: int, payload: bytes) -
         peer.send(kind, peer.run_one(), payload)
         peer.frame()
 
-    with scripted(script) as peer, within(5):
+    with scripted(script) as peer, within(15):
         with pytest.raises(GuestProtocolError) as caught:
             peer.processes.exec(["x"])
         assert caught.value.machine == "test"
@@ -70,7 +70,7 @@ def test_bytes_that_are_no_frame_lose_the_line(raw: bytes) -> None:
         peer.run_one()
         peer.raw(raw)
 
-    with scripted(script) as peer, within(5), pytest.raises(GuestProtocolError):
+    with scripted(script) as peer, within(15), pytest.raises(GuestProtocolError):
         peer.processes.exec(["x"])
 
 
@@ -78,7 +78,7 @@ def test_a_stream_that_nobody_opened() -> None:
     def script(peer: Scripted) -> None:
         peer.send(Type.DATA, peer.run_one() + 1000, data(1, b"x"))
 
-    with scripted(script) as peer, within(5), pytest.raises(GuestProtocolError, match="nobody opened"):
+    with scripted(script) as peer, within(15), pytest.raises(GuestProtocolError, match="nobody opened"):
         peer.processes.exec(["x"])
 
 
@@ -92,7 +92,7 @@ def test_a_stream_that_has_just_ended_is_ignored() -> None:
         peer.exited(second)
         peer.frame()
 
-    with scripted(script) as peer, within(5):
+    with scripted(script) as peer, within(15):
         assert peer.processes.exec(["x"]).exit_code == 0
         assert peer.processes.exec(["x"]).stdout == b"fine"
 
@@ -106,7 +106,7 @@ def test_more_than_the_window() -> None:
         while True:
             peer.output(stream, bytes(wire.DATA_MAX))
 
-    with scripted(script) as peer, within(10):
+    with scripted(script) as peer, within(15):
         process = peer.processes.spawn(["x"])
         spawned.set()
         with pytest.raises(GuestProtocolError, match="beyond its window"):
@@ -121,13 +121,13 @@ def test_output_after_its_end() -> None:
         peer.send(Type.DATA, stream, data(1))
         peer.output(stream, b"y")
 
-    with scripted(script) as peer, within(5), pytest.raises(GuestProtocolError, match="after its end"):
+    with scripted(script) as peer, within(15), pytest.raises(GuestProtocolError, match="after its end"):
         peer.processes.exec(["x"])
 
 
 def test_no_end_after_a_kill(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command_module, "KILL_WAIT", 0.3)
-    monkeypatch.setattr("trivisor.vos.capture.KILL_WAIT", 0.3)
+    monkeypatch.setattr(command_module, "KILL_WAIT", 0.6)
+    monkeypatch.setattr("trivisor.vos.capture.KILL_WAIT", 0.6)
 
     def script(peer: Scripted) -> None:
         first = peer.run_one()
@@ -140,7 +140,7 @@ def test_no_end_after_a_kill(monkeypatch: pytest.MonkeyPatch) -> None:
         peer.exited(peer.run_one())
         peer.frame()
 
-    with scripted(script) as peer, within(5):
+    with scripted(script) as peer, within(15):
         with pytest.raises(ExecTimeout) as caught:
             peer.processes.exec(["x"], timeout=0.1)
         assert caught.value.stdout == b"part"
@@ -162,7 +162,7 @@ def test_endless_output_after_a_kill(monkeypatch: pytest.MonkeyPatch) -> None:
             _, payload = peer.expect(Type.WINDOW)
             window += wire.parse_window(memoryview(payload))[1]
 
-    with scripted(script) as peer, within(5), pytest.raises(ExecTimeout):
+    with scripted(script) as peer, within(15), pytest.raises(ExecTimeout):
         peer.processes.exec(["x"], timeout=0.2, on_stdout=lambda b: None, max_output=1000)
 
 
@@ -184,7 +184,7 @@ def test_a_line_that_closes_in_the_middle() -> None:
         peer.output(peer.run_one(), b"x")
         peer.sock.close()
 
-    with scripted(script) as peer, within(5), pytest.raises(GuestGone):
+    with scripted(script) as peer, within(15), pytest.raises(GuestGone):
         peer.processes.exec(["x"])
 
 
@@ -200,7 +200,7 @@ def test_a_wrong_pong_and_hostile_stats() -> None:
         peer.exited(stream)
         peer.frame()
 
-    with scripted(script) as peer, within(5):
+    with scripted(script) as peer, within(15):
         with pytest.raises(GuestProtocolError):
             guest_verbs.ping(peer.line)
         with pytest.raises(GuestProtocolError, match="lots"):
@@ -217,5 +217,5 @@ def test_a_program_that_cannot_be(said: bytes) -> None:
         peer.exited(stream)
         peer.frame()
 
-    with scripted(script) as peer, within(5), pytest.raises(GuestProtocolError, match="program"):
+    with scripted(script) as peer, within(15), pytest.raises(GuestProtocolError, match="program"):
         program.ask(peer.processes)

@@ -82,7 +82,7 @@ class Scripted:
         self._frames: list[tuple[int, int, bytes]] = []
         self.line = Line(ours, "test")
         self.processes = Processes(lambda: self.line, "test")
-        self.files = Files(self.processes, timeout=5)
+        self.files = Files(self.processes, timeout=20)
         self.thread = threading.Thread(target=self._run, args=(script,), daemon=True)
         self.thread.start()
 
