@@ -53,11 +53,14 @@ class Leftovers:
         deadline = time.monotonic() + within
         # A killed process is gone when it has been reaped by its parent, which nobody tells us of.
         # The same goes for network namespaces, which the kernel takes down with their interfaces in its own time.
-        while ((left := self._processes()) or _named() - self._named) and time.monotonic() < deadline:
+        while ((left := self._processes()) or (named := _named() - self._named)) and time.monotonic() < deadline:
             time.sleep(0.02)
+        if left:
+            named = _named() - self._named
         left += [f"mount {line}" for line in mounts(self._base)]
         left += [f"socket {line.split()[-1]}" for line in Path("/proc/net/unix").read_text().splitlines() if str(self._base) in line]
-        return left + sorted(_named() - self._named)
+        # Not looked for once more: what others have for a moment may come between two looks.
+        return left + sorted(named)
 
     def _processes(self) -> list[str]:
         found = {pid: command for pid, command in processes(self._base).items() if not _inherits(pid, os.getpid())}
@@ -110,7 +113,7 @@ def _named() -> set[str]:
     return found
 
 
-def assert_nothing_left(home: Path, machines: set[str], *, within: float = 5.0) -> None:
+def assert_nothing_left(home: Path, machines: set[str], *, within: float = 30.0) -> None:
     """Assert that the machines with these ids, none of them running, have their folders, and that there is nothing more."""
     deadline = time.monotonic() + within
     # A killed process is gone when it has been reaped by its parent, which nobody tells us of.

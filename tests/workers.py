@@ -40,7 +40,7 @@ _WALL = re.compile(r"\[(vm|gvisor|container)[-\]]")
 class Session:
     """The hooks that the workers and the process that started them need (tests/conftest.py registers it)."""
 
-    def __init__(self, patience: float = 5.0) -> None:
+    def __init__(self, patience: float = 30.0) -> None:
         """What ends has `patience` seconds after the last test to have ended."""
         self._patience = patience
 
