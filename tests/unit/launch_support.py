@@ -133,7 +133,7 @@ def info(line: socket.socket) -> dict[str, str]:
 def gone(pid: int) -> bool:
     """Say whether a process has ended (a zombie that its parent has not reaped has)."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"Z"
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] in (b"Z", b"X")
     return start_time(pid) is None
 
 

@@ -138,7 +138,7 @@ def test_helpers_start_first_and_end_with_the_engine(tmp_path: Path) -> None:
     helper = (("exec", "/bin/sleep", "99"),)
     with life(tmp_path, helpers={"a": helper, "b": helper}) as one:
         children = ending.children(one.kept.keeper_pid)
-        assert len(children) == 3 and max(children) == one.kept.engine_pid
+        assert len(children) == 3 and children[-1] == one.kept.engine_pid  # they are in the order of their birth
         os.kill(one.kept.engine_pid, signal.SIGTERM)
         one.wait_end()
         assert all(gone(pid) for pid in children)
@@ -197,19 +197,21 @@ with life(Path({str(tmp_path)!r}), script("time.sleep(99)"), wait=90):
 
 
 def test_time_limits(tmp_path: Path) -> None:
-    for name, options in (("ttl", {"ttl": 0.4}), ("idle", {"idle": 0.4})):
-        folder = tmp_path / name
-        folder.mkdir()
-        with life(folder, **options) as one:
-            began = time.monotonic()
-            ended = one.wait_end()
-            assert 0.2 < time.monotonic() - began < 5
+    """Both at once; the time begins with the keeper, and is enough for a guest that answers late."""
+    names = ("ttl", "idle")
+    for name in names:
+        (tmp_path / name).mkdir()
+    began = time.monotonic()
+    with life(tmp_path / "ttl", ttl=1.5) as one, life(tmp_path / "idle", idle=1.5) as other:
+        for name, each in zip(names, (one, other), strict=True):
+            ended = each.wait_end(30)
+            assert time.monotonic() - began >= 1.5
             assert ended is not None
             assert (ended.reason, ended.how, ended.bye) == (name, "exited", 0)
 
 
 def test_traffic_is_not_idle_and_questions_are(tmp_path: Path) -> None:
-    with life(tmp_path, idle=0.6) as one, one.connect() as line, one.connect() as asking:
+    with life(tmp_path, idle=1.2) as one, one.connect() as line, one.connect() as asking:
         began = time.monotonic()
         while time.monotonic() - began < 1.5:
             line.sendall(frame(0x0C, 1))
@@ -218,10 +220,10 @@ def test_traffic_is_not_idle_and_questions_are(tmp_path: Path) -> None:
         assert keeper.alive(one.machine)
         began = time.monotonic()
         with contextlib.suppress(OSError, AssertionError):
-            while time.monotonic() - began < 5:
+            while time.monotonic() - began < 30:
                 info(asking)
                 time.sleep(0.05)
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 30
         ended = one.wait_end()
         assert ended is not None and ended.reason == "idle"
 

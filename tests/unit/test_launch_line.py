@@ -194,13 +194,13 @@ while True:
 def test_garbage_from_the_guest_costs_little(tmp_path: Path) -> None:
     """A guest root that writes random bytes for ever, while its tvinit goes on answering SYNC."""
     with life(tmp_path, script(GARBAGE)) as one:
-        before = cpu_seconds(one.kept.keeper_pid)
         began = time.monotonic()
+        before = cpu_seconds(one.kept.keeper_pid)
         while time.monotonic() - began < 2:
             with one.connect() as line:
                 assert int(info(line)["engine"]) == one.kept.engine_pid
             time.sleep(0.1)
-        assert cpu_seconds(one.kept.keeper_pid) - before < 0.5
+        assert cpu_seconds(one.kept.keeper_pid) - before < 0.25 * (time.monotonic() - began)
         status = Path(f"/proc/{one.kept.keeper_pid}/status").read_text()
         assert int(status.split("VmRSS:")[1].split()[0]) < 2500
         keeper.stop(one.machine, grace=0.1, reason="stop", timeout=10)
@@ -281,6 +281,6 @@ sys.exit(3)
         line.sendall(frame(0x0C, 1))
         assert read_frame(line) == (0x0D, 1, b"last")
         assert read_frame(line) == (0, 0, b"")
-        ended = keeper.ended(one.machine)
+        ended = one.wait_end()  # which comes first, but for an engine that takes over a second to end after its line
         assert ended is not None
         assert (ended.how, ended.value, ended.bye, ended.reason) == ("exited", 3, 5, "")
