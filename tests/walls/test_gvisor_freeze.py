@@ -43,7 +43,8 @@ os.mkfifo("/run/say")
 n = 0
 names = {}
 while True:
-    with open("/run/ask") as ask, open("/run/say", "w") as say:
+    with open("/run/ask") as ask:  # closed before the answer's end is seen: who asks next is to open it anew
+        say = open("/run/say", "w")
         for line in ask:
             n += 1
             near.sendall(line.encode())
@@ -51,6 +52,7 @@ while True:
             kept.flush()
             exec(line, names)
             print(n, near.recv(100).decode().strip(), os.path.getsize("/root/kept"), names.get("x"), file=say)
+    say.close()
 """
 """A counter, an open file, a connection and what a REPL holds, asked through a pipe."""
 

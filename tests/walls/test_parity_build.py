@@ -212,8 +212,11 @@ def test_errors_name_the_line(made: Build, text: str, line: int, error: type[Bui
 
 @pytest.mark.walls("container")
 def test_a_step_has_its_time(made: Build) -> None:
-    with pytest.raises(BuildFailed, match=r"did not end in 0\.5 s") as caught:
-        made("FROM mini\nRUN echo begun; sleep 60", timeout=0.5)
+    for seconds in (0.5, 5, 30):  # a busy host may take more than the first to begin
+        with pytest.raises(BuildFailed, match=f"did not end in {seconds} s") as caught:
+            made("FROM mini\nRUN echo begun; sleep 60", timeout=seconds)
+        if caught.value.output:
+            break
     assert caught.value.output == b"begun\n"
 
 
@@ -247,12 +250,14 @@ def test_ctrl_c(wall_vmm: VMM, made: Build) -> None:
     """While two stages are in a step: the build ends at once, and so do their machines."""
     before = {machine.id for machine in wall_vmm.list()}
     saying: set[str] = set()
+    one = threading.Lock()
 
     def hear(event: BuildEvent) -> None:
-        if event.kind == "output" and event.stage not in saying:
-            saying.add(event.stage)
-            if len(saying) == 2:
-                os.kill(os.getpid(), signal.SIGINT)
+        with one:  # each stage tells in its own thread, and it is to be pressed once
+            if event.kind == "output" and event.stage not in saying:
+                saying.add(event.stage)
+                if len(saying) == 2:
+                    os.kill(os.getpid(), signal.SIGINT)
 
     run = "RUN echo begun; sleep 600"
     begun = time.monotonic()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,7 @@ def test_memory(make: Make, wall_vmm: VMM) -> None:
         try:
             assert not machine.exec(["python3", "-c", HOG], timeout=BOUND).ok
         except GuestGone:
+            machine.wait(BOUND)  # its line may end before it does
             assert machine.state is State.FAILED
         assert machine.info()["oom_kills"] >= 1
         if machine.state is State.FAILED:
@@ -78,6 +81,7 @@ def test_pids(make: Make) -> None:
         # Its kernel cannot go on when the host refuses it a process; that is the end of the machine, and of nothing else.
         with pytest.raises(GuestGone):
             machine.exec(many, timeout=BOUND)
+        machine.wait(BOUND)  # its line may end before it does
         assert machine.state is State.FAILED
     else:
         result = machine.exec(many, timeout=BOUND)
@@ -100,7 +104,7 @@ def test_a_fork_bomb_meets_the_default(make: Make) -> None:
         assert group(machine).usage().pids <= 2048
         begun = time.monotonic()
         machine.stop(timeout=0)
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - begun < 60
     assert cgroups.Cgroup.find(machine._context.home, machine.id) is None
     machine.start()
     assert machine.exec(["echo", "alive"]).text == "alive\n"
@@ -128,9 +132,12 @@ def test_cpuset(make: Make) -> None:
     machine.exec(["true"], check=True)
     pids = group(machine).pids()
     assert pids
+    looked = 0
     for pid in pids:
-        allowed = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("Cpus_allowed_list"))
-        assert allowed.split()[1] == str(last)
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
+            assert re.findall(r"Cpus_allowed_list:\t(.*)", Path(f"/proc/{pid}/status").read_text()) == [str(last)]
+            looked += 1
+    assert looked
 
 
 def test_a_processor_that_is_not_there(wall_vmm: VMM, wall: Wall) -> None:
