@@ -256,10 +256,11 @@ def test_cpus_and_cpuset(home: Home, layout: Layout) -> None:
     with make(home, Limits(cpus=0.2, cpuset="0", asked=frozenset({"cpus", "cpuset"})), layout) as group:
         code = "import os, time\nprint(os.sched_getaffinity(0), flush=True)\nend = time.monotonic() + 1\nwhile time.monotonic() < end: pass"
         code += "\nprint(time.process_time(), flush=True)"
-        out, _ = run(group, code).communicate(timeout=60)
-        affinity, used = out.decode().splitlines()
-        assert affinity == "{0}" and float(used) < 0.5, "a fifth of a processor for a second, and what the period rounds up to"
-        assert 0 < group.usage().cpu_seconds < 0.7
+        began = time.monotonic()
+        affinity, used = run(group, code).communicate(timeout=60)[0].decode().splitlines()
+        took = time.monotonic() - began
+        assert affinity == "{0}" and float(used) < 0.4 * took, "a fifth of a processor all that time, and what the period rounds up to"
+        assert 0 < group.usage().cpu_seconds < 0.5 * took
         group.remove()
 
 
@@ -286,7 +287,7 @@ def test_frozen(home: Home, layout: Layout) -> None:
 
 def _held(listener: DirectListener) -> Notification:
     """Take up the next call."""
-    assert select.select([listener.fileno()], [], [], 10)[0]
+    assert select.select([listener.fileno()], [], [], 60)[0]
     notification = listener.receive()
     assert notification is not None
     return notification
@@ -308,14 +309,13 @@ def test_frozen_while_a_call_is_held(home: Home, layout: Layout, call: str) -> N
         place = next(place for place in group._places if "freezer" in place.controllers)
         (place.path / "cgroup.procs").write_text(str(child.pid))
         notification = _held(child.listener)
-        group.freeze(2)
+        group.freeze(30)
         # Told to freeze, a task that waits looks about for an instant and waits on.
-        assert group.frozen and poll_until(lambda: cgroup_freeze.still(place), 2)
+        assert group.frozen and poll_until(lambda: cgroup_freeze.still(place), 30)
         child.listener.answer(notification, 0, 0, CONTINUE)
         with pytest.raises(TimeoutError):
             child.result(0.5)  # nothing of the program runs before the thaw
-        # Told to freeze, a task that waits looks about for an instant and waits on.
-        assert group.frozen and poll_until(lambda: cgroup_freeze.still(place), 2)
+        assert group.frozen and poll_until(lambda: cgroup_freeze.still(place), 30)
         group.thaw()
         assert not group.frozen
         assert child.result() == str(child.pid)
