@@ -37,7 +37,7 @@ while True:
 CONNECT = """\
 import socket, sys
 try:
-    with socket.create_connection((sys.argv[1], 80), timeout=1) as client:
+    with socket.create_connection((sys.argv[1], 80), timeout=float(sys.argv[2])) as client:
         client.sendall(b"hello")
         print(client.recv(100).decode())
 except OSError as error:
@@ -85,6 +85,8 @@ def beyond() -> Iterator[str]:
             finally:
                 server.kill()
     finally:
+        # The namespace takes its end of the pair down some time later, when the next test may make it again.
+        subprocess.run(["ip", "link", "delete", "tvegress0"], check=False)
         subprocess.run(["ip", "netns", "delete", BEYOND], check=True)
 
 
@@ -94,8 +96,13 @@ def said(port: int, text: bytes = b"hello") -> bytes:
         return client.recv(100)
 
 
-def tried(machine: Machine, name: str) -> str:
-    return machine.exec(["python3", "-c", CONNECT, name], timeout=BOUND).text.strip()
+def tried(machine: Machine, name: str, patience: float = 20) -> str:
+    return machine.exec(["python3", "-c", CONNECT, name, str(patience)], timeout=BOUND).text.strip()
+
+
+def refused(machine: Machine, name: str) -> bool:
+    """Whether it is not reached; what is dropped is not waited for long."""
+    return tried(machine, name, 1).startswith("no:")
 
 
 def bindable(port: int) -> bool:
@@ -136,7 +143,7 @@ def test_machines_are_cut_off_from_each_other_and_joined_again(pair: tuple[Machi
     assert tried(one, "two") == tried(two, "one") == "hello"
     one.network.cut("two")
     assert one.network.cut_off == ("two",) and two.network.cut_off == ("one",)
-    assert tried(one, "two").startswith("no:") and tried(two, "one").startswith("no:")
+    assert refused(one, "two") and refused(two, "one")
     two.network.join("one")
     assert tried(one, "two") == tried(two, "one") == "hello"
     assert not one.spec.cut and not two.spec.cut
@@ -157,7 +164,7 @@ def test_what_comes_in_waits_or_is_lost(pair: tuple[Machine, Machine]) -> None:
             left = 32768
             while left:
                 left -= len(client.recv(left))
-    assert 0.3 < time.monotonic() - begun < 10
+    assert 0.3 < time.monotonic() - begun < BOUND
     try:
         machine.network.reshape(latency="200ms")
     except HostLacks as error:
@@ -169,7 +176,7 @@ def test_what_comes_in_waits_or_is_lost(pair: tuple[Machine, Machine]) -> None:
         assert time.monotonic() - begun > 0.35
     machine.network.reshape(loss=1)
     assert machine.network.shape == Shape(loss=1)
-    assert tried(machine, other.network.address).startswith("no:")
+    assert refused(machine, other.network.address)
     machine.network.reshape()
     assert machine.spec.shape is None
     assert said(port) == b"hello"
@@ -182,7 +189,7 @@ def test_it_reaches_what_its_policy_allows_and_nothing_else(pair: tuple[Machine,
     assert tried(machine, beyond) == "hello"
     machine.network.restrict(f"{beyond}:443")
     with machine.network.decisions() as decisions:
-        assert tried(machine, beyond).startswith("no:")
+        assert refused(machine, beyond)
         found = decisions.read(BOUND)
         assert found is not None and (found.allowed, found.protocol, found.address, found.port) == (False, "tcp", beyond, 80)
         machine.network.restrict("dns", "198.51.100.8/30:80-90")
@@ -194,10 +201,10 @@ def test_it_reaches_what_its_policy_allows_and_nothing_else(pair: tuple[Machine,
     # Its links' ends on the host, by which all goes, take no IPv6, whatever its own kernel says.
     assert "trv" in Path("/proc/net/dev").read_text() and "trv" not in Path("/proc/net/if_inet6").read_text()
     machine.network.restrict("dns")
-    assert tried(machine, beyond).startswith("no:")
+    assert refused(machine, beyond)
     assert tried(machine, "two") == "hello" and said(port) == b"hello"  # its network's members, and who asks it
     machine.network.restrict("pypi.example", "198.51.100.8/30:81")  # by name, and an address
-    assert tried(machine, beyond).startswith("no:") and tried(machine, "two") == "hello" and said(port) == b"hello"
+    assert refused(machine, beyond) and tried(machine, "two") == "hello" and said(port) == b"hello"
     machine.network.unrestrict()
     assert tried(machine, beyond) == "hello"
     machine.network.withdraw(port)
@@ -210,13 +217,16 @@ def test_packets_are_captured(pair: tuple[Machine, Machine], tmp_path: Path) -> 
         assert said(port, b"seen on the way") == b"seen on the way"
     data = (tmp_path / "all.pcap").read_bytes()
     assert struct.unpack_from("<IHHiIII", data) == (0xA1B23C4D, 2, 4, 0, 0, 262144, 1)
-    at, count, carried = 24, 0, 0
+    at, count = 24, 0
+    carried: set[bytes] = set()
     while at < len(data):
         seconds, _, kept, length = struct.unpack_from("<IIII", data, at)
         assert kept == length and abs(time.time() - seconds) < BOUND
-        carried += b"seen on the way" in data[at + 16 : at + 16 + kept]
+        packet = data[at + 16 : at + 16 + kept]
+        if b"seen on the way" in packet:
+            carried.add(packet[34:42])  # ports and sequence number: what comes late is sent again
         at, count = at + 16 + kept, count + 1
-    assert carried == 2 and count == capture.packets and capture.dropped == 0
+    assert len(carried) == 2 and count == capture.packets and capture.dropped == 0
     with machine.network.capture(tmp_path / "some.pcap", snaplen=64, most=500) as capture:
         for _ in range(5):
             assert said(port, bytes(100)) == bytes(100)
@@ -244,7 +254,7 @@ def test_it_holds_after_a_stop_and_a_start(pair: tuple[Machine, Machine], tmp_pa
     assert two.spawn(["python3", "-c", SERVE], detach=True).stdout.readline() == b"ready\n"
     assert said(later) == b"hello" and bindable(port)
     assert two.network.shape == Shape(loss=0.01)
-    assert tried(one, "two").startswith("no:") and tried(two, "one").startswith("no:")
+    assert refused(one, "two") and refused(two, "one")
     one.network.join("two")
     two.network.reshape()
     assert tried(one, "two") == "hello"
