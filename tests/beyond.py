@@ -137,4 +137,6 @@ def beyond(folder: Path, *, size: int = 1 << 20) -> Iterator[Beyond]:
             finally:
                 server.kill()
     finally:
+        # The namespace takes its end of the pair down some time later, when the next test may make it again.
+        subprocess.run(["ip", "link", "delete", f"{SPACE}0"], check=False)
         subprocess.run(["ip", "netns", "delete", SPACE], check=True)
