@@ -8,6 +8,7 @@ import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +18,7 @@ from trivisor.core.errors import InvalidSpec
 from trivisor.vos.devices import nbd
 from trivisor.vos.devices.block import BlockDevice
 from trivisor.vos.devices.nbd import Command, Export, Session
-from trivisor.vos.devices.serving import ProtocolError
+from trivisor.vos.devices.serving import ProtocolError, Server
 
 SIZE = 1 << 20
 GO = b"\0\0\0\1" + struct.pack(">8sII", b"IHAVEOPT", 7, 6) + bytes(6)
@@ -56,9 +57,9 @@ class Memory(BlockDevice):
 class Client:
     """The other end of an attached disk, past its handshake."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.socket = sock
-        sock.settimeout(10)
+    def __init__(self, sock: socket.socket, server: Server[Any]) -> None:
+        self.socket, self.server = sock, server
+        sock.settimeout(30)
         assert self.take(18) == b"NBDMAGICIHAVEOPT\0\3"
         sock.sendall(GO)
         replies = self.take(20 + 12 + 20 + 14 + 20)
@@ -89,7 +90,7 @@ def served(device: BlockDevice) -> Iterator[Client]:
     ours, theirs = socket.socketpair()
     server = device.serve(ours)
     with theirs:
-        yield Client(theirs)
+        yield Client(theirs, server)
     server.close()
     assert not server.open
 
@@ -147,6 +148,7 @@ def test_a_function_that_hangs() -> None:
     disk.instead = lambda offset, length: bytes(length) if release.wait(20) else b""
     with served(disk) as client:
         assert client.ask(Command.READ, 0, 512)[0] == 5
+        client.server._timeout = 20  # none of those that do not hang is to be late
         disk.instead = None
         assert client.ask(Command.READ, 512, 512) == (0, bytes(512))
         release.set()

@@ -153,11 +153,14 @@ def test_writes_that_fail() -> None:
 
 def test_a_disk_that_hangs() -> None:
     """A medium error within the timeout, and what it answers later is nobody's."""
-    content = Content(timeout=0.2)
+    content = Content(timeout=0.4)
     with attached(UsbStorage(content)) as engine:
         assert command(engine, read(10, 1), SECTOR) == (1, b"", SECTOR)
+        engine.patience(20)
         assert sense(engine) == (3, 0x11, 0)
+        engine.patience(0.4)
         assert command(engine, write(10, 1), data=bytes(SECTOR))[0] == 1
+        engine.patience(20)
         assert sense(engine) == (3, 0x0C, 0)
         assert command(engine, read(1, 1), SECTOR)[:2] == (0, b"\1" * SECTOR)
         content.hold.set()

@@ -108,6 +108,7 @@ def test_a_function_that_hangs() -> None:
     device.hold.clear()
     with attached(device) as engine:
         assert engine.control(0xC0, 3)[0] == Status.IO_ERROR
+        engine.patience(20)
         assert engine.control(0xC0, 1) == (0, b"answer")
         device.hold.set()
     assert isinstance(device.faults[0], TimeoutError)

@@ -6,9 +6,11 @@ import socket
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from trivisor.vos.devices import UsbDevice
 from trivisor.vos.devices import usbredir as wire
+from trivisor.vos.devices.serving import Server
 from trivisor.vos.devices.usbredir import Type
 
 HELLO = struct.pack("<III", 0, 68, 0) + b"engine".ljust(64, b"\0") + struct.pack("<I", 1 << 4 | 1 << 5 | 1 << 6)
@@ -26,12 +28,16 @@ def bulk(endpoint: int, length: int, data: bytes = b"", *, number: int = 1) -> b
 class Engine:
     """The other end, which has met the device."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.socket = sock
-        sock.settimeout(10)
+    def __init__(self, sock: socket.socket, server: Server[Any]) -> None:
+        self.socket, self.server = sock, server
+        sock.settimeout(30)
         assert self.take(80)[:4] == bytes(4)
         sock.sendall(HELLO)
         assert [self.packet()[0] for _ in range(3)] == [Type.INTERFACE_INFO, Type.EP_INFO, Type.DEVICE_CONNECT]
+
+    def patience(self, seconds: float) -> None:
+        """How long a function may take from now on: short for one that is to be late, long for those that are not."""
+        self.server._timeout = seconds
 
     def take(self, size: int) -> bytes:
         data = b""
@@ -66,6 +72,6 @@ def attached(device: UsbDevice) -> Iterator[Engine]:
     ours, theirs = socket.socketpair()
     server = device.serve(ours, "name")
     with theirs:
-        yield Engine(theirs)
+        yield Engine(theirs, server)
     server.close()
     assert not server.open
