@@ -27,7 +27,7 @@ from missing import lacks
 
 from trivisor.images.registry.credentials import Credentials
 
-SECONDS = 20.0
+SECONDS = 60.0
 
 
 def needs(*programs: str) -> None:
@@ -48,9 +48,11 @@ class Registry:
         self._name = name
         self._tls = name != "127.0.0.1"
         self._tokens = _Tokens(folder, login) if tokens else None
-        with socket.socket() as probe:
-            probe.bind((name, 0))
-            self._port = probe.getsockname()[1]
+        # Kept until the registry has it: with this option it may have it, and nobody else who asks for any.
+        self._kept = socket.socket()
+        self._kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._kept.bind((name, 0))
+        self._port = self._kept.getsockname()[1]
         self.host = f"{name}:{self._port}"
         self.log = folder / "registry.log"
 
@@ -71,6 +73,7 @@ class Registry:
         while True:
             try:
                 socket.create_connection((self._name, self._port), 1).close()
+                self._kept.close()
                 return self
             except OSError:
                 if time.monotonic() > deadline or self._process.poll() is not None:
@@ -81,6 +84,7 @@ class Registry:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._process.kill()
         self._process.wait(SECONDS)
+        self._kept.close()
         if self._tokens is not None:
             self._tokens.stop()
 

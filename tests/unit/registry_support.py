@@ -13,6 +13,7 @@ import os
 import re
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -28,7 +29,7 @@ from trivisor.images.registry.pull import Pulled, pull
 from trivisor.store.store import Store
 
 QUICK = Bounds(connect=10.0, silence=15.0, document=15.0, backoff=0.01, tries=3, patience=2.0)
-HASTY = replace(QUICK, connect=0.2, silence=0.5, document=0.5, tries=2)
+HASTY = replace(QUICK, silence=0.5, document=0.5, tries=2)
 """For registries that stall: with it a host under load may seem to."""
 NOBODY = Credentials()
 """Keeps a developer's own Docker config out of the tests."""
@@ -184,7 +185,11 @@ class Puller:
 
     def pieces(self) -> dict[str, int]:
         """Return the size of each piece that is left, by digest."""
-        return {f"sha256:{path.name}": path.stat().st_size for path in (self.store.root / "tmp" / "partial").glob("*")}
+        sizes: dict[str, int] = {}
+        for path in (self.store.root / "tmp" / "partial").glob("*"):
+            with suppress(FileNotFoundError):  # another process's, whole meanwhile
+                sizes[f"sha256:{path.name}"] = path.stat().st_size
+        return sizes
 
     def empty(self) -> bool:
         """Tell whether nothing was stored."""
