@@ -136,9 +136,9 @@ def test_this_qemu_accepts_it(tmp_path: Path, binary: str, network: bool) -> Non
     words = [re.sub(r"(\bfd=|addr\.str=)(\d+)\b", lambda found: found[1] + given.get(found[2], found[2]), word) for word in words]
     process = subprocess.Popen(words, pass_fds=[pair[1].fileno() for pair in pairs], stderr=subprocess.PIPE)
     try:
-        pairs[0][0].settimeout(10)
+        pairs[0][0].settimeout(30)
         pairs[0][0].sendall(b'{"execute": "qmp_capabilities"}\n{"execute": "query-status"}\n{"execute": "quit"}\n')
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors.decode()
         assert b"inmigrate" in pairs[0][0].recv(65536)
     finally:

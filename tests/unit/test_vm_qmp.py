@@ -46,7 +46,7 @@ def peer(tmp_path: Path) -> Iterator[Callable[[Peer], Path]]:
 
     yield serve
     for thread in threads:
-        thread.join(10)
+        thread.join(30)
         assert not thread.is_alive()
 
 
@@ -109,13 +109,13 @@ def test_silence_is_bounded(peer: Callable[[Peer], Path]) -> None:
 
     def behave(connection: socket.socket) -> None:
         hello(connection)
-        done.wait(10)
+        done.wait(30)
 
     with Qmp.connect(peer(behave)) as qmp:
         begun = time.monotonic()
         with pytest.raises(EngineError, match="in time"):
             qmp.ask("stop", timeout=0.1)
-        assert time.monotonic() - begun < 2
+        assert time.monotonic() - begun < 8
     done.set()
 
 
@@ -139,7 +139,7 @@ def test_who_comes_when_enough_wait_waits_too(tmp_path: Path) -> None:
         begun = time.monotonic()
         with pytest.raises(EngineError):
             Qmp.connect(path, timeout=0.3)
-        assert 0.2 < time.monotonic() - begun < 5
+        assert 0.2 < time.monotonic() - begun < 15
 
         def take() -> None:
             listener.accept()[0].close()
