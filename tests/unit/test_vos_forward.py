@@ -9,9 +9,10 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from vos_support import RealGuest, real_guest, within
+from vos_support import RealGuest, Scripted, real_guest, scripted, within
 
 from trivisor.core.errors import HostError, InvalidSpec
+from trivisor.vos import wire
 from trivisor.vos.forward import forward
 
 MIB = 1 << 20
@@ -83,6 +84,23 @@ def test_nobody_listens_there(guest: RealGuest) -> None:
         client = socket.create_connection(("127.0.0.1", port.port), 30)
         with client, pytest.raises(ConnectionResetError):
             client.recv(1)
+
+
+def test_a_refusal_that_a_busy_guest_says_late_is_one() -> None:
+    said = threading.Event()
+
+    def script(peer: Scripted) -> None:
+        stream = peer.run_one()
+        for channel in (wire.STDOUT, wire.STDERR):
+            peer.raw(wire.data_head(stream, channel, 0))
+        said.wait(0.5)  # the status comes when the guest has a processor again
+        peer.exited(stream, 111)
+        said.wait(30)
+
+    with scripted(script) as peer, forward(peer.processes, 80) as port:
+        with socket.create_connection(("127.0.0.1", port.port), 30) as client, pytest.raises(ConnectionResetError):
+            client.recv(1)
+        said.set()
 
 
 def test_close_ends_everything(guest: RealGuest, echo: int) -> None:

@@ -21,7 +21,8 @@ from trivisor.vos.processes import Processes
 LIMIT = 128
 _PIECE = 64 * 1024
 _BACKLOG = 64
-_REFUSAL = 0.2
+_REFUSAL = 2.0
+"""Seconds that a refused connection's status may come after the end of its output: a busy guest says one, and later the other."""
 
 
 class Forward:
