@@ -125,7 +125,7 @@ def test_a_package_is_fetched_from_one_name_and_nothing_else_is_reached(machine:
     elsewhere = ("other.example", f"pypi.example@{OTHER}", f"other.example@{PYPI}")
     said, refused = one_name.fetch(machine, "pypi.example", "thing", elsewhere)
     assert said == ["fetched thing-1.0.tar.gz 100000", *(f"refused {place}" for place in elsewhere)]
-    assert refused == [
+    assert list(dict.fromkeys(refused)) == [  # a resolver asks twice, and again if it waited long
         "dns other.example: no rule allows this name",
         f"tcp {OTHER}: an address that was not given for any name",
         "tcp other.example: no rule allows this name and port",
