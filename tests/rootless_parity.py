@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from host_state import processes
+from migrating import until
 from rootless_home import NOBODY, account, as_user, home_of
 
 from trivisor import VMM, EngineError, HostLacks, Machine, State
@@ -158,7 +158,7 @@ class RootlessTests:
                 machine.stop()
                 with pytest.raises(ConnectionRefusedError):
                     ask(port)
-            assert not processes(Path(machine.info()["folder"]))
+            until(lambda: not processes(Path(machine.info()["folder"])))
 
         user.does(life)
 
@@ -192,11 +192,7 @@ class RootlessTests:
             os.kill(int((folder / "keeper").read_text().split()[0]), signal.SIGKILL)
             machine.wait(BOUND)
             assert machine.state is State.FAILED
-            deadline = time.monotonic() + 5
-            while not refused(port) and time.monotonic() < deadline:
-                time.sleep(0.02)  # nobody is left to tell when the last process has gone
-            assert refused(port)
-            assert not processes(folder)
+            until(lambda: refused(port) and not processes(folder))
             machine.start()
             assert machine.exec(["echo", "again"]).text == "again\n"
 
