@@ -87,7 +87,7 @@ def test_input(redirecting: Machine) -> None:
         "    seen = []\n"
         "    while len(seen) < most:\n"
         "        kind, code, value = struct.unpack('16xHHi', f.read(24))\n"
-        "        if kind in (1, 2, 3): seen.append((kind, code, value))\n"
+        "        if kind in (1, 2, 3) and (kind, value) != (1, 2): seen.append((kind, code, value))\n"  # not a key that is held for long
         "    print(seen)\n"
     )
     reader = redirecting.spawn(["python3", "-uc", script])
