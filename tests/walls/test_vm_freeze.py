@@ -18,7 +18,7 @@ from trivisor import VMM, HostLacks, InvalidState, Machine, State, StorageError,
 from trivisor.core.devices import Random
 from trivisor.vmm.context import Context
 from trivisor.vmm.engine import Box
-from trivisor.vmm.engines.vm import backup, frozen, pages
+from trivisor.vmm.engines.vm import backup, freezing, frozen, pages
 from trivisor.vmm.engines.vm.engine import VmEngine
 
 REPL = """\
@@ -348,14 +348,15 @@ def test_what_is_damaged_or_does_not_fit_is_refused_with_the_reason(parent: Mach
         frozen.load(folder, "")
 
 
-def test_file_systems_at_rest(vmm: VMM, parent: Machine) -> None:
-    """A journal that has nothing in it is not replayed; and both go on writing at once."""
+def test_file_systems_at_rest(vmm: VMM, parent: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A journal that has nothing in it is not replayed; and both go on writing at once, not when their rest would be over by itself."""
+    monkeypatch.setattr(freezing, "_REST", 60_000)
     writing = parent.spawn("i=0; while :; do i=$((i+1)); echo $i > /root/n$((i%50)); sync; done")
     parent.snapshot("rested", quiesce=True)
     kid = vmm.create(snapshot=f"{parent.name}@rested")
     kid.start()
     for machine in (kid, parent):
-        machine.exec("echo more > /root/more && sync", timeout=10, check=True)
+        machine.exec("echo more > /root/more && sync", timeout=45, check=True)
     parent.snapshot("files", memory=False, quiesce=True)
     alone = vmm.create(snapshot=f"{parent.name}@files")
     alone.start()
