@@ -107,7 +107,7 @@ def test_two_processes_start_the_first_machine_at_once(bare_home: VmHome) -> Non
     for thread in threads:
         thread.join(120)
     assert statuses == [0, 0]
-    assert [*ices(bare_home.root)] == ["blank"]
+    assert "blank" in ices(bare_home.root), "and there may be the image's, if one was up when the other looked"
     with VMM(bare_home.root) as vmm:
         assert {machine.name: machine.exec("echo up").text for machine in vmm.list()} == {"one": "up\n", "two": "up\n"}
 
