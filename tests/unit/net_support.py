@@ -47,8 +47,10 @@ def serve(address, port, kind=socket.SOCK_STREAM):
     threading.Thread(target=loop, daemon=True).start()
     return server
 
+SURE = 30  # seconds in which what is let through is answered, on a host that has much else to do
+
 def ask(address, port, timeout=0.7):
-    """What is answered, or the error's name."""
+    """What is answered, or the error's name. `timeout`: what is to be dropped need not be waited for as long as what is to be answered."""
     with socket.socket() as client:
         client.settimeout(timeout)
         try:

@@ -16,8 +16,8 @@ one, two = machine("one"), machine("two")
 serve_in_two = inside(two.fd, lambda: serve("0.0.0.0", 80))
 def look():
     return {
-        "internet": ask("203.0.113.1", 80),
-        "loopback": ask("127.0.0.1", 22),
+        "internet": ask("203.0.113.1", 80, SURE),
+        "loopback": ask("127.0.0.1", 22, SURE),
         "gateway": ask(one.block.gateway, 22),
         "address": ask("192.0.2.2", 22),
         "other address": ask("198.51.100.7", 22),
@@ -31,7 +31,7 @@ assert found.pop("internet") == "192.0.2.2", found  # under the host's address
 assert found.pop("loopback") == "ConnectionRefusedError"  # its own
 assert set(found.values()) == {"TimeoutError"}, found
 # The host reaches it; others behind the host do not.
-assert ask(two.block.address, 80) == two.block.gateway
+assert ask(two.block.address, 80, SURE) == two.block.gateway
 def from_away():
     with Netlink() as there:
         index = socket.if_nametoindex("eth0")
@@ -57,7 +57,7 @@ def pretend():
         except TimeoutError:
             return "dropped"
 assert inside(one.fd, pretend) == "dropped"
-assert inside(one.fd, lambda: ask("203.0.113.1", 80)) == "192.0.2.2"
+assert inside(one.fd, lambda: ask("203.0.113.1", 80, SURE)) == "192.0.2.2"
 """
     run(code, tmp_path)
 
@@ -69,11 +69,11 @@ assert a != b and host.network(Path("/tmp")) == a
 one, two, other, single = machine("one", a), machine("two", a), machine("other", b), machine("single")
 for link in (two, other, single):
     inside(link.fd, lambda: serve("0.0.0.0", 80))
-assert inside(one.fd, lambda: ask(two.block.address, 80)) == one.block.address
+assert inside(one.fd, lambda: ask(two.block.address, 80, SURE)) == one.block.address
 assert inside(one.fd, lambda: ask(other.block.address, 80)) == "TimeoutError"
 assert inside(one.fd, lambda: ask(single.block.address, 80)) == "TimeoutError"
 assert inside(single.fd, lambda: ask(two.block.address, 80)) == "TimeoutError"
-assert inside(one.fd, lambda: ask("203.0.113.1", 80)) == "192.0.2.2"
+assert inside(one.fd, lambda: ask("203.0.113.1", 80, SURE)) == "192.0.2.2"
 """
     run(code, tmp_path)
 
@@ -132,10 +132,10 @@ one, two = machine("one", number), machine("two", number)
 inside(two.fd, lambda: serve("0.0.0.0", 80))
 serve("0.0.0.0", 22)
 table.remove()
-assert inside(one.fd, lambda: ask(one.block.gateway, 22)) != "TimeoutError"
+assert inside(one.fd, lambda: ask(one.block.gateway, 22, SURE)) != "TimeoutError"
 machine("three")
 assert inside(one.fd, lambda: ask(one.block.gateway, 22)) == "TimeoutError"
-assert inside(one.fd, lambda: ask(two.block.address, 80)) == one.block.address
+assert inside(one.fd, lambda: ask(two.block.address, 80, SURE)) == one.block.address
 """
     run(code, tmp_path)
 
@@ -159,7 +159,7 @@ def route_back():
 inside(away, route_back)
 assert inside(behind, lambda: ask("203.0.113.1", 80)) == "TimeoutError"
 one = machine("one")
-assert inside(one.fd, lambda: ask("203.0.113.1", 80)) == "192.0.2.2"
+assert inside(one.fd, lambda: ask("203.0.113.1", 80, SURE)) == "192.0.2.2"
 assert inside(behind, lambda: ask("203.0.113.1", 80)) == "TimeoutError"
 """
     run(code, tmp_path)

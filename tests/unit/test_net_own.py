@@ -80,42 +80,50 @@ def counting():
     server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 << 20)
     server.bind(("203.0.113.1", 99))
-    server.settimeout(0.3)
     return server
 server = inside(away, counting)
 
-def sent(link):
-    "How many of 1000 datagrams of 1000 bytes arrive."
+def sent(link, wait=0.3):
+    "How many of 1000 datagrams of 1000 bytes arrive, and in how many seconds they were sent; `wait`: seconds for one more."
     def send():
+        began = time.monotonic()
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-            for _ in range(1000):
+            for number in range(1000):
                 client.sendto(bytes(972), ("203.0.113.1", 99))
-    inside(link.fd, send)
+                if number % 50 == 49:
+                    time.sleep(0.001)  # no more at once than the kernel may keep until it gets a processor
+        return time.monotonic() - began
+    took = inside(link.fd, send)
+    server.settimeout(wait)
     count = 0
     with contextlib.suppress(TimeoutError):
-        while server.recv(2000):
+        while count < 1000 and server.recv(2000):
             count += 1
-    return count
+    return count, took
+
+def all_arrive(link):
+    return sent(link, SURE)[0] == 1000
 
 with own.keep() as kernel:
     apply = lambda shape, cut=(): own.apply(kernel, "abc", own.Own(one.block.interface, shape, cut))
-    assert sent(one) == 1000
+    assert all_arrive(one)
     apply(Shape(rate_out=250_000))
-    assert 350 < sent(one) < 600  # a second's worth, and 128 KiB
-    assert sent(two) == 1000
+    count, took = sent(one)
+    assert 350 < count < 600 + 250 * took  # a second's worth, and 128 KiB, and what it may have sent meanwhile
+    assert all_arrive(two)
     apply(Shape(loss=0.5))
-    assert 400 < sent(one) < 600
+    assert 400 < sent(one)[0] < 600
     apply(Shape(), ["203.0.113.1"])
-    assert sent(one) == 0 and sent(two) == 1000
+    assert sent(one)[0] == 0 and all_arrive(two)
     apply(Shape(loss=1))  # replaced whole: the address is free, all else is lost
     assert inside(one.fd, lambda: ask("203.0.113.1", 80)) == "TimeoutError"
     apply(Shape())
-    assert sent(one) == 1000
+    assert all_arrive(one)
     apply(Shape(loss=1))
     other = os.dup(kernel.fileno())  # as the helper holds it
-assert sent(one) == 0
+assert sent(one)[0] == 0
 os.close(other)
-assert sent(one) == 1000  # the table went with its last holder
+assert all_arrive(one)  # the table went with its last holder
 """
     run(code, tmp_path)
 
@@ -156,23 +164,25 @@ def bulk():
 inside(away, bulk)
 def took():
     begun = time.monotonic()
-    with socket.create_connection(("203.0.113.1", 81), timeout=20) as client:
+    with socket.create_connection(("203.0.113.1", 81), timeout=SURE) as client:
         while client.recv(65536):
             pass
     return time.monotonic() - begun
+def at_once():
+    return any(inside(one.fd, took) < 0.3 for _ in range(20))  # anything may be late on a busy host, but not always
 with own.keep() as kernel:
-    assert inside(one.fd, took) < 0.3
+    assert at_once()
     own.apply(kernel, "abc", own.Own(one.block.interface, Shape(rate_in=500_000)))
-    assert 0.3 < inside(one.fd, took) < 5
+    assert 0.3 < inside(one.fd, took) < SURE
     try:
         own.apply(kernel, "abc", own.Own(one.block.interface, Shape(latency=0.2)))
     except HostLacks as error:
         assert "sch_netem" in str(error)
     else:
         begun = time.monotonic()
-        assert inside(one.fd, lambda: ask("203.0.113.1", 80, 5)) == "192.0.2.2"
+        assert inside(one.fd, lambda: ask("203.0.113.1", 80, SURE)) == "192.0.2.2"
         assert time.monotonic() - begun > 0.2
     own.apply(kernel, "abc", own.Own(one.block.interface, Shape()))
-    assert inside(one.fd, took) < 0.3
+    assert at_once()
 """
     run(code, tmp_path)
