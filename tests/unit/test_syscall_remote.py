@@ -69,7 +69,7 @@ class Guest:
 @pytest.fixture
 def guest() -> Any:
     made = Guest()
-    made.ours.settimeout(5)
+    made.ours.settimeout(30)
     yield made
     made.close()
 
@@ -84,7 +84,7 @@ def listener(guest: Guest) -> Any:
 
 
 def received(listener: RemoteListener) -> tuple[int, ...]:
-    end = time.monotonic() + 5
+    end = time.monotonic() + 30
     while time.monotonic() < end:
         note = listener.receive()
         if note is not None:
@@ -148,7 +148,7 @@ def test_a_socket_is_carried(guest: Guest, listener: RemoteListener) -> None:
     theirs.close()
     assert numbers == [9]
     with ours:
-        ours.settimeout(5)
+        ours.settimeout(30)
         ours.sendall(b"to the program")
         assert guest.hear() == (b"s", channel + b"to the program")
         guest.ours.sendall(message(b"s", channel + b"from it") + message(b"e", channel))
@@ -177,7 +177,7 @@ def giving(guest: Guest, listener: RemoteListener) -> Any:
     guest.ours.settimeout(0.2)
     with pytest.raises(TimeoutError):  # the machine knows of no channel yet: what it hears of one would be lost
         guest.hear()
-    guest.ours.settimeout(5)
+    guest.ours.settimeout(30)
     yield ours, theirs, body[:4], thread, failures
     thread.join()
     ours.close()
@@ -192,7 +192,7 @@ def test_a_channel_is_made_before_it_carries(guest: Guest, giving: Any) -> None:
     theirs.close()
     assert guest.hear() == (b"s", channel + b"said before")
     assert guest.hear() == (b"e", channel)
-    ours.settimeout(5)
+    ours.settimeout(30)
     assert ours.recv(100) == b"at once"
     assert ours.recv(100) == b""
 
@@ -209,7 +209,7 @@ def test_what_was_written_before_the_end_is_delivered(guest: Guest, listener: Re
     thread.join()
     theirs.close()
     listener._carrier.join()
-    ours.settimeout(5)
+    ours.settimeout(30)
     got = b""
     while part := ours.recv(65536):
         got += part
@@ -221,7 +221,7 @@ def test_what_could_not_be_given_is_left_as_it_was(guest: Guest, giving: Any) ->
     guest.ours.sendall(message(b"R", channel + struct.pack("<i", errno.EMFILE)) + message(b"e", channel) + message(b"e", channel))
     thread.join()
     assert [error.errno for error in failures] == [errno.EMFILE]
-    theirs.settimeout(5)
+    theirs.settimeout(30)
     assert theirs.recv(100) == b"said before"
     theirs.sendall(b"still open")
     assert ours.recv(100) == b"still open"
@@ -257,7 +257,7 @@ def test_garbage_ends_it(parts: list[bytes]) -> None:
                     note = listener.receive()
                     if note is not None:
                         listener.answer(note, 0, 1, 0)
-            listener._carrier._reader.join(5)
+            listener._carrier._reader.join(30)
             assert not listener._carrier._reader.is_alive()
             with pytest.raises(GuestGone):
                 for _ in range(20):
