@@ -34,7 +34,7 @@ def spent(vm: Machine) -> Change:
     assert program.stdout.readline() == b"ready\n"
     *_, purse = vm.memory.search(b"purse:0000000100", pid=program.pid)
     vm.memory.write(purse + 6, b"0000000777", pid=program.pid)
-    soon = threading.Timer(0.2, lambda: program.stdin.write(b"\n"))
+    soon = threading.Timer(1.0, lambda: program.stdin.write(b"\n"))
     soon.start()
     try:
         return vm.memory.watch(purse, 16, pid=program.pid, timeout=30)

@@ -14,6 +14,7 @@ from trivisor import Machine, UnsupportedByWall
 from trivisor.core.errors import BadAddress, InvalidSpec, NotFound, WaitTimeout
 from trivisor.vos.process import Process
 
+BOUND = 60.0
 _PROGRAM = """
 import sys
 held = bytearray(b'hay' + b'stack-%d' % 42)
@@ -69,11 +70,21 @@ def test_a_word_is_watched_until_a_program_writes_it(running: Machine, program: 
     address = place(running, program)
     with pytest.raises(WaitTimeout):
         running.memory.watch(address, 8, pid=program.pid, timeout=0.05)
-    timer = threading.Timer(0.1, lambda: told(program, "held[0] = 88"))
-    timer.start()
-    change = running.memory.watch(address, 8, pid=program.pid, timeout=20)
-    timer.join()
-    assert (change.address, change.before, change.after) == (address, b"Needle-0", b"Xeedle-0")
+    seen = threading.Event()
+
+    def write() -> None:
+        """Again and again: nobody tells when the watch has had its first look."""
+        while not seen.wait(0.1):
+            told(program, "held[0] ^= ord('N') ^ ord('X')")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        change = running.memory.watch(address, 8, pid=program.pid, timeout=BOUND)
+    finally:
+        seen.set()
+        writer.join()
+    assert (change.address, {change.before, change.after}) == (address, {b"Needle-0", b"Xeedle-0"})
 
 
 @pytest.mark.walls("vm", "container")
@@ -152,17 +163,27 @@ def test_the_kernel_s_symbols_and_memory(running: Machine) -> None:
 def test_a_list_of_processes_from_outside_is_what_ps_says(running: Machine) -> None:
     """Of a machine that is paused, so that what is compared is of one moment: a program's own list, made just before."""
     lister = """if True:
-        import os, sys
-        for pid in os.listdir('/proc'):
-            if pid.isdigit():
-                print(pid, open('/proc/' + pid + '/stat').read().strip())
+        import os, sys, time
+        def said(file):
+            for pid in filter(str.isdigit, os.listdir('/proc')):
+                try:
+                    yield pid, open('/proc/' + pid + '/' + file).read().strip()
+                except OSError: # it ended since
+                    pass
+        while [text for _, text in said('cmdline')].count('sleep\\0001000\\0') < 8: # some are not yet what they will be
+            time.sleep(0.02)
+        for row in said('stat'):
+            print(*row)
         print('done', flush=True)
         sys.stdin.read()
     """
     sleepers = running.spawn("for i in 1 2 3 4 5 6 7 8; do sleep 1000 & done; echo; wait")
     assert sleepers.stdout.readline()
     shell = running.spawn(["python3", "-c", lister])
-    rows = list(iter(shell.stdout.readline, b"done\n"))
+    rows = []
+    while (row := shell.stdout.readline()) != b"done\n":
+        assert row, shell.stderr.read()
+        rows.append(row)
     running.pause()
     try:
         seen = running.memory.processes()
@@ -174,8 +195,8 @@ def test_a_list_of_processes_from_outside_is_what_ps_says(running: Machine) -> N
         name = rest[rest.index("(") + 1 : rest.rindex(")")]
         inside[int(pid)] = (name[:15], int(rest[rest.rindex(")") + 1 :].split()[1]))
     outside = {process.pid: (process.name, process.parent) for process in seen}
-    # The kernel's workers come, go and are renamed by themselves.
-    kernels = {pid for pid, (name, _) in (*inside.items(), *outside.items()) if name.startswith("kworker")}
+    # The kernel's workers come, go and are renamed by themselves; one that has just come bears its parent's name.
+    kernels = {pid for pid, row in (*inside.items(), *outside.items()) if row[0].startswith("kworker") or row == ("kthreadd", 2)}
     for pid in kernels:
         inside.pop(pid, None)
         outside.pop(pid, None)
