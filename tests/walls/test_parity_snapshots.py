@@ -17,14 +17,14 @@ listener = socket.socket(); listener.bind(("127.0.0.1", 0)); listener.listen()
 one = socket.create_connection(listener.getsockname()); two = listener.accept()[0]
 log = open("/var/log/warm", "w"); count = 0
 os.mkfifo("/run/asks")
+asks = os.fdopen(os.open("/run/asks", os.O_RDWR))  # one that writes, too: between two writers it would close, and drop what came
 open("/run/ready", "w").close()
-while True:
-    for line in open("/run/asks"):
-        count += 1
-        one.sendall(line.encode()); heard = two.recv(99).decode().strip()
-        log.write(f"{count} {heard}\\n"); log.flush()
-        answer = open("/run/answer", "w"); answer.write(f"{count} {heard} {os.getpid()}"); answer.close()
-        os.rename("/run/answer", "/run/answered")
+for line in asks:
+    count += 1
+    one.sendall(line.encode()); heard = two.recv(99).decode().strip()
+    log.write(f"{count} {heard}\\n"); log.flush()
+    answer = open("/run/answer", "w"); answer.write(f"{count} {heard} {os.getpid()}"); answer.close()
+    os.rename("/run/answer", "/run/answered")
 """
 _HOOK = """
 mkdir -p /etc/trivisor/after-clone.d; cd /etc/trivisor/after-clone.d
