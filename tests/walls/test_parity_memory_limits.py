@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from wall_fixtures import Make
 
@@ -33,9 +35,12 @@ def test_figures_follow_what_a_program_holds(running: Machine) -> None:
     during = running.memory.stats()
     process.stdin.close()
     assert process.wait(20) == 0
-    after = running.memory.stats()
-    assert before.used is not None and during.used is not None and after.used is not None
-    assert during.used - before.used > 40 * MIB and during.used - after.used > 40 * MIB
+    assert before.used is not None and during.used is not None
+    assert during.used - before.used > 40 * MIB
+    deadline = time.monotonic() + 60
+    while during.used - (running.memory.stats().used or 0) <= 40 * MIB:  # gVisor gives back in its own time, and tells nobody
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     assert during.private - before.private > 20 * MIB
     assert during.major_faults is not None and before.major_faults is not None and during.major_faults >= before.major_faults
     assert during.pressure is None or 0 <= during.pressure <= 1
