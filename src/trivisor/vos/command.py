@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from trivisor.core.errors import ExecTimeout, GuestError, GuestProtocolError, WaitTimeout
+from trivisor.core.errors import ExecTimeout, GuestError, GuestGone, GuestProtocolError, WaitTimeout
 from trivisor.vos import wire
 from trivisor.vos.line import Line
 from trivisor.vos.syscalls.supervisor import step_aside
@@ -83,7 +83,9 @@ class Command:
             code, message = wire.parse_error(payload)
             why = os.strerror(code)
             said = message if message.endswith(why) else f"{message}: {why}" if message else why
-            self.lost(GuestError(said, machine=self._line.machine))
+            # It powers off: a moment later nothing would answer at all.
+            kind_of = GuestGone if code == errno.ESHUTDOWN else GuestError
+            self.lost(kind_of(said, machine=self._line.machine))
             return True
         else:
             raise GuestProtocolError(f"a frame of type {kind:#04x} on the stream of a command")

@@ -317,6 +317,21 @@ def test_a_command_under_way_when_the_machine_goes(running: Machine) -> None:
     stopper.join()
 
 
+def test_a_command_that_comes_while_the_guest_powers_off(running: Machine) -> None:
+    process = running.spawn("trap '' TERM; echo on; exec sleep 60")
+    assert process.stdout.readline() == b"on\n"
+    stopper = threading.Thread(target=running.stop)
+    stopper.start()
+    deadline = time.monotonic() + 30
+    with pytest.raises((GuestGone, InvalidState)):
+        while time.monotonic() < deadline:
+            running.exec(["true"])
+    with suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGKILL)  # for the guest waits for it
+    stopper.join()
+    assert running.info()["status"] == 0
+
+
 def test_busy_names_the_operation(home: TestHome) -> None:
     go = threading.Event()
 
