@@ -42,7 +42,7 @@ def check(store: Store) -> None:
     assert {name for name, _ in store.pins()} | {ref.digest for ref in store.refs()} <= blobs.keys()
 
 
-def clean(store: Store, deadline: float = 10) -> None:
+def clean(store: Store, deadline: float = 60) -> None:
     """After a collect nothing is there but what is needed. A killed importer's sqfstar may take a moment to end."""
     end = time.monotonic() + deadline
     while True:
