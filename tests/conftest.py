@@ -12,6 +12,7 @@ import iced
 import pytest
 import workers
 from host_state import assert_nothing_left
+from hypothesis import HealthCheck, settings
 from images_for_tests import mini_image
 from machine_home import VmHome
 from missing import lacks
@@ -25,6 +26,9 @@ ROOT = Path(__file__).parents[1]
 def pytest_configure(config: pytest.Config) -> None:
     """Take Ctrl-C even where a shell in the background had it ignored: what the tests start would inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # How long one example takes, and how long it takes to think of one, says on a busy host nothing of what is tested.
+    settings.register_profile("patient", settings.default, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("patient")
     config.pluginmanager.register(workers.Session(), "session of trivisor")
 
 
