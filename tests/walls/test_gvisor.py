@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import shutil
 import socket
@@ -58,8 +59,10 @@ def processes(machine: Machine) -> list[int]:
     while waiting:
         pid = waiting.pop()
         found.append(pid)
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            waiting += [int(child) for child in (task / "children").read_text().split()]
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ends
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                    waiting += [int(child) for child in (task / "children").read_text().split()]
     return found
 
 
@@ -125,14 +128,13 @@ def clock(pid: int) -> tuple[str, ...]:
     return tuple(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13])
 
 
-def test_the_best_platform_is_tried_once_a_boot(wall_home: VmHome) -> None:
+def test_the_best_platform_is_tried_once_a_boot(wall_home: VmHome, monkeypatch: pytest.MonkeyPatch) -> None:
     home = Home(wall_home.root)
     found, shape = runsc.inspect(runsc.locate(), home), ids.probe(home.root)
     verdict = probe.verdict(found, shape, home)
     assert verdict.platform in found.platforms
-    began = time.monotonic()
+    monkeypatch.setattr(probe, "trial", lambda *_: pytest.fail("it was tried again"))
     assert probe.verdict(found, shape, home) == verdict
-    assert time.monotonic() - began < 0.05
 
 
 def test_no_platform_works(wall_home: VmHome, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,15 +159,20 @@ def test_not_installed(wall_home: VmHome) -> None:
 def test_all_of_it_is_jailed(machine: Machine) -> None:
     """Each process: other namespaces than ours, ids that own nothing here, no new privileges, a filter."""
     first = ids.probe(machine._context.home.root).ids(machine._context.row(machine.id).slot).users[0][1]
-    found = processes(machine)
-    assert len(found) >= 4  # runsc, the gofer, the Sentry, and what it traces
+    deadline = time.monotonic() + BOUND
+    while len(found := processes(machine)) < 4:  # runsc, the gofer, the Sentry, and what it traces; some may be missed while one ends
+        assert time.monotonic() < deadline
+    looked = 0
     for pid in found:
-        for kind in ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup"):
-            assert os.readlink(f"/proc/{pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}"), (pid, kind)
-        facts = status(pid)
-        assert (facts["NoNewPrivs"], facts["Seccomp"]) == ("1", "2")
-        if os.geteuid() == 0:
-            assert all(first <= int(uid) < first + 65536 for uid in facts["Uid"].split())
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
+            for kind in ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup"):
+                assert os.readlink(f"/proc/{pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}"), (pid, kind)
+            facts = status(pid)
+            assert (facts["NoNewPrivs"], facts["Seccomp"]) == ("1", "2")
+            if os.geteuid() == 0:
+                assert all(first <= int(uid) < first + 65536 for uid in facts["Uid"].split())
+            looked += 1
+    assert looked >= 3
 
 
 def test_the_jail_holds_nothing_of_the_host(machine: Machine) -> None:
@@ -173,9 +180,14 @@ def test_the_jail_holds_nothing_of_the_host(machine: Machine) -> None:
     # What the launcher makes the root from has names that begin with a dot.
     seen = {name for name in os.listdir(f"/proc/{engine}/root") if not name.startswith(".")}
     assert seen == {"box", "dev", "proc", "run", "runsc", "tmp"}
+    looked = 0
     for pid in processes(machine):
-        held = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
-        assert not [path for path in held if path.endswith(("trivisor.db", "alive", "line.sock"))]
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
+            for fd in os.listdir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(FileNotFoundError):  # closed since
+                    assert not os.readlink(f"/proc/{pid}/fd/{fd}").endswith(("trivisor.db", "alive", "line.sock"))
+                    looked += 1
+    assert looked
 
 
 def test_links_in_its_layer_stay_within_it(wall_vmm: VMM) -> None:
@@ -239,9 +251,12 @@ def cut(machine: Machine) -> None:
     pidfd = os.pidfd_open(keeper)
     try:
         for name in os.listdir(f"/proc/{keeper}/fd"):
-            if not os.readlink(f"/proc/{keeper}/fd/{name}").startswith("socket:"):
-                continue
+            with contextlib.suppress(FileNotFoundError):  # one that is closed since is not the one
+                if not os.readlink(f"/proc/{keeper}/fd/{name}").startswith("socket:"):
+                    continue
             copy = libc.syscall(_PIDFD_GETFD, pidfd, int(name), 0)
+            if copy < 0 and ctypes.get_errno() == errno.EBADF:
+                continue
             if copy < 0:
                 pytest.skip(f"needs pidfd_getfd: {os.strerror(ctypes.get_errno())}")
             with socket.socket(fileno=copy) as end:
