@@ -93,11 +93,17 @@ def _acquire(fd: int, operation: str, machine: str, wait: float) -> None:
             holder = os.pread(fd, 200, 0).decode(errors="replace").strip() or "an operation"
         # flock(2) has no timeout, hence the poll. A nameless holder has just taken the lock, or is letting go.
         patience = max(wait, _SETTLE_WAIT) if operation != SETTLE and holder.startswith(SETTLE) else wait
-        if holder == "an operation":
+        if holder == "an operation" or _died(holder):
             patience = max(patience, _NAMELESS)
         if time.monotonic() - began >= patience:
             raise Busy(machine, _words(holder))
         time.sleep(_POLL)
+
+
+def _died(holder: str) -> bool:
+    """Whether that is the name of one that was killed: whoever holds it now has not written its own over it yet."""
+    pid = holder.partition(" ")[2]
+    return pid.isdigit() and not Path("/proc", pid).exists()
 
 
 def _words(holder: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from trivisor.core.errors import StorageError, TrivisorError
+from trivisor.core.errors import Busy, StorageError, TrivisorError
 from trivisor.core.process import Who
 from trivisor.launch import keeper
 from trivisor.launch.net import host, networks
@@ -93,14 +93,17 @@ def _row(context: Context, row: Row, *, deep: bool) -> list[str]:
 
 def _ask(context: Context, row: Row) -> list[str]:
     """Compare running and paused with what the engine says."""
-    with locks.hold(context.folder(row).lock, locks.SETTLE, row.name):
-        fresh = reconcile.settle_held(context, row.id)
-        if fresh is None or fresh.state not in reconcile.LIVE:
-            return []
-        state = reconcile.standing(context, fresh)
-        if state is fresh.state:
-            return []
-        context.records.update(row.id, state=state, event=(state.value, "found so"))
+    try:
+        with locks.hold(context.folder(row).lock, locks.SETTLE, row.name, make=False):
+            fresh = reconcile.settle_held(context, row.id)
+            if fresh is None or fresh.state not in reconcile.LIVE:
+                return []
+            state = reconcile.standing(context, fresh)
+            if state is fresh.state:
+                return []
+            context.records.update(row.id, state=state, event=(state.value, "found so"))
+    except (Busy, locks.FolderGone):  # somebody has begun something with it since, or taken it away
+        return []
     return [f"machine {row.name}: {fresh.state} is {state}"]
 
 

@@ -22,7 +22,7 @@ from machine_home import IMAGE, KILLED, TestHome, die_at_undo, in_child
 
 from trivisor import VMM, EngineError, Machine, NotFound, State
 from trivisor.core.process import Who
-from trivisor.vmm import reconcile, sweep
+from trivisor.vmm import locks, reconcile, sweep
 from trivisor.vmm.engine import Box
 from trivisor.vmm.records import Records
 
@@ -234,6 +234,12 @@ def test_an_operation_that_ended_in_the_meantime_was_not_cut_short(home: TestHom
     if gone:
         running.delete(force=True)
     assert sweep._row(context, read, deep=False) == []
+
+
+def test_what_has_begun_since_the_record_was_read_is_left_alone(home: TestHome, vmm: VMM, running: Machine) -> None:
+    with locks.hold(home.folder(running) / "lock", "stop", running.name):
+        assert vmm.sweep() == []
+    assert running.state is State.RUNNING
 
 
 def test_the_host_rebooted(home: TestHome, running: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,8 +99,10 @@ def test_a_machine_that_is_put_right_is_waited_for(tmp_path: Path) -> None:
     child.join()
 
 
-def test_a_holder_that_says_its_name_late_is_waited_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", ["", "start 999999999\n"], ids=["no name", "the name of one that was killed"])
+def test_a_holder_that_says_its_name_late_is_waited_for(tmp_path: Path, left: str) -> None:
     path = tmp_path / "lock"
+    path.write_text(left)
     fd = os.open(path, os.O_RDWR | os.O_CREAT)
     fcntl.flock(fd, fcntl.LOCK_EX)
     late = threading.Timer(0.3, os.close, (fd,))
