@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ from wall_fixtures import Make
 
 from trivisor import VMM, EngineError, HostLacks, InvalidSpec, Machine, State
 from trivisor.core.paths import MachineDir
-from trivisor.launch.net import provide
+from trivisor.launch.net import pool, provide
 from trivisor.vmm.engines.vm import proc
 
 BOUND = 60.0
@@ -75,9 +76,10 @@ def free_port() -> int:
 
 
 def own_addresses() -> list[str]:
-    """The host's IPv4 addresses but the loopback's."""
+    """The host's IPv4 addresses but the loopback's, and those of machines' networks, which come and go with other tests."""
     said = subprocess.run(["hostname", "-I"], capture_output=True, text=True, check=False).stdout
-    return [word for word in said.split() if "." in word and not word.startswith("127.")]
+    apart = [ipaddress.ip_network(network) for network in ("127.0.0.0/8", *pool.CANDIDATES)]
+    return [word for word in said.split() if "." in word and not any(ipaddress.ip_address(word) in network for network in apart)]
 
 
 @contextmanager
