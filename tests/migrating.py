@@ -61,7 +61,7 @@ class Receiving:
         self._listens = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(address,), kwargs=wishes, daemon=True)
         self._thread.start()
-        assert self._listens.wait(20)
+        assert self._listens.wait(60)
 
     def machine(self) -> Machine:
         """Wait until it is there. Raises what receive raised."""
@@ -109,7 +109,7 @@ def counts_on(machine: Machine, before: int) -> None:
     until(lambda: count(machine) > before)
 
 
-def until(so: Callable[[], bool], seconds: float = 30.0) -> None:
+def until(so: Callable[[], bool], seconds: float = 60.0) -> None:
     """Wait until something is so."""
     deadline = time.monotonic() + seconds
     while not so():

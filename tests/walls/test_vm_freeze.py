@@ -295,7 +295,7 @@ def test_what_no_copy_could_go_on_with_is_refused(vmm: VMM, parent: Machine) -> 
 @pytest.mark.parametrize("spec", [pytest.param({}, id="ice"), pytest.param({"ram": "shared"}, id="shared", marks=pytest.mark.soak)])
 def test_what_it_was_given_while_it_ran_goes_along(vmm: VMM, spec: dict[str, str]) -> None:
     with begin(vmm.run("debian", wall="vm", **spec)) as machine:
-        machine.modify(memory=machine.spec.memory + (128 << 20), cpus=2)
+        machine.modify(memory=machine.spec.memory + (128 << 20), cpus=2, timeout=60)
         # Programs have of what came before they have of what was there.
         ask(machine, "state.update(much=[bytes([at]) * (1 << 20) for at in range(100)])")
         before = ask(machine, f"__import__('zlib').crc32(b''.join(state['much'][::7])), {SIZES}")
@@ -306,7 +306,7 @@ def test_what_it_was_given_while_it_ran_goes_along(vmm: VMM, spec: dict[str, str
             assert each.exec("nproc").text == "2\n"
         child.delete(force=True)
         ask(grandchild, "state.clear()")
-        grandchild.modify(memory=machine.spec.memory + (128 << 20))
+        grandchild.modify(memory=machine.spec.memory + (128 << 20), timeout=60)
         assert int(grandchild.exec("grep MemTotal /proc/meminfo").text.split()[1]) > 420_000
         grandchild.delete(force=True)
         machine.suspend()

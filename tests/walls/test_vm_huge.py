@@ -72,7 +72,7 @@ def test_a_machine_in_pages_that_the_kernel_makes(make: Make) -> None:
     machine = make(hugepages="transparent")
     assert machine.exec(["echo", "huge"]).text == "huge\n"
     # What the kernel had not in one piece when it was wanted, it puts together later.
-    until(lambda: kilobytes(machine, "AnonHugePages") > 16 << 10, 60)
+    until(lambda: kilobytes(machine, "AnonHugePages") > 16 << 10)
 
 
 def test_what_cannot_be_in_huge_pages(make: Make) -> None:

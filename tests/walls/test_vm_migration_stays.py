@@ -96,7 +96,7 @@ def test_a_host_that_is_another_says_so(stayer: Machine, there: Elsewhere, monke
 def test_it_is_cancelled_or_takes_too_long(stayer: Machine, wall_home: VmHome, there: Elsewhere) -> None:
     with receiving(there.root, token=TOKEN) as home:
         moving = stayer.migrate(home.address, token=TOKEN, downtime=DOWNTIME, rate="1M", wait=False)
-        until(lambda: moving.progress.phase == "memory" and moving.progress.done > 1 << 20, 60)
+        until(lambda: moving.progress.phase == "memory" and moving.progress.done > 1 << 20)
         moving.cancel()
         with pytest.raises(MigrationError, match="cancelled"):
             moving.wait(60)
