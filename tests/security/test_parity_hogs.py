@@ -60,7 +60,7 @@ def ends_well(machine: Machine) -> None:
     if machine.state is State.RUNNING:
         with suppress(InvalidState):  # it died of what it did, this moment
             machine.stop(timeout=5)
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - begun < BOUND
     assert machine.state in (State.STOPPED, State.FAILED)
     machine.start()
     assert machine.exec(["echo", "here"], timeout=BOUND).text == "here\n"
@@ -101,7 +101,7 @@ def test_programs_that_do_not_stop(make: Make, sentinel: Sentinel, deaf: str) ->
     machine.exec(["true"], timeout=BOUND)
     begun = time.monotonic()
     machine.stop()
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - begun < 40
     ends_well(machine)
 
 
@@ -140,7 +140,16 @@ def small_home(tmp_path: Path, iced_home: Path) -> Iterator[VmHome]:
     finally:
         if home is not None:
             home.clear()
-        subprocess.run(["umount", place], check=True)
+        deadline = time.monotonic() + BOUND
+        # What was killed lets go of its files some time later, which nobody tells us of.
+        while subprocess.run(["umount", place], check=False, capture_output=True).returncode:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def room(home: VmHome) -> int:
+    about = os.statvfs(home.root)
+    return about.f_bavail * about.f_frsize
 
 
 @pytest.mark.walls("gvisor", "container")
@@ -150,9 +159,11 @@ def test_a_full_disk(small_home: VmHome, wall: Wall, sentinel: Sentinel) -> None
     with VMM(small_home.root) as vmm:
         machine = vmm.create("debian", wall=wall)
         machine.start()
+        free = room(small_home)  # with the image unpacked, which stays
         result = machine.exec("tr '\\0' x </dev/zero >/root/big", timeout=BOUND)
         assert not result.ok
         assert b"No space left" in result.stderr
+        assert room(small_home) < 16 * MIB < free
         assert machine.exec(["echo", "here"], timeout=BOUND).text == "here\n"
         with pytest.raises(OSError, match="No space"):
             machine.files.write("/root/more", bytes(MIB))
@@ -160,7 +171,10 @@ def test_a_full_disk(small_home: VmHome, wall: Wall, sentinel: Sentinel) -> None
         machine.files.write("/root/more", bytes(MIB))
         machine.exec("tr '\\0' x </dev/zero >/root/big", timeout=BOUND)
         machine.delete(force=True)
-        assert os.statvfs(small_home.root).f_bavail * os.statvfs(small_home.root).f_frsize > 100 * MIB
+        deadline = time.monotonic() + BOUND
+        while room(small_home) <= free - 8 * MIB:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 def test_a_disk_in_memory_is_bounded_by_it(make: Make, wall: Wall, neighbour: Machine) -> None:
