@@ -51,8 +51,12 @@ def test_a_machine_is_stopped_as_a_whole(make: Make, wall: str) -> None:
         # Files that it is the first to read are its own to drop and to read again, and the kernel does so for minutes before it gives up.
         make().exec(["python3", "-c", "pass"], check=True)
     machine = make(memory="128M", oom="stop")
-    with pytest.raises(GuestGone):
-        machine.exec(HOG, timeout=BOUND)
+    try:
+        code = machine.exec(HOG, timeout=BOUND).exit_code
+    except GuestGone:
+        code = None
+    # With cgroups of version 1 the keeper is told, and ends the machine: its PID 1 can be quicker to say that the program died.
+    assert code is None or (wall, code) == ("container", 137)
     machine.wait(BOUND)
     assert machine.state is State.FAILED
     assert "ut of memory" in machine.info()["reason"]
