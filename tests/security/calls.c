@@ -299,7 +299,8 @@ static int put_off(void) {
             syscall(SYS_getppid);
             _exit(0);
         }
-        usleep(2000);
+        usleep(1000);
+        syscall(SYS_getpgrp); /* answered after what was asked before it, however late that is heard */
         kill(pid, SIGKILL);
         waitpid(pid, NULL, 0);
     }

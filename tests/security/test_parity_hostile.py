@@ -136,17 +136,19 @@ def lie(machine: Machine, mode: str, honest: Machine) -> None:
     said = outcome(machine, mode)
     assert said != "answered" or mode in ("wrong end", "short end"), mode
     if machine.state is State.RUNNING:
-        status = Path(f"/proc/{keeper}/status").read_text()
-        resident = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
-        assert resident < 8192, f"the keeper has {resident} KiB after {mode!r}"
-        with suppress(GuestError, HostError):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it may end, this moment
+            status = Path(f"/proc/{keeper}/status").read_text()
+            resident = [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")]
+            assert max(resident, default=0) < 8192, f"the keeper has {resident} KiB after {mode!r}"
+        with suppress(GuestError, HostError, InvalidState):
             machine.stats(timeout=SOON[machine.wall])
     assert sum(path.stat().st_size for path in (folder / "logs").iterdir()) < 32 << 20, mode
     assert honest.exec(["echo", "here"], timeout=BOUND).text == "here\n"
     begun = time.monotonic()
     if machine.state is State.RUNNING:
-        machine.stop(timeout=SOON[machine.wall])
-    assert time.monotonic() - begun < 20, mode
+        with suppress(InvalidState):
+            machine.stop(timeout=SOON[machine.wall])
+    assert time.monotonic() - begun < 40, mode
     assert machine.state in (State.STOPPED, State.FAILED)
 
 
