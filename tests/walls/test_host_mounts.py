@@ -60,10 +60,11 @@ def test_a_caller_that_is_killed_leaves_no_mount(wall_home: VmHome, network: str
                 time.sleep(delay)  # the moment is what is tried
                 child.kill()
             seen |= mounts(wall_home.root)
-        assert vmm.list() == []  # nothing that its owner outlived
+        deadline = time.monotonic() + 60
+        while vmm.list():  # nothing that its owner outlived; what that was just starting may hold a lock for an instant
+            assert time.monotonic() < deadline
         assert not seen
-        deadline = time.monotonic() + 10  # the kernel lets go of a disk after the last of its namespace
-        while disks(wall_home.root):
+        while disks(wall_home.root):  # the kernel lets go of a disk after the last of its namespace
             assert time.monotonic() < deadline, disks(wall_home.root)
             time.sleep(0.02)
         assert not mounts(wall_home.root)

@@ -56,6 +56,7 @@ def hammer():
         at += 1
 threading.Thread(target=hammer, daemon=True).start()
 records, number = os.open("/root/records", os.O_CREAT | os.O_WRONLY | os.O_APPEND), 0
+folder = os.open("/root", os.O_RDONLY)
 while True:
     number += 1
     os.write(records, number.to_bytes(8, "little") * 2048)
@@ -65,6 +66,7 @@ while True:
         state.flush()
         os.fsync(state.fileno())
     os.rename("/root/state.new", "/root/state")
+    os.fsync(folder)  # or the name is not yet on the disk
     print(number, flush=True)
 """
 
