@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 from pathlib import Path
 
 from trivisor.core.errors import HostLacks
@@ -30,6 +31,8 @@ def make(found: Hierarchy, place: Place) -> None:
         except (FileNotFoundError, FileExistsError):  # the latter: it was there, and is gone again
             continue
         except OSError as error:
+            if error.errno == errno.ENODEV:  # the home's went between its name's being looked up and its use
+                continue
             raise HostLacks(f"the group {place.path} cannot be made: {error.strerror}", hint="see `trivisor doctor`") from error
     raise HostLacks(f"the group {place.path} was removed {_TRIES} times as it was made", hint="start again")
 

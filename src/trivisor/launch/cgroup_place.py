@@ -62,8 +62,10 @@ def await_event(place: Place, key: str, value: int, timeout: float) -> bool:
     deadline = time.monotonic() + timeout
     try:
         fd = os.open(place.path / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return True
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENODEV):
+            return True
+        raise
     try:
         poller = select.poll()
         poller.register(fd, select.POLLPRI)

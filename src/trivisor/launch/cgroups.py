@@ -274,7 +274,7 @@ class Cgroup:
         if place is None or not place.path.exists():
             return
         if place.unified and (place.path / "cgroup.kill").exists():
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # it is gone, or goes; if not, that is told from what happens
                 write(place.path / "cgroup.kill", "1")
             done = await_event(place, "populated", 0, timeout)
         else:
