@@ -220,7 +220,8 @@ def _clear(qmp: Qmp) -> None:
     """Take away what is left of a mirror."""
     if (job := _job(qmp)) is not None:
         if job["status"] != "concluded":
-            qmp.ask("block-job-cancel", {"device": _AWAY, "force": True})
+            with suppress(EngineError):  # it may be ending by itself, since what it writes to has gone
+                qmp.ask("block-job-cancel", {"device": _AWAY, "force": True})
             _concluded(qmp, _END)
         qmp.ask("job-dismiss", {"id": _AWAY})
     if any(node["node-name"] == _AWAY for node in qmp.ask("query-named-block-nodes", {"flat": True})):
