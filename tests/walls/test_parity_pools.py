@@ -100,17 +100,20 @@ def test_kill_9_leaves_nothing(wall_home: VmHome, vmm: VMM, wall: Wall, pool: Po
     end, begin = os.pipe()
     pid = os.fork()
     if not pid:
-        with VMM(wall_home.root) as own:
-            made = own.pool("debian", size=1, wall=wall, warmup=WARM)
-            made.take(BOUND)
-            made.wait(BOUND)
-            os.write(begin, b"x")
-            signal.pause()
-    os.read(end, 1)
+        try:
+            with VMM(wall_home.root) as own:
+                made = own.pool("debian", size=1, wall=wall, warmup=WARM)
+                made.take(BOUND)
+                made.wait(BOUND)
+                os.write(begin, b"x")
+                signal.pause()
+        finally:
+            os._exit(1)
+    os.close(begin)  # so that its end is told if it fails
+    assert os.read(end, 1)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     os.close(end)
-    os.close(begin)
     deadline = time.monotonic() + BOUND
     while {machine.id for machine in vmm.list()} - there:
         assert time.monotonic() < deadline
