@@ -218,9 +218,9 @@ def test_a_program_that_dies_under_its_handler() -> None:
         call.returns(1)
 
     with answered(lambda: call("rmdir", b"/x"), On(("rmdir",), handler)) as (child, attachment):
-        assert began.wait(5)
+        assert began.wait(30)
         os.kill(child.pid, signal.SIGKILL)
-        assert attachment.ended.wait(5)
+        assert attachment.ended.wait(30)
         end = time.monotonic() + 5
         while len(gone) < 3 and time.monotonic() < end:
             time.sleep(0.01)
@@ -231,7 +231,7 @@ def test_a_program_that_dies_under_its_handler() -> None:
 def test_the_end_of_the_last_program_ends_the_attachment() -> None:
     with answered(lambda: call("getppid"), On(("getppid",), lambda call: call.returns(1))) as (child, attachment):
         child.result()
-        assert attachment.ended.wait(5)
+        assert attachment.ended.wait(30)
 
 
 def test_two_that_end_an_attachment_close_its_listener_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,12 +249,12 @@ def test_two_that_end_an_attachment_close_its_listener_once(monkeypatch: pytest.
     with answered(lambda: call("getppid"), On(("getppid",), lambda call: call.returns(1))) as (child, attachment):
         child.result()
         attachment.close()
-        assert closing.wait(5)
+        assert closing.wait(30)
         supervisor = attachment._leave.__self__
         supervisor._end(attachment)
         supervisor._end_all()
         go.set()
-        assert attachment.ended.wait(5)
+        assert attachment.ended.wait(30)
         assert len(times) == 1
 
 
@@ -309,5 +309,5 @@ def test_a_forked_owner_starts_anew() -> None:
             os._exit(int(child.listener.fileno() != -1 or supervisor._pid == os.getpid()))
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         assert child.result() == "1"
-        assert attachment.ended.wait(5)
+        assert attachment.ended.wait(30)
         supervisor.close()

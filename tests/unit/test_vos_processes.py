@@ -355,7 +355,7 @@ def test_a_guest_that_dies_ends_everything() -> None:
         waiting.start()
         guest.processes.exec("true")
         guest.process.kill()
-        waiting.join(5)
+        waiting.join(30)
         assert failures
         with pytest.raises(GuestGone):
             process.wait(30)
@@ -364,10 +364,10 @@ def test_a_guest_that_dies_ends_everything() -> None:
         with pytest.raises(GuestGone):
             guest.processes.exec("true")
         assert guest.line.closed
-        assert guest.line.wait_closed(5)
+        assert guest.line.wait_closed(30)
 
 
 def test_shutdown_closes_the_line() -> None:
     with real_guest() as guest:
         guest_verbs.shutdown(guest.line)
-        assert guest.line.wait_closed(10)
+        assert guest.line.wait_closed(30)
