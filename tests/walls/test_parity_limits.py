@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from wall_fixtures import Make
 
-from trivisor import VMM, GuestGone, HostLacks, Machine, State, UnsupportedByWall
+from trivisor import VMM, GuestGone, HostLacks, InvalidState, Machine, State, UnsupportedByWall
 from trivisor.core.spec import Wall
 from trivisor.launch import cgroup_layout, cgroups
 from trivisor.launch.cgroups import Cgroup
@@ -56,9 +56,12 @@ def test_memory(make: Make, wall_vmm: VMM) -> None:
             machine.wait(BOUND)  # its line may end before it does
             assert machine.state is State.FAILED
         assert machine.info()["oom_kills"] >= 1
-        if machine.state is State.FAILED:
+        try:
+            assert machine.exec(["echo", "alive"]).text == "alive\n"
+        except (GuestGone, InvalidState):  # it has ended, or does so behind its program
+            machine.wait(BOUND)
             machine.start()
-        assert machine.exec(["echo", "alive"]).text == "alive\n"
+            assert machine.exec(["echo", "alive"]).text == "alive\n"
     assert [event.kind for event in wall_vmm.events() if event.machine == machine.id].count("oom") == 1
 
 
@@ -101,9 +104,13 @@ def test_a_fork_bomb_meets_the_default(make: Make) -> None:
     machine = make()
     with machine.spawn("bomb() { bomb | bomb & }; bomb; sleep 3"):
         time.sleep(2)
-        assert group(machine).usage().pids <= 2048
+        if (bombed := Cgroup.find(machine._context.home, machine.id)) is not None:
+            assert bombed.usage().pids <= 2048
         begun = time.monotonic()
-        machine.stop(timeout=0)
+        try:
+            machine.stop(timeout=0)
+        except InvalidState:  # gVisor's kernel may have met the bound by now, which is its end (test_pids)
+            assert machine.wall == "gvisor" and machine.state is State.FAILED
         assert time.monotonic() - begun < 60
     assert cgroups.Cgroup.find(machine._context.home, machine.id) is None
     machine.start()
