@@ -204,7 +204,8 @@ def test_killed_while_it_freezes(wall_home: VmHome, monkeypatch: pytest.MonkeyPa
                 monkeypatch.setattr(freeze, "_until", dies)
             elif step == "layer":
                 monkeypatch.setattr(frozen_layers, "keep", dies)
-            else:
+            else:  # it takes a while, in which the guest looks for its door
+                monkeypatch.setattr(control, "_LAST", control._LAST.replace('"$@"', '/bin/sleep 0.3; "$@"'))
                 monkeypatch.setattr(
                     control, "argv", lambda pid, command, *verb: (begun if "checkpoint" in verb else real)(pid, command, *verb)
                 )

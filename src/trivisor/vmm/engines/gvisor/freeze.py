@@ -44,9 +44,9 @@ _LOOK = 0.02
 _CUT = 5.0
 _LOCK = "checkpoint.lock"
 _PATH = {"PATH": "/usr/bin:/bin"}
-_GUARD = """read word; [ "$word" ] && exit; $1 -T -- "$2" "$3" 2> /dev/null; shift 3
-[ $# = 0 ] || for i in 1 2 3 4 5 6 7 8 9 10; do "$@" > /dev/null 2>&1 && exit; sleep 1; done"""
-"""What is done when the one who holds its standard input has died. A checkpoint may be under way: it is waited for."""
+_GUARD = """read word; [ "$word" ] && exit; $1 -T -- "$2" "$3" 2> /dev/null; shift 3; [ $# = 0 ] || "$@" > /dev/null 2>&1"""
+"""What is done when those who hold its standard input have died or ended: who freezes, and the checkpoint, which may outlive him. Were
+the door there before, the guest would call, and the Sentry end of a line that it cannot save."""
 _GOES_ON = "TESTONLY-autosave-resume"
 """An option of every runsc that `checkpoint --leave-running` leaves running; those before end, and start another."""
 
@@ -81,7 +81,7 @@ def whole(box: Box, found: Runsc, command: Sequence[str], into: Path, go_on: Cal
     stays = goes_on(found) and not ends
     words = [*(["--leave-running"] if stays else []), *(["--compression=none"] if goes_on(found) else [])]
     with ExitStack() as stack:
-        stack.enter_context(_hung_up(box, stays, control.argv(engine, command, "resume", jailed.NAME) if stays else []))
+        guard = stack.enter_context(_hung_up(box, stays, control.argv(engine, command, "resume", jailed.NAME) if stays else []))
         place = os.open(state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         stack.callback(os.close, place)
         # The folder is entered by its descriptor: it lies in no namespace of the machine's.
@@ -93,11 +93,11 @@ def whole(box: Box, found: Runsc, command: Sequence[str], into: Path, go_on: Cal
             # Before it is resumed: its guest has been looking for the door since it hung up, and may look but once more.
             stack.callback(door.unshut, box.dir)
             with _savable(box):
-                control.inside(box, command, *verb, pid=engine, fds=[place], timeout=_SAVE)
+                control.inside(box, command, *verb, pid=engine, fds=[place, guard], timeout=_SAVE)
             state.rename(saved)
         else:
             with _told(box) as lock, _savable(box):
-                control.last(engine, command, *verb, wrote=(state, saved), fds=[place, lock], timeout=_SAVE)
+                control.last(engine, command, *verb, wrote=(state, saved), fds=[place, lock, guard], timeout=_SAVE)
         try:
             _end(saved)
             if not stays and not watch.wait_ended(box.dir, _ENDS):
@@ -247,19 +247,19 @@ def _settle(into: Path) -> None:
 
 
 @contextmanager
-def _hung_up(box: Box, stays: bool, resume: Sequence[str]) -> Iterator[None]:
+def _hung_up(box: Box, stays: bool, resume: Sequence[str]) -> Iterator[int]:
     """Have the line down while the `with` lasts, and up again after it if the machine `stays` or the `with` failed.
 
     If we die in the `with` a shell opens the door, and has the machine go on by the command `resume`.
     """
     line = Line.connect(box.dir.line, box.spec.name)
     try:
-        with _opened_without_us(box, resume):
+        with _opened_without_us(box, resume) as guard:
             door.shut(box.dir)
             try:
                 _away(line)
                 _until(line, "0", _HANGS_UP, "its guest does not hang up")
-                yield
+                yield guard
             except BaseException:
                 door.unshut(box.dir)
                 with suppress(GuestError, EngineError):  # what went wrong before says more
@@ -273,12 +273,12 @@ def _hung_up(box: Box, stays: bool, resume: Sequence[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _opened_without_us(box: Box, resume: Sequence[str]) -> Iterator[None]:
+def _opened_without_us(box: Box, resume: Sequence[str]) -> Iterator[int]:
     words = [process.find("mv", "coreutils"), *door.ways(box.dir), *resume]
     with subprocess.Popen(["/bin/sh", "-c", _GUARD, "sh", *words], stdin=subprocess.PIPE, env=_PATH, start_new_session=True) as shell:
         assert shell.stdin is not None
         try:
-            yield
+            yield shell.stdin.fileno()
         finally:
             with suppress(BrokenPipeError):
                 os.write(shell.stdin.fileno(), b"done\n")
