@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launch_support import GUEST, Life, frame, gone, info, life, read_frame, script
+from launch_support import GUEST, Life, frame, gone, in_child, info, life, read_frame, script
 
 from trivisor.core.errors import Busy, EngineError, StorageError
 from trivisor.core.paths import MachineDir
@@ -121,6 +121,18 @@ def test_kill_returns_when_all_are_gone(tmp_path: Path) -> None:
         assert gone(one.kept.keeper_pid) and gone(one.kept.engine_pid)
         assert not keeper.alive(one.machine) and not one.machine.line.exists()
         keeper.kill(one.machine)  # nothing to do
+
+
+def test_who_ignores_the_end_of_children_starts_machines_too(tmp_path: Path) -> None:
+    def work() -> str:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        for number in range(3):
+            (tmp_path / str(number)).mkdir()
+            with life(tmp_path / str(number)) as one:
+                assert keeper.alive(one.machine)
+        return "done"
+
+    assert in_child(work) == "done"
 
 
 def test_a_reused_pid_is_not_killed(tmp_path: Path) -> None:

@@ -132,7 +132,8 @@ class _Starting:
     def fault(self) -> EngineError | None:
         """Wait for its end, and return what it failed for."""
         status = -1
-        with contextlib.suppress(ChildProcessError):  # the caller's process ignores SIGCHLD: nobody learns the status
+        # The caller's process ignores SIGCHLD: nobody learns the status, and it may have ended already.
+        with contextlib.suppress(ChildProcessError, ProcessLookupError):
             fd = os.pidfd_open(self.pid)
             try:
                 wait_for([fd], time.monotonic() + _KEEP_TIMEOUT)
