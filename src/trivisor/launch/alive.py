@@ -19,6 +19,8 @@ LOOK = 0.05
 """Seconds for which another process mostly holds the lock just to look at it."""
 _LOOKS = 5.0
 """The most: one that looks may not get a processor for a while."""
+_STRAY = 0.5
+"""Seconds that a child which was forked as another start had the lock may take to close its copy."""
 
 _guarded: set[int] = set()
 """Open alive files: a child that is forked meanwhile must not keep the lock, which goes with the open file."""
@@ -49,12 +51,12 @@ def open_alive(machine: MachineDir, flags: int) -> Iterator[int]:
 
 def lock_alive(machine: MachineDir, fd: int) -> None:
     """Lock the alive file. Raises Busy if a keeper holds it."""
-    deadline = time.monotonic() + _LOOKS
+    began = time.monotonic()
     while True:
         try:
             return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if time.monotonic() > deadline or not _shared(fd):
+            if time.monotonic() - began > (_LOOKS if _shared(fd) else _STRAY):
                 raise Busy(machine.root.name, "its keeper runs") from None
         time.sleep(LOOK / 10)  # flock(2) has no timeout, and `alive` holds the lock for a moment
 
