@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from trivisor.core.paths import MachineDir
 from trivisor.core.process import start_time
 from trivisor.core.spec import Spec
 from trivisor.launch import jail, keeper, tvinit
+from trivisor.launch.ending import wait_for
 from trivisor.launch.jail import Bind, JailReport
 from trivisor.launch.net import passt
 from trivisor.launch.net.provide import Net, bare
@@ -29,6 +31,7 @@ from trivisor.vmm.engines.vm.qmp import Qmp
 
 BOOT_WAIT = 120.0
 CLONE_WAIT = 60.0
+_LAST = 5.0
 _TALK = b'{"execute": "qmp_capabilities"}\n'
 """What a monitor must be told before it tells of events (fired.py reads them)."""
 
@@ -92,6 +95,7 @@ class Work:
 
 def run(setup: Setup, work: Work) -> keeper.Kept:
     """Start keeper and QEMU and return when the guest has answered. Raises EngineError with the end of QEMU's output."""
+    _await_last(work.place)
     with contextlib.ExitStack() as stack:
         places = _places(setup, work)
         _own(setup, work)
@@ -171,6 +175,19 @@ def engine(place: MachineDir) -> int | None:
         return int(pid) if start_time(int(pid)) == int(started) else None
     except (OSError, ValueError):
         return None
+
+
+def _await_last(place: MachineDir) -> None:
+    """Wait for the end of the last QEMU here, whose keeper was killed: it dies of that a moment later, and has the disk locked so long."""
+    if (pid := engine(place)) is None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        fd = os.pidfd_open(pid)
+        try:
+            if engine(place) == pid:
+                wait_for([fd], time.monotonic() + _LAST)
+        finally:
+            os.close(fd)
 
 
 def _note(place: MachineDir, pid: int) -> None:
