@@ -34,7 +34,7 @@ def running_guest() -> Iterator[Guest]:
     finally:
         ours.close()
         try:
-            process.wait(10)
+            process.wait(30)
         finally:
             process.kill()
             process.wait()

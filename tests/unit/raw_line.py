@@ -64,7 +64,7 @@ class Result:
 class RawLine:
     """One end of the line. Every wait is bounded by `timeout` seconds."""
 
-    def __init__(self, sock: socket.socket, timeout: float = 20.0) -> None:
+    def __init__(self, sock: socket.socket, timeout: float = 60.0) -> None:
         self.sock = sock
         self.timeout = timeout
         self.buffer = bytearray()

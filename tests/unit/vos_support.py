@@ -28,7 +28,7 @@ TVINIT = Path(trivisor.__file__).parent / "_guest" / "tvinit"
 def synchronise(sock: socket.socket) -> None:
     """What the keeper does first."""
     nonce = os.urandom(wire.NONCE_SIZE)
-    sock.settimeout(10)
+    sock.settimeout(30)
     sock.sendall(bytes(wire.RESYNC) + wire.frame(Type.SYNC, 0, nonce + struct.pack("<I", wire.VERSION)))
     got = b""
     while nonce not in got:
