@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import random
+import socket
 import struct
 from pathlib import Path
 
@@ -13,9 +14,9 @@ from net_support import run
 from trivisor.core.errors import InvalidSpec
 from trivisor.core.network import Egress, Name, Target, egress
 from trivisor.core.spec import Spec
-from trivisor.launch.net import own, policy
+from trivisor.launch.net import own, policy, provide
 from trivisor.launch.net.own import Helper, Own
-from trivisor.vos.network.decisions import Decision, decision, named
+from trivisor.vos.network.decisions import Decision, Decisions, decision, named
 
 
 @pytest.mark.parametrize(
@@ -233,6 +234,18 @@ def test_what_the_log_says() -> None:
     for damaged in (b"", packet[:9], packet[:18], packet[:21], b"\x45" * 19, b"\x15" * 40):
         with pytest.raises(ValueError):
             decision({9: damaged})
+
+
+def test_what_waits_is_read_in_no_time() -> None:
+    if why := provide.possible():
+        pytest.skip(f"needs root: {why}")
+    ear, helper = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with helper, Decisions(own.group("trv60000"), "", ear) as decisions:
+        assert decisions.read(0) is None
+        for name in (b"one.example", b"two.example"):
+            helper.send(b"7.5\trefused\tdns\t\t53\t" + name + b"\tno rule allows this name\t0")
+        said = [decisions.read(0) for _ in range(3)]
+    assert [one and one.name for one in said] == ["one.example", "two.example", None]
 
 
 def test_what_the_helper_says() -> None:

@@ -83,14 +83,12 @@ class Decisions:
         return self._missed + self._unheard
 
     def read(self, timeout: float | None = None) -> Decision | None:
-        """Return the next decision; None after `timeout` seconds, or when it is closed."""
+        """Return the next decision; None after `timeout` seconds, or when it is closed. What waits already is returned in no time, too."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self._ready:
             if self._closed:
                 return None
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
-                return None
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
             ear: list[Netlink | socket.socket] = [self._ear] if self._ear is not None else []
             ready, _, _ = select.select([self._kernel, self._stop, *ear], [], [], left)
             if self._stop in ready:
@@ -99,6 +97,8 @@ class Decisions:
                 self._receive()
             if self._ear in ready:
                 self._hear()
+            if left == 0 and not self._ready:
+                return None
         return self._ready.pop(0)
 
     def __iter__(self) -> Iterator[Decision]:
