@@ -56,6 +56,8 @@ class Cli:
         self._capture = capture
         patch.setattr(options.Settings, "vmm", lambda _settings: home.open())
         patch.setattr(late, "opened", home.open)
+        for name in PATIENCE:  # what is told of what takes long is no part of what it says, on however busy a host
+            patch.setattr(name, 600.0)
 
     def __call__(self, *words: str, stdin: bytes = b"") -> Done:
         self._capture.readouterr()
@@ -65,11 +67,14 @@ class Cli:
         return Done(status, out, err)
 
 
+PATIENCE = ("trivisor.cli.render.SLOW", "trivisor.cli.render.SLOW_TTY", "trivisor.cli.bars.QUIET_FOR")
+"""Seconds after which a step, or a transfer, is told of."""
 SCRIPT = """
 import sys
 sys.path[:0] = {path!r}
 from fake_engine import FakeEngine
-from trivisor.cli import main, options
+from trivisor.cli import main, options, render
+render.SLOW = render.SLOW_TTY = 600.0
 from trivisor.vmm.manager import VMM
 options.Settings.vmm = lambda settings: VMM(settings.home, engines=[FakeEngine()])
 main.main()

@@ -85,7 +85,7 @@ def on_a_terminal(home: TestHome, *words: str) -> str:
             except OSError:  # its other end is closed
                 break
         assert running.stdout is not None and running.stdout.read().startswith(b"sha256:")
-        assert running.wait(10) == 0
+        assert running.wait(60) == 0
     os.close(leader)
     return shown.decode()
 
