@@ -123,7 +123,7 @@ def test_a_device_whose_owner_is_killed_is_gone(running: Machine, wall_home: VmH
         assert running.devices.list()[0].owner == owner.pid
         owner.send_signal(signal.SIGKILL)
     assert program.stdout.read(timeout=20) == b"ended\n"
-    running.exec("n=0; while [ -L /dev/theirs ] && [ $n -lt 100 ]; do sleep 0.1; n=$((n + 1)); done; [ ! -L /dev/theirs ]", check=True)
+    running.exec("n=0; while [ -L /dev/theirs ] && [ $n -lt 600 ]; do sleep 0.1; n=$((n + 1)); done; [ ! -L /dev/theirs ]", check=True)
     assert running.devices.list() == []
     running.devices.detach("theirs")
 
@@ -133,7 +133,7 @@ def test_again_and_again(running: Machine) -> None:
     for _ in range(20):
         running.devices.attach(device, "again")
         running.devices.detach("again")
-    running.exec("n=0; while ls /dev/pts | grep -q '[0-9]' && [ $n -lt 100 ]; do sleep 0.1; n=$((n + 1)); done; [ $n -lt 100 ]", check=True)
+    running.exec("n=0; while ls /dev/pts | grep -q '[0-9]' && [ $n -lt 600 ]; do sleep 0.1; n=$((n + 1)); done; [ $n -lt 600 ]", check=True)
 
 
 def test_a_machine_that_does_not_run(stopped: Machine) -> None:

@@ -54,7 +54,7 @@ def test_stopped_while_paused(make: Make) -> None:
     machine = make()
     machine.exec("echo kept >/root/file", check=True)
     machine.pause()
-    machine.stop()
+    machine.stop(timeout=BOUND)
     assert (machine.state, machine.info()["status"]) == (State.STOPPED, 0)
     machine.start()
     assert machine.files.read_text("/root/file") == "kept\n"
@@ -68,7 +68,7 @@ def test_stop_gives_programs_time(make: Make) -> None:
     deadline = time.monotonic() + BOUND
     while not (machine.files.exists("/dev/shm/a") and machine.files.exists("/dev/shm/b")):
         assert time.monotonic() < deadline
-    machine.stop()
+    machine.stop(timeout=BOUND)
     assert (machine.state, machine.info()["status"]) == (State.STOPPED, 0)
     machine.start()
     assert machine.files.read_text("/root/said") == "bye\n"
