@@ -228,8 +228,8 @@ def test_the_listener_reaches_who_bears_the_token(vm: Machine, line: Line) -> No
 
 
 def test_two_commands_have_two_listeners(vm: Machine, line: Line) -> None:
+    vm.exec("rm -rf /tmp/made")  # before: who attaches waits five seconds for his command, and no longer
     with receiver(vm, refuse) as one, receiver(vm, proceed) as other:
-        vm.exec("rm -rf /tmp/made")
         assert run(line, one.operations("mkdir"), ["python3", "-c", MKDIR]).text == "5\n"
         assert run(line, other.operations("mkdir"), ["python3", "-c", MKDIR]).text == "made\n"
     assert len(one.taken) == len(other.taken) == 1
@@ -254,8 +254,8 @@ os.read(ends, 1)""",
 @pytest.mark.parametrize("how", STARTS)
 def test_the_policy_is_inherited(vm: Machine, line: Line, how: str) -> None:
     code = "import os\ndef work():\n try: os.mkdir('/tmp/made')\n except OSError as error: assert error.errno == 5\n" + STARTS[how]
+    vm.exec("rm -rf /tmp/made")
     with receiver(vm, refuse) as one:
-        vm.exec("rm -rf /tmp/made")
         run(line, one.operations("mkdir"), ["python3", "-c", code])
     assert len(one.taken) == 1
     assert not vm.files.exists("/tmp/made")
@@ -335,8 +335,8 @@ def test_rules_without_anybody_attached(vm: Machine, line: Line) -> None:
 def test_pause_while_a_call_is_held(vm: Machine, line: Line) -> None:
     if cgroup_layout.layout().of("freezer") is None:
         pytest.skip("needs a freezer that can be used")
+    vm.exec("rm -rf /tmp/made")
     with receiver(vm, lambda notification, listener: None) as one:
-        vm.exec("rm -rf /tmp/made")
         process = under(line, one.operations("mkdir")).spawn(["python3", "-c", MKDIR])
         assert one.held.wait(30)
         begun = time.monotonic()
