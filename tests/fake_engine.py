@@ -131,7 +131,7 @@ class FakeEngine:
         self._step("signal")
         with contextlib.suppress(ProcessLookupError):  # it has ended, which is said below
             os.kill(engine.pid, number)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         # kill(2) returns before the target has stopped.
         while engine.alive() and (_stat(engine.pid) == "T") != stopped and time.monotonic() < deadline:
             time.sleep(0.001)

@@ -83,7 +83,7 @@ def machine(name, network=None):
 '''
 
 
-def run(code: str, tmp_path: Path, *, timeout: float = 60) -> str:
+def run(code: str, tmp_path: Path, *, timeout: float = 150) -> str:
     """Run Python `code` after PRELUDE on such a host; return what it prints."""
     if os.geteuid() != 0:
         pytest.skip("needs root: a host's network")
