@@ -72,9 +72,9 @@ def test_a_race_of_links_under_the_hosts_calls(make: Make, secret: Path, tmp_pat
     (tmp_path / "up").mkdir()
     (tmp_path / "up/file").write_text("mine\n")
     for _ in range(5):
-        with suppress(GuestError):
+        with suppress(GuestError, HostError):  # what was a link here may be a folder there by now
             machine.files.download("/srv/race", tmp_path / "down")
-        with suppress(GuestError):
+        with suppress(GuestError, HostError):
             machine.files.upload(tmp_path / "up", "/srv/race/here")
     swapper.close()
     unharmed(secret)
