@@ -62,7 +62,9 @@ def test_memory(make: Make, wall_vmm: VMM) -> None:
             machine.wait(BOUND)
             machine.start()
             assert machine.exec(["echo", "alive"]).text == "alive\n"
-    assert [event.kind for event in wall_vmm.events() if event.machine == machine.id].count("oom") == 1
+    events = [event.kind for event in wall_vmm.events() if event.machine == machine.id].count("oom")
+    # Behind gVisor the program may be followed by what it ran on, between two looks.
+    assert events == 1 if machine.wall == "container" else events >= 1
 
 
 @pytest.mark.walls("container")
