@@ -20,7 +20,7 @@ from trivisor.vmm import fired, refused
 from trivisor.vmm.context import Context
 from trivisor.vmm.records import Row
 
-_CONSOLE_WAIT = 1.0
+_CONSOLE_WAIT = 5.0
 _LOG_MAX = 8 << 20
 _KILLED = re.compile(r"[Oo]ut of memory: Killed process \d{1,10} \((.{1,15})\) total-vm:")
 """__oom_kill_process() in mm/oom_kill.c."""
@@ -40,7 +40,7 @@ def note(context: Context, row: Row) -> Row:
 
 
 def await_console(context: Context, row: Row, killed: int) -> None:
-    """Write down what a guest says that its kernel killed: with names, if its console's word for it comes within a second."""
+    """Write down what a guest says that its kernel killed: with names, if its console's word for it comes in time."""
     deadline = time.monotonic() + _CONSOLE_WAIT
     # The keeper reads the console, and tells nobody when.
     while note(context, row).oom_kills < killed:
