@@ -146,7 +146,7 @@ class Lives(RuleBasedStateMachine):
     def the_guest_powers_off(self, machine: str) -> None:
         if self.model[machine] is State.RUNNING:
             self.home.power_off(self.get(machine))
-            assert self.get(machine).wait(20) == 0
+            assert self.get(machine).wait(60) == 0
             self.model[machine] = State.STOPPED
 
     @rule()
@@ -196,7 +196,7 @@ class Lives(RuleBasedStateMachine):
             return
         held = self.get(machine)
         os.kill(pid_of(self.home.folder(held)), signal.SIGKILL)
-        held.wait(20)
+        held.wait(60)
         self.model[machine] = State.FAILED
 
 
