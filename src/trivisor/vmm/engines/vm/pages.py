@@ -263,5 +263,6 @@ def _fill(file: int, buffer: memoryview, offset: int) -> int:
 def _put(file: int, buffer: memoryview, offset: int) -> int:
     done = 0
     while done < len(buffer):
-        done += os.pwrite(file, buffer[done:], offset + done)
+        # Of a large piece the kernel keeps large pages, which a host that is a virtual machine itself may have to be given first.
+        done += os.pwrite(file, buffer[done : done + _BLOCK], offset + done)
     return done
