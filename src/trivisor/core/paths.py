@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from trivisor.core.errors import StorageError
+from trivisor.core.folders import scatter
 
 
 def default_home() -> Path:
@@ -61,7 +63,7 @@ class Home:
 
     @property
     def snapshots(self) -> Path:
-        """Frozen machines, a folder each, and what is kept of them. Made with the first."""
+        """Frozen machines, a folder each, and what is kept of them."""
         return self.root / "snapshots"
 
     @property
@@ -87,8 +89,12 @@ class Home:
                     f"the home {self.root} belongs to user {owner}, not to you ({os.geteuid()})",
                     hint="a home has one user: set TRIVISOR_HOME to a folder of your own (sudo keeps HOME)",
                 )
-            for folder in (self.machines, self.store, self.kits, self.ice, self.cache, self.tmp):
+            for folder in (self.store, self.kits, self.ice, self.cache):
                 folder.mkdir(mode=0o700, exist_ok=True)
+            for folder in (self.machines, self.snapshots, self.tmp):
+                with contextlib.suppress(FileExistsError):
+                    folder.mkdir(mode=0o700)
+                    scatter(folder)
         except OSError as error:
             raise StorageError(
                 f"the home {self.root} cannot be used: {error.strerror}", hint="set TRIVISOR_HOME to a writable folder"
