@@ -18,6 +18,9 @@ _FILES = (
     "/proc/swaps",
 )
 
+KEEPER_MOST = 16 << 10
+"""KiB that a keeper may have: itself, 4 MiB for each client that reads slowly (MUX_CLIENT_HIGH), and what it grows that by."""
+
 
 class Sentinel:
     """The host's state, and a process of the host that should outlive every attack."""

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import workers
+from host_sentinel import KEEPER_MOST
 from machine_home import VmHome
 from wall_fixtures import Make
 
@@ -139,7 +140,7 @@ def lie(machine: Machine, mode: str, honest: Machine) -> None:
         with suppress(FileNotFoundError, ProcessLookupError):  # it may end, this moment
             status = Path(f"/proc/{keeper}/status").read_text()
             resident = [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS")]
-            assert max(resident, default=0) < 8192, f"the keeper has {resident} KiB after {mode!r}"
+            assert max(resident, default=0) < KEEPER_MOST, f"the keeper has {resident} KiB after {mode!r}"
         with suppress(GuestError, HostError, InvalidState):
             machine.stats(timeout=SOON[machine.wall])
     assert sum(path.stat().st_size for path in (folder / "logs").iterdir()) < 32 << 20, mode
