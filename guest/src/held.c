@@ -6,9 +6,12 @@
 #include <linux/magic.h>
 #include <stdbool.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/vfs.h>
 #include <unistd.h>
+
+#include "status.h"
 
 #define REMOVED " (deleted)"
 
@@ -80,20 +83,6 @@ static bool process_removed(const char *pid, char *path) {
     return open_removed(pid, path) || mapped_removed(pid, path);
 }
 
-/* Stopped at a system call by its tracer, a thread is in a state that the Sentry has no way to save, and dies of. */
-static bool traced(const char *pid) {
-    char at[64 + NAME_MAX], line[256];
-    snprintf(at, sizeof at, "/proc/%s/status", pid);
-    FILE *status = fopen(at, "re");
-    int tracer = 0;
-    while (!tracer && status && fgets(line, sizeof line, status))
-        if (sscanf(line, "TracerPid: %d", &tracer) == 1)
-            break;
-    if (status)
-        fclose(status);
-    return tracer > 0;
-}
-
 int held_unsavable(char *text, size_t size) {
     char path[PATH_MAX];
     DIR *processes = opendir("/proc");
@@ -101,7 +90,8 @@ int held_unsavable(char *text, size_t size) {
     for (struct dirent *e; !*text && processes && (e = readdir(processes));) {
         if (e->d_name[0] < '1' || e->d_name[0] > '9')
             continue;
-        if (traced(e->d_name))
+        /* Stopped at a system call by its tracer, a thread is in a state that the Sentry has no way to save, and dies of. */
+        if (status_number(atoi(e->d_name), "TracerPid") > 0)
             snprintf(text, size, "process %s is traced", e->d_name);
         else if (process_removed(e->d_name, path))
             snprintf(text, size, "process %s holds %.200s, which was removed", e->d_name, path);

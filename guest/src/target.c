@@ -4,11 +4,12 @@
 #include <fcntl.h>
 #include <stdbool.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
+
+#include "status.h"
 
 enum { PAGE = 4096 };
 
@@ -119,15 +120,6 @@ const char *target_path(void *context, const struct seccomp_data *call, const st
 }
 
 int target_pidfd(pid_t pid) {
-    char place[40], text[512];
-    snprintf(place, sizeof place, "/proc/%d/status", (int)pid);
-    int status = pid > 0 ? open(place, O_RDONLY | O_CLOEXEC) : -1;
-    ssize_t n = status < 0 ? -1 : read(status, text, sizeof text - 1);
-    if (status >= 0)
-        close(status);
-    if (n <= 0)
-        return -1;
-    text[n] = 0;
-    const char *tgid = strstr(text, "\nTgid:");
-    return tgid ? (int)syscall(SYS_pidfd_open, atoi(tgid + 6), 0) : -1;
+    int group = pid > 0 ? status_number(pid, "Tgid") : -1;
+    return group < 0 ? -1 : (int)syscall(SYS_pidfd_open, group, 0);
 }

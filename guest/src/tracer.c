@@ -14,6 +14,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "status.h"
 #include "tracer.h"
 #include "users.h"
 
@@ -175,16 +176,8 @@ static void on_stop(struct tracee *t, int number) {
 }
 
 static pid_t group_of(pid_t tid) {
-    char path[32], text[512];
-    snprintf(path, sizeof path, "/proc/%d/status", tid);
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
-    if (fd >= 0)
-        close(fd);
-    text[n > 0 ? n : 0] = 0;
-    const char *at = strstr(text, "\nTgid:");
-    int tgid = at ? atoi(at + 6) : 0;
-    return tgid > 0 ? tgid : tid;
+    int group = status_number(tid, "Tgid");
+    return group > 0 ? group : tid;
 }
 
 /* Stops that came while nobody may go on. A tracee that is stopped has no second one. */
