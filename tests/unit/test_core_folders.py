@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from trivisor.core.errors import StorageError
 from trivisor.core.folders import scatter
 from trivisor.core.paths import Home
 
@@ -28,6 +29,16 @@ def test_what_comes_and_goes_is_laid_out_far_apart(tmp_path: Path) -> None:
         assert ("T" in flags(folder)) is spread
     home.open()
     assert home.machines.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_file_in_the_place_of_a_folder_is_said(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    home.open()
+    home.tmp.rmdir()
+    home.tmp.write_text("mine")
+    with pytest.raises(StorageError, match="cannot be used"):
+        home.open()
+    assert home.tmp.read_text() == "mine"
 
 
 def test_a_file_system_without_flags_is_left_alone() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 from dataclasses import dataclass
@@ -92,8 +91,8 @@ class Home:
             for folder in (self.store, self.kits, self.ice, self.cache):
                 folder.mkdir(mode=0o700, exist_ok=True)
             for folder in (self.machines, self.snapshots, self.tmp):
-                with contextlib.suppress(FileExistsError):
-                    folder.mkdir(mode=0o700)
+                if not folder.is_dir():
+                    folder.mkdir(mode=0o700, exist_ok=True)
                     scatter(folder)
         except OSError as error:
             raise StorageError(
