@@ -62,7 +62,8 @@ def settled(context: Context, row: Row) -> tuple[Row | None, Row | None]:
         return row, row
     try:
         with locks.hold(context.folder(row).lock, locks.SETTLE, row.name, make=False):
-            return context.records.row(row.id), settle_held(context, row.id)
+            fresh = context.records.row(row.id)
+            return fresh, fresh and _held(context, fresh)
     except Busy:
         fresh = context.records.row(row.id)
         return fresh, fresh
@@ -74,8 +75,10 @@ def settled(context: Context, row: Row) -> tuple[Row | None, Row | None]:
 def settle_held(context: Context, machine: str) -> Row | None:
     """The same for a caller that holds the machine's lock. Raises Busy while another process makes it."""
     row = context.records.row(machine)
-    if row is None:
-        return None
+    return row and _held(context, row)
+
+
+def _held(context: Context, row: Row) -> Row | None:
     if row.operation in MAKING and row.operator is not None and row.operator.alive():
         # Between its row and its lock, taking back a failed create, or waiting for its brothers: not ours to touch.
         raise Busy(row.name, row.operation)
