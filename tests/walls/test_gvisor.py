@@ -23,6 +23,7 @@ from trivisor.launch import ids
 from trivisor.launch.cgroups import Cgroup
 from trivisor.vmm.engines.gvisor import control, door, probe, runsc
 from trivisor.vmm.engines.gvisor.engine import GvisorEngine
+from trivisor.vmm.procs import tree
 
 USER = 61236
 """An id that no account has."""
@@ -53,17 +54,8 @@ def machine(wall_vmm: VMM) -> Machine:
 
 
 def processes(machine: Machine) -> list[int]:
-    """Everything on the host that is the machine's, its keeper not."""
-    waiting = [control.engine(machine._context.box(machine._context.row(machine.id)))]
-    found = []
-    while waiting:
-        pid = waiting.pop()
-        found.append(pid)
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ends
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                    waiting += [int(child) for child in (task / "children").read_text().split()]
-    return found
+    """Everything on the host that is the machine's, its keeper not: the first is what that keeps."""
+    return [int(pid) for pid in tree(machine._context.folder(machine._context.row(machine.id)))][1:]
 
 
 def status(pid: int) -> dict[str, str]:

@@ -50,7 +50,8 @@ def tree(place: MachineDir) -> Iterator[str]:
     while waiting:
         pid = waiting.pop()
         yield pid
-        # One that ends now has none.
+        # One that ends now has none, and a thread of one that goes on may end, too.
         with suppress(OSError):
             for thread in (Path("/proc") / pid / "task").iterdir():
-                waiting += (thread / "children").read_text().split()
+                with suppress(OSError):
+                    waiting += (thread / "children").read_text().split()
